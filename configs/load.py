@@ -1,0 +1,177 @@
+"""Recipes (YAML) and dotted overrides in, a validated `RunConfig` out."""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from configs.schema.run import RunConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class ConfigError(ValueError):
+    """A recipe or an override that cannot be used; the message names the field and the remedy."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as its version 1.2 reads numbers: `1e-4` is a float."""
+
+
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """YAML text as plain values. Raises ConfigError with the line when it does not parse."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML: {error}") from error
+
+
+def recipe_names() -> list[str]:
+    """The recipes that ship with kdflow."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def find_recipe(recipe: str) -> Path:
+    """The file of a recipe given by name or by path. Raises ConfigError when there is none."""
+    path = Path(recipe)
+    if path.suffix in {".yaml", ".yml"} or path.parent != Path():
+        if path.is_file():
+            return path
+        raise ConfigError(f"there is no recipe file '{recipe}'")
+    shipped = RECIPES / f"{recipe}.yaml"
+    if shipped.is_file():
+        return shipped
+    close = difflib.get_close_matches(recipe, recipe_names(), n=1)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    raise ConfigError(f"no recipe '{recipe}'; {hint}shipped: {', '.join(recipe_names())}")
+
+
+def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
+    """`["student.lr=1e-4"]` as `{"student.lr": 1e-4}`; the values are YAML."""
+    overrides = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals or not key:
+            raise ConfigError(
+                f"override '{assignment}' is not of the form section.field=value "
+                "(for instance student.lr=1e-4)"
+            )
+        overrides[key] = parse_yaml(value, f"the value of {key}")
+    return overrides
+
+
+def load_run(recipe: str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read a recipe, apply dotted overrides, validate.
+
+    A relative data or model path in a recipe starts at the recipe's folder; one in an override
+    starts at the current directory.
+
+    Raises:
+        ConfigError: with field path, value and remedy, for anything that is not a valid run.
+    """
+    path = find_recipe(recipe)
+    tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} does not hold a mapping of sections")
+    tree = _with_absolute_paths(tree, path.parent.resolve())
+    for key, value in (overrides or {}).items():
+        _set(tree, key, value)
+    return validate_run(_with_absolute_paths(tree, Path.cwd()))
+
+
+def validate_run(tree: dict[str, Any]) -> RunConfig:
+    """Plain values as a RunConfig. Raises ConfigError that lists every problem."""
+    try:
+        text = json.dumps(tree)
+    except TypeError as error:
+        raise ConfigError(f"the config holds a value that JSON cannot hold: {error}") from error
+    try:
+        return RunConfig.model_validate_json(text)
+    except ValidationError as error:
+        lines = [_describe(item, tree) for item in error.errors(include_url=False)]
+        raise ConfigError("the config is not valid:\n" + "\n".join(lines)) from error
+
+
+def _describe(item: Any, tree: dict[str, Any]) -> str:
+    parts: list[str | int] = []
+    value: Any = tree
+    for part in item["loc"]:
+        # A discriminated union puts its tag into the location; the tag is not a key of the config.
+        if isinstance(value, dict) and part not in value and value.get("type") == part:
+            continue
+        parts.append(part)
+        if isinstance(value, dict):
+            value = value.get(part)
+        elif isinstance(value, list) and isinstance(part, int):
+            value = value[part]
+        else:
+            value = None
+    where = ".".join(str(part) for part in parts)
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "unknown_key":
+        return f"  {'.'.join(filter(None, [where, item['ctx']['key']]))}: {message}"
+    shown = "" if isinstance(value, dict | list) or item["type"] == "missing" else f" = {value!r}"
+    return f"  {where or 'run'}{shown}: {message}"
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    node: Any = tree
+    *parents, last = dotted.split(".")
+    for depth, part in enumerate(parents):
+        node = _child(node, part, ".".join(parents[:depth]) or "run")
+    if isinstance(node, list):
+        node[_index(node, last, dotted)] = value
+    else:
+        node[last] = value
+
+
+def _child(node: Any, part: str, where: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, part, where)]
+    child = node.setdefault(part, {})
+    if not isinstance(child, dict | list):
+        raise ConfigError(f"override of '{where}.{part}': it holds {child!r}, not a section")
+    return child
+
+
+def _index(node: list[Any], part: str, where: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise ConfigError(f"override in '{where}': '{part}' is not an index below {len(node)}")
+    return int(part)
+
+
+def _with_absolute_paths(tree: dict[str, Any], base: Path) -> dict[str, Any]:
+    """The tree with relative data and GGUF paths, and model paths starting with a dot, made
+    absolute. Other model paths may be names on the hub.
+    """
+    data = tree.get("data")
+    sources = data.get("sources") if isinstance(data, dict) else None
+    for source in sources if isinstance(sources, list) else []:
+        if isinstance(source, dict) and source.get("type", "files") != "hub":
+            _make_absolute(source, base)
+    for section in ("teacher", "student"):
+        part = tree.get(section)
+        model = part.get("model") if isinstance(part, dict) else None
+        if isinstance(model, dict) and (
+            model.get("type") == "gguf" or str(model.get("path", "")).startswith(".")
+        ):
+            _make_absolute(model, base)
+    return tree
+
+
+def _make_absolute(node: dict[str, Any], base: Path) -> None:
+    path = node.get("path")
+    if isinstance(path, str) and path and "://" not in path and not Path(path).is_absolute():
+        node["path"] = str(base / path)

@@ -1,0 +1,107 @@
+"""Data sources, how they blend, and how conversations become supervised token sequences."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from configs.schema.base import StrictModel
+
+Layout = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"]
+FileFormat = Literal["jsonl", "parquet", "arrow"]
+
+
+class _Source(StrictModel):
+    """What all sources share.
+
+    `weight` is this source's share of the blend; give it to all sources or to none. `columns`
+    maps kdflow's column names (messages, prompt, completion, instruction, input, output,
+    conversations, system, answer) to the ones in the data.
+    """
+
+    name: str | None = None
+    layout: Layout = "auto"
+    columns: dict[str, str] = Field(default_factory=dict)
+    weight: float | None = Field(default=None, gt=0)
+    max_samples: int | None = Field(default=None, gt=0)
+
+
+class FilesSource(_Source):
+    """JSONL, Parquet or Arrow files: a local path, a glob, or an fsspec URL."""
+
+    type: Literal["files"] = "files"
+    path: str = Field(min_length=1)
+    format: FileFormat | None = None
+
+    @property
+    def resolved_format(self) -> FileFormat | None:
+        """The format given, else the one the suffix names, else None."""
+        if self.format is not None:
+            return self.format
+        suffixes: dict[str, FileFormat] = {
+            ".jsonl": "jsonl",
+            ".json": "jsonl",
+            ".parquet": "parquet",
+            ".arrow": "arrow",
+        }
+        name = self.path.removesuffix(".gz").removesuffix(".zst")
+        return next((fmt for end, fmt in suffixes.items() if name.endswith(end)), None)
+
+    @model_validator(mode="after")
+    def _known_format(self) -> "FilesSource":
+        if self.resolved_format is None:
+            raise ValueError(
+                f"cannot tell the format of '{self.path}' from its suffix; "
+                "set `format` to jsonl, parquet or arrow"
+            )
+        return self
+
+
+class SavedSource(_Source):
+    """A folder written by `datasets.Dataset.save_to_disk`."""
+
+    type: Literal["save_to_disk"] = "save_to_disk"
+    path: str = Field(min_length=1)
+
+
+class HubSource(_Source):
+    """A data set of the Hugging Face hub. Pin `revision`, or every plan asks the hub."""
+
+    type: Literal["hub"] = "hub"
+    path: str = Field(min_length=1)
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+
+
+Source = Annotated[FilesSource | SavedSource | HubSource, Field(discriminator="type")]
+
+
+class DataConfig(StrictModel):
+    """The data of a run.
+
+    Over-long samples are dropped and counted, never cut. `max_malformed_fraction` is the share of
+    unreadable samples (broken JSON, missing columns) that is tolerated and counted before the
+    stage refuses. `supervise: last` trains on the last assistant turn only.
+    """
+
+    sources: tuple[Source, ...] = Field(min_length=1, strict=False)
+    max_samples: int | None = Field(default=None, gt=0)
+    max_length: int = Field(default=2048, gt=1)
+    heldout_fraction: float = Field(default=0.02, gt=0, lt=1)
+    max_malformed_fraction: float = Field(default=0.01, ge=0, le=1)
+    supervise: Literal["all", "last"] = "all"
+
+    @model_validator(mode="after")
+    def _weights_and_names(self) -> "DataConfig":
+        weighted = [source.weight is not None for source in self.sources]
+        if any(weighted) and not all(weighted):
+            raise ValueError("`weight` stands on some sources only; give it to all or to none")
+        names = self.source_names
+        if len(set(names)) != len(names):
+            raise ValueError(f"two sources share a name: {', '.join(names)}; set `name`")
+        return self
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The name of each source: the given one, else the last part of its path."""
+        return tuple(s.name or s.path.rstrip("/").rsplit("/", 1)[-1] for s in self.sources)

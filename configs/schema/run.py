@@ -1,0 +1,124 @@
+"""The root of the config: one run of the flow `kd`."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from configs.schema.base import StrictModel
+from configs.schema.data import DataConfig
+from configs.schema.loss import LossConfig
+from configs.schema.models import Attention, ChatTemplate, Dtype, StudentModel, TeacherModel
+
+
+class TransformersTeacher(StrictModel):
+    """The teacher, run by Hugging Face transformers.
+
+    `tokens_per_batch` bounds a batch's padded area, in tokens. `context_length` lowers the
+    model's own limit.
+    """
+
+    type: Literal["transformers"] = "transformers"
+    model: TeacherModel
+    dtype: Dtype = "bfloat16"
+    attention: Attention = "sdpa"
+    tokens_per_batch: int = Field(default=8192, gt=0)
+    context_length: int | None = Field(default=None, gt=1)
+    chat_template: ChatTemplate = Field(default_factory=ChatTemplate)
+
+
+class StudentConfig(StrictModel):
+    """The student and its optimization.
+
+    `global_batch_size` counts sequences per optimizer step over all ranks; `micro_batch_tokens`
+    bounds the padded area of one forward pass of one rank. Weights and optimizer states are
+    float32; `compute_dtype` is what the layers compute in. Train for `epochs`, or for `max_steps`.
+    """
+
+    model: StudentModel
+    chat_template: ChatTemplate = Field(default_factory=ChatTemplate)
+    compute_dtype: Dtype = "bfloat16"
+    save_dtype: Dtype = "bfloat16"
+    attention: Attention = "sdpa"
+    activation_checkpointing: bool = False
+    lr: float = Field(default=2e-5, gt=0)
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    warmup_fraction: float = Field(default=0.03, ge=0, le=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    epochs: int | None = Field(default=None, gt=0)
+    max_steps: int | None = Field(default=None, gt=0)
+    global_batch_size: int = Field(default=64, gt=0)
+    micro_batch_tokens: int = Field(default=8192, gt=0)
+    num_ranks: int = Field(default=1, gt=0)
+    checkpoint_every: int = Field(default=100, gt=0)
+    keep_checkpoints: int = Field(default=2, gt=0)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "StudentConfig":
+        if (self.epochs is None) == (self.max_steps is None):
+            raise ValueError("give exactly one of `epochs` and `max_steps`")
+        return self
+
+
+class StorageConfig(StrictModel):
+    """`root` holds finished artifacts (a folder or an fsspec URL); `scratch` is a local folder for
+    checkpoints and for copies of remote artifacts. Relative paths start at the current directory.
+    `shard_rows` and `chunk_rows` override the sizes derived from the row width.
+    """
+
+    root: str = Field(default=".kdflow/store", min_length=1)
+    scratch: str = Field(default=".kdflow/scratch", min_length=1)
+    shard_rows: int | None = Field(default=None, gt=0)
+    chunk_rows: int | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _whole_chunks(self) -> "StorageConfig":
+        if (self.shard_rows is None) != (self.chunk_rows is None):
+            raise ValueError("give both `shard_rows` and `chunk_rows`, or neither")
+        if self.shard_rows and self.chunk_rows and self.shard_rows % self.chunk_rows:
+            raise ValueError(
+                f"shard_rows={self.shard_rows} is not a multiple of chunk_rows={self.chunk_rows}"
+            )
+        return self
+
+
+class EvalConfig(StrictModel):
+    """Held-out evaluation. `max_generations` prompts are answered greedily by teacher and student;
+    0 turns generation off.
+    """
+
+    tokens_per_batch: int = Field(default=8192, gt=0)
+    max_generations: int = Field(default=32, ge=0)
+    max_new_tokens: int = Field(default=128, gt=0)
+
+
+class TrackingConfig(StrictModel):
+    """Where metrics go besides JSONL. Weights & Biases needs the package `wandb`."""
+
+    tensorboard: bool = True
+    wandb_project: str | None = None
+
+
+class RunConfig(StrictModel):
+    """One complete run."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    seed: int = Field(default=0, ge=0)
+    data: DataConfig
+    teacher: TransformersTeacher
+    student: StudentConfig
+    loss: LossConfig = Field(default_factory=LossConfig)
+    storage: StorageConfig = Field(default_factory=StorageConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "RunConfig":
+        limit = self.teacher.context_length
+        if limit is not None and self.data.max_length > limit:
+            raise ValueError(
+                f"data.max_length={self.data.max_length} exceeds "
+                f"teacher.context_length={limit}; lower data.max_length"
+            )
+        return self

@@ -1,0 +1,47 @@
+"""The flow `kd`: tokenize -> extract -> train -> evaluate -> report."""
+
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.logging import get_run_logger
+
+from configs.schema.run import RunConfig
+from storage.artifact import ArtifactRef
+from tasks.caching import run_cached
+from tasks.results import check_run, evaluation_rows, plan_stages, report_path, student_path
+from tasks.stage_tasks import STAGE_TASKS
+from tasks.stages import StageSpec
+
+
+@flow(name="kd", description="Distill a teacher into a student.", validate_parameters=True)
+def kd(recipe: str = "quickstart", overrides: dict[str, Any] | None = None) -> dict[str, ArtifactRef]:
+    """Run a recipe with dotted overrides; finished stages come from cache.
+
+    Returns the artifact references by name (teacher_model, tokens, states, student ...).
+    """
+    run = check_run(recipe, overrides or {})
+    done: dict[str, ArtifactRef] = {}
+    for stage, identity in plan_stages(run).items():
+        spec = StageSpec(identity=identity, run=run, inputs=done)
+        done = done | {identity.output: run_cached(STAGE_TASKS[stage], spec)}
+    _publish_to_ui(run, done)
+    return done
+
+
+def _publish_to_ui(run: RunConfig, done: dict[str, ArtifactRef]) -> None:
+    rows = evaluation_rows(run, done["evaluation"])
+    # Artifact keys are lower case with dashes only.
+    key = run.name.replace("_", "-").replace(".", "-")
+    table = [{k: "" if v is None else v for k, v in row.items()} for row in rows]
+    create_table_artifact(key=f"{key}-evaluation", table=table, description="Held-out evaluation")
+    sizes = "\n".join(f"| {n} | `{r.digest}` | {r.num_bytes:,} |" for n, r in done.items())
+    create_markdown_artifact(
+        key=f"{key}-artifacts",
+        markdown=f"| artifact | digest | bytes |\n|---|---|---|\n{sizes}\n",
+        description="The run's artifacts",
+    )
+    path = report_path(run, done["report"])
+    create_link_artifact(key=f"{key}-report", link=path.as_uri(), description="The HTML report")
+    get_run_logger().info("student: %s", student_path(run, done["student"]))
+    get_run_logger().info("report: %s", path)

@@ -1,0 +1,1 @@
+"""Evaluation: distributions against the teacher, and greedy generation."""

@@ -1,0 +1,117 @@
+"""How far a model's next-token distributions are from the teacher's, on held-out tokens.
+
+Dimensions: N supervised tokens of a sequence, C tokens of a chunk, H and G hidden sizes.
+"""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from kdflow_core.batching import batch_by_tokens, pad_right
+from kdflow_core.contracts import Examples, HiddenStateSource, OutputHead, Reporter
+from kdflow_core.errors import AlignmentError
+from kdflow_core.losses.chunked import LogitProducer
+from kdflow_core.losses.forward_kl import ForwardKL
+from kdflow_core.losses.reverse_kl import ReverseKL
+from kdflow_core.models.heads import live_head
+
+CHUNK_TOKENS = 256
+COLUMNS = ("forward_kl", "reverse_kl", "agreement", "ce_model", "ce_teacher")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributionScores:
+    """Means over supervised tokens. KL in nats per token; agreement is the share of tokens with
+    the teacher's top-1; perplexities are of the text itself.
+    """
+
+    num_tokens: int
+    forward_kl: float
+    reverse_kl: float
+    agreement: float
+    perplexity: float
+    teacher_perplexity: float
+
+
+@torch.inference_mode()
+def score_distributions(
+    *,
+    model: PreTrainedModel,
+    examples: Examples,
+    states: HiddenStateSource,
+    teacher_head: OutputHead,
+    tokens_per_batch: int,
+    reporter: Reporter,
+    label: str,
+    side: Literal["student", "teacher"],
+) -> dict[str, DistributionScores]:
+    """Scores by source, and over all under the name `all`; the model reads the sequences of its
+    `side`.
+    """
+    size = teacher_head.weight_VH.shape[0]
+    producers = (
+        LogitProducer(live_head(model, size), torch.float32),
+        LogitProducer(teacher_head, torch.float32),
+    )
+    sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(len(COLUMNS) + 1))
+    done = 0
+    for batch in batch_by_tokens(examples.lengths(side), tokens_per_batch):
+        chosen = [examples[i] for i in batch]
+        sequences = [e.student if side == "student" else e.teacher for e in chosen]
+        ids_BT = pad_right([s.ids_T for s in sequences]).to(model.device)
+        hidden_BTH = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+        for row, (example, sequence) in enumerate(zip(chosen, sequences, strict=True)):
+            positions_N = torch.from_numpy(sequence.target_positions_N - 1)
+            teacher_NG = states.rows_NH(example.teacher).to(model.device)
+            if len(teacher_NG) != len(positions_N):
+                raise AlignmentError(
+                    f"{len(teacher_NG)} teacher rows for {len(positions_N)} student tokens"
+                )
+            targets_N = torch.from_numpy(sequence.target_ids_N).long().to(model.device)
+            terms = _token_sums(hidden_BTH[row, positions_N], teacher_NG, targets_N, producers)
+            for name in ("all", example.source):
+                sums[name] += [*terms, len(positions_N)]
+        done += len(batch)
+        reporter.progress(done=done, total=len(examples), unit="sequences", detail=label)
+    return {name: _scores(total) for name, total in sums.items()}
+
+
+def _token_sums(
+    hidden_NH: torch.Tensor,
+    teacher_NG: torch.Tensor,
+    targets_N: torch.Tensor,
+    producers: tuple[LogitProducer, LogitProducer],
+) -> list[float]:
+    total = torch.zeros(len(COLUMNS), dtype=torch.float64)
+    for begin in range(0, len(targets_N), CHUNK_TOKENS):
+        rows = slice(begin, begin + CHUNK_TOKENS)
+        log_q_CV = torch.log_softmax(producers[0].logits(hidden_NH[rows]), -1)
+        log_p_CV = torch.log_softmax(producers[1].logits(teacher_NG[rows]), -1)
+        target_C1 = targets_N[rows].unsqueeze(-1)
+        columns = (
+            ForwardKL().value_and_gradient(log_q_CV, log_p_CV)[0],
+            ReverseKL().value_and_gradient(log_q_CV, log_p_CV)[0],
+            log_q_CV.argmax(-1) == log_p_CV.argmax(-1),
+            -log_q_CV.gather(-1, target_C1),
+            -log_p_CV.gather(-1, target_C1),
+        )
+        total += torch.stack([column.double().sum().cpu() for column in columns])
+    return [float(value) for value in total]
+
+
+def _scores(total: np.ndarray) -> DistributionScores:
+    count = int(total[-1])
+    forward_kl, reverse_kl, agreement, ce_model, ce_teacher = total[:-1] / count
+    return DistributionScores(
+        num_tokens=count,
+        forward_kl=float(forward_kl),
+        reverse_kl=float(reverse_kl),
+        agreement=float(agreement),
+        perplexity=math.exp(ce_model),
+        teacher_perplexity=math.exp(ce_teacher),
+    )

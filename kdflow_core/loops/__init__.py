@@ -1,0 +1,1 @@
+"""The training loop, written against the protocols of `contracts`."""

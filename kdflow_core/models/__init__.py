@@ -1,0 +1,1 @@
+"""Models on disk: loading, vocabularies, output heads, conversion."""

@@ -1,0 +1,181 @@
+"""Output heads: what turns the last hidden states of an architecture into logits.
+
+A head is built from the table below and then verified against the model's own logits; an
+architecture that is not in the table is refused by name, never guessed.
+
+Dimensions: B batch, T tokens, V vocabulary, H hidden size.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PretrainedConfig, PreTrainedModel
+
+from kdflow_core.contracts import OutputHead
+from kdflow_core.errors import ModelError
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadRule:
+    """Names of an architecture's head tensors, and of the config fields that change logits."""
+
+    weight: str = "lm_head.weight"
+    bias: str = "lm_head.bias"
+    embedding: str = "model.embed_tokens.weight"
+    multiplier: str | None = None
+    divisor: str | None = None
+    softcap: str | None = None
+
+
+PLAIN = HeadRule()
+COHERE = HeadRule(multiplier="logit_scale")
+GEMMA = HeadRule(softcap="final_logit_softcapping")
+GRANITE = HeadRule(divisor="logits_scaling")
+GPT2 = HeadRule(embedding="transformer.wte.weight")
+GPT_NEOX = HeadRule(
+    weight="embed_out.weight", bias="embed_out.bias", embedding="gpt_neox.embed_in.weight"
+)
+RULES: dict[str, HeadRule] = {
+    "ArceeForCausalLM": PLAIN,
+    "CohereForCausalLM": COHERE,
+    "Cohere2ForCausalLM": COHERE,
+    "DeepseekV2ForCausalLM": PLAIN,
+    "DeepseekV3ForCausalLM": PLAIN,
+    "Gemma2ForCausalLM": GEMMA,
+    "Gemma3ForCausalLM": GEMMA,
+    "GemmaForCausalLM": PLAIN,
+    "Glm4ForCausalLM": PLAIN,
+    "Glm4MoeForCausalLM": PLAIN,
+    "GlmForCausalLM": PLAIN,
+    "GPT2LMHeadModel": GPT2,
+    "GPTNeoXForCausalLM": GPT_NEOX,
+    "GptOssForCausalLM": PLAIN,
+    "GraniteForCausalLM": GRANITE,
+    "GraniteMoeForCausalLM": GRANITE,
+    "LlamaForCausalLM": PLAIN,
+    "MistralForCausalLM": PLAIN,
+    "MixtralForCausalLM": PLAIN,
+    "Olmo2ForCausalLM": PLAIN,
+    "OlmoForCausalLM": PLAIN,
+    "Phi3ForCausalLM": PLAIN,
+    "PhiForCausalLM": PLAIN,
+    "Qwen2ForCausalLM": PLAIN,
+    "Qwen2MoeForCausalLM": PLAIN,
+    "Qwen3ForCausalLM": PLAIN,
+    "Qwen3MoeForCausalLM": PLAIN,
+    "SmolLM3ForCausalLM": PLAIN,
+    "StableLmForCausalLM": PLAIN,
+    "Starcoder2ForCausalLM": PLAIN,
+}
+
+
+def rule_of(config: PretrainedConfig) -> HeadRule:
+    """The rule of a model's architecture. Raises ModelError for one that is not in the table."""
+    architecture = (config.architectures or ["unknown"])[0]
+    if architecture not in RULES:
+        raise ModelError(
+            f"the output head of {architecture} is not known to kdflow, so its logits cannot be "
+            f"rebuilt from hidden states; known: {', '.join(sorted(RULES))}. To add it, see "
+            "kdflow_core/models/heads.py"
+        )
+    return RULES[architecture]
+
+
+def scale_and_softcap(config: PretrainedConfig) -> tuple[float, float | None]:
+    """The factor on the logits and their soft-cap, as the architecture applies them."""
+    rule = rule_of(config)
+    scale = float(getattr(config, rule.multiplier)) if rule.multiplier else 1.0
+    if rule.divisor:
+        scale /= float(getattr(config, rule.divisor))
+    softcap = getattr(config, rule.softcap) if rule.softcap else None
+    return scale, None if softcap is None else float(softcap)
+
+
+def load_head(folder: Path, config: PretrainedConfig, vocabulary_size: int) -> OutputHead:
+    """A checkpoint's head, reading no other tensor; rows beyond `vocabulary_size` are left out.
+
+    Raises ModelError.
+    """
+    rule = rule_of(config)
+    files = _tensor_files(folder)
+    tied = bool(config.get_text_config().tie_word_embeddings)
+    name = rule.embedding if tied or rule.weight not in files else rule.weight
+    if name not in files:
+        raise ModelError(f"{folder} holds no tensor '{name}', the output head by its architecture")
+    weight_VH = _read_rows(files[name], name, vocabulary_size)
+    if weight_VH.shape[0] < vocabulary_size:
+        raise ModelError(
+            f"the head in {folder} has {weight_VH.shape[0]} rows, the tokenizer {vocabulary_size} "
+            "ids: model and tokenizer do not belong together"
+        )
+    bias_V = None
+    if rule.bias in files and not tied:
+        bias_V = _read_rows(files[rule.bias], rule.bias, vocabulary_size)
+    scale, softcap = scale_and_softcap(config)
+    return OutputHead(weight_VH=weight_VH, bias_V=bias_V, logit_scale=scale, softcap=softcap)
+
+
+def live_head(model: PreTrainedModel, vocabulary_size: int) -> OutputHead:
+    """The head of a model in memory (views of its parameters)."""
+    linear = model.get_output_embeddings()
+    scale, softcap = scale_and_softcap(model.config)
+    bias_V = getattr(linear, "bias", None)
+    return OutputHead(
+        weight_VH=linear.weight[:vocabulary_size],
+        bias_V=None if bias_V is None else bias_V[:vocabulary_size],
+        logit_scale=scale,
+        softcap=softcap,
+    )
+
+
+def apply_head(hidden_TH: torch.Tensor, head: OutputHead) -> torch.Tensor:
+    """float32 logits [T, V]. For small T only: it holds all of them."""
+    logits_TV = hidden_TH.float() @ head.weight_VH.float().T
+    if head.bias_V is not None:
+        logits_TV += head.bias_V.float()
+    logits_TV *= head.logit_scale
+    if head.softcap is not None:
+        logits_TV = head.softcap * torch.tanh(logits_TV / head.softcap)
+    return logits_TV
+
+
+@torch.no_grad()
+def verify_head(model: PreTrainedModel, head: OutputHead) -> None:
+    """Compare logits rebuilt from hidden states with the model's own. Raises ModelError."""
+    size = head.weight_VH.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(0, size, (1, 8), generator=generator).to(model.device)
+    own_TV = model(input_ids=ids_BT, use_cache=False).logits[0, :, :size].float().cpu()
+    hidden_BTH = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+    rebuilt_TV = apply_head(hidden_BTH[0].cpu(), head)
+    error = ((rebuilt_TV - own_TV).norm() / own_TV.norm()).item()
+    # bfloat16 products round at 2^-8; a forgotten scale, cap or bias is off by far more.
+    if not error < 0.02:
+        raise ModelError(
+            f"logits rebuilt from the hidden states of {type(model).__name__} differ from the "
+            f"model's own (relative error {error:.3g}): its head is not understood"
+        )
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> safetensors file, from the index or from the single file."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = json.loads(index.read_text())["weight_map"]
+        return {name: folder / file for name, file in weight_map.items()}
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        raise ModelError(f"{folder} holds no safetensors weights; convert the checkpoint first")
+    with safe_open(single, framework="pt") as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def _read_rows(path: Path, name: str, num_rows: int) -> torch.Tensor:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_slice(name)[:num_rows]
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"cannot read tensor '{name}' of {path}: {error}") from error

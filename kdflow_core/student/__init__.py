@@ -1,0 +1,1 @@
+"""The student: sharding, optimization, checkpoints, export."""

@@ -1,0 +1,1 @@
+"""Groups of rank processes that end together."""

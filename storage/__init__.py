@@ -1,0 +1,1 @@
+"""Content-addressed artifacts, the hidden-state store in zarr, and byte access over fsspec."""

@@ -1,0 +1,69 @@
+"""Fingerprints of what a run reads from outside the store: data files and model folders.
+
+Local files are fingerprinted by content (XXH3-128), memoized by path, size and modification time;
+remote ones by what their file system reports (an ETag, or size and time).
+"""
+
+import json
+import os
+from pathlib import Path
+
+import fsspec
+import xxhash
+from fsspec.implementations.local import LocalFileSystem
+
+from storage.digest import digest
+from storage.errors import StoreError
+
+BLOCK_BYTES = 1 << 22
+
+
+class Fingerprints:
+    """Content fingerprints with a memo file in `scratch`."""
+
+    def __init__(self, scratch: str) -> None:
+        self._memo_path = Path(scratch) / "fingerprints.json"
+        try:
+            self._memo: dict[str, str] = json.loads(self._memo_path.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            self._memo = {}
+
+    def files(self, pattern: str) -> dict[str, str]:
+        """Base name -> fingerprint of every file that a path, glob, folder or URL names.
+
+        Raises StoreError when nothing matches.
+        """
+        fs, path = fsspec.core.url_to_fs(pattern)
+        if fs.isdir(path):
+            paths = sorted(fs.find(path))
+        elif any(sign in path for sign in "*?["):
+            paths = sorted(p for p in fs.glob(path) if fs.isfile(p))
+        else:
+            paths = [path] if fs.exists(path) else []
+        if not paths:
+            raise StoreError(f"no file at '{pattern}'; check the path (relative ones start at the "
+                             "recipe's folder, or at the current one when given as an override)")
+        start = len(os.path.commonpath([os.path.dirname(p) for p in paths]))
+        return {p[start:].lstrip("/"): self._one(fs, p) for p in paths}
+
+    def _one(self, fs: fsspec.AbstractFileSystem, path: str) -> str:
+        if not isinstance(fs, LocalFileSystem):
+            info = fs.info(path)
+            marks = {key: str(info.get(key)) for key in ("ETag", "etag", "size", "created", "mtime")}
+            return digest(marks)
+        stat = os.stat(path)
+        memo_key = f"{os.path.realpath(path)}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
+        if memo_key not in self._memo:
+            hasher = xxhash.xxh3_128()
+            with open(path, "rb") as file:
+                while block := file.read(BLOCK_BYTES):
+                    hasher.update(block)
+            self._memo[memo_key] = hasher.hexdigest()
+            self._save()
+        return self._memo[memo_key]
+
+    def _save(self) -> None:
+        self._memo_path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._memo_path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(self._memo))
+        os.replace(temporary, self._memo_path)

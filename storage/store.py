@@ -1,0 +1,240 @@
+"""The artifact store: `<root>/artifacts/<kind>/<digest>/` over fsspec, manifest last.
+
+A stage writes its files into the artifact's folder in any order, resuming what an earlier attempt
+left there, and then commits. No manifest, no artifact: readers never see a half-written one.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from pydantic import ValidationError
+
+from storage.artifact import SCHEMA_VERSION, ArtifactRef, FileRecord, Manifest
+from storage.errors import ArtifactMissingError, StoreCorruptError, StoreFullError
+
+MANIFEST = "manifest.json"
+PRODUCERS = ("torch", "transformers", "datasets", "zarr", "prefect", "kdflow")
+
+
+class ArtifactStore:
+    """Finished artifacts under `root` (a folder or an fsspec URL), working files under `scratch`."""
+
+    def __init__(self, *, root: str, scratch: str) -> None:
+        fs, path = fsspec.core.url_to_fs(root)
+        self.fs: fsspec.AbstractFileSystem = fs
+        self.is_local = isinstance(fs, LocalFileSystem)
+        self.root = path.rstrip("/")
+        self.scratch = Path(scratch).absolute()
+
+    def folder(self, kind: str, digest: str) -> str:
+        """The artifact's folder, as a path of `self.fs`."""
+        return f"{self.root}/artifacts/{kind}/{digest}"
+
+    def uri(self, kind: str, digest: str) -> str:
+        """The artifact's folder, as a path or URL that anyone can open."""
+        path = self.folder(kind, digest)
+        return path if self.is_local else str(self.fs.unstrip_protocol(path))
+
+    def workdir(self, kind: str, digest: str) -> Path:
+        """A local folder for the files of an unfinished stage; it survives a crash."""
+        path = self.scratch / kind / digest
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def manifest(self, kind: str, digest: str) -> Manifest:
+        """Read a manifest. Raises ArtifactMissingError, or StoreCorruptError if unreadable."""
+        path = f"{self.folder(kind, digest)}/{MANIFEST}"
+        try:
+            text = self.fs.cat_file(path)
+        except FileNotFoundError as error:
+            raise ArtifactMissingError(f"no artifact {kind}/{digest} in {self.root}") from error
+        try:
+            return Manifest.model_validate_json(text)
+        except ValidationError as error:
+            raise StoreCorruptError(f"{path} is not a manifest: {error}") from error
+
+    def manifests(self, kind: str) -> list[Manifest]:
+        """All readable manifests of a kind, newest first."""
+        found = []
+        for path in self.fs.glob(f"{self.root}/artifacts/{kind}/*/{MANIFEST}"):
+            try:
+                found.append(self.manifest(kind, path.rsplit("/", 2)[-2]))
+            except (ArtifactMissingError, StoreCorruptError):
+                continue  # being removed, or of another schema: it cannot be compared with
+        return sorted(found, key=lambda item: item.created_at, reverse=True)
+
+    def find(self, kind: str, digest: str) -> ArtifactRef | None:
+        """The reference of an intact artifact, else None."""
+        return None if self.why_absent(kind, digest) else self.ref(self.manifest(kind, digest))
+
+    def why_absent(self, kind: str, digest: str) -> str | None:
+        """None if the artifact is intact, else what is wrong: no manifest, or a file's size."""
+        try:
+            manifest = self.manifest(kind, digest)
+        except ArtifactMissingError:
+            return "never finished"
+        except StoreCorruptError as error:
+            return str(error)
+        if manifest.schema_version != SCHEMA_VERSION:
+            return f"schema version {manifest.schema_version}, this kdflow writes {SCHEMA_VERSION}"
+        folder = self.folder(kind, digest)
+        self.fs.invalidate_cache(folder)
+        for record in manifest.files:
+            try:
+                size = self.fs.info(f"{folder}/{record.path}")["size"]
+            except FileNotFoundError:
+                return f"file {record.path} is gone"
+            if size != record.num_bytes:
+                return f"file {record.path} has {size} bytes, recorded were {record.num_bytes}"
+        return None
+
+    def ref(self, manifest: Manifest) -> ArtifactRef:
+        """The reference to a finished artifact."""
+        return ArtifactRef(
+            kind=manifest.kind,
+            digest=manifest.digest,
+            uri=self.uri(manifest.kind, manifest.digest),
+            num_bytes=manifest.num_bytes,
+            counts=manifest.counts,
+        )
+
+    def retract(self, kind: str, digest: str) -> None:
+        """Remove the manifest, so that nobody reads the artifact while it is being mended."""
+        path = f"{self.folder(kind, digest)}/{MANIFEST}"
+        if self.fs.exists(path):
+            self.fs.rm_file(path)
+
+    @contextmanager
+    def exclusive(self, kind: str, digest: str, on_wait: Callable[[], None]) -> Iterator[None]:
+        """Hold a stage alone among the processes of this machine; the kernel frees a dead holder's.
+
+        `on_wait` is called once when another process holds it.
+        """
+        folder = self.scratch / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / f"{kind}-{digest}", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                on_wait()
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def publish(self, kind: str, digest: str, local_folder: Path) -> None:
+        """Move the files of a local folder into the artifact's folder."""
+        target = self.folder(kind, digest)
+        with disk_errors(target):
+            if self.is_local and not os.path.exists(target):
+                Path(target).parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(local_folder, target)
+                return
+            self.fs.makedirs(target, exist_ok=True)
+            for path in sorted(local_folder.rglob("*")):
+                if path.is_file():
+                    name = path.relative_to(local_folder).as_posix()
+                    self.fs.makedirs(f"{target}/{name}".rsplit("/", 1)[0], exist_ok=True)
+                    self.fs.put_file(str(path), f"{target}/{name}")
+        shutil.rmtree(local_folder)
+
+    def commit(
+        self,
+        *,
+        kind: str,
+        digest: str,
+        code_version: int,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        counts: Mapping[str, int],
+        info: Mapping[str, Any],
+        seconds: float,
+    ) -> ArtifactRef:
+        """Record all files in the artifact's folder and write the manifest: now it exists."""
+        folder = self.folder(kind, digest)
+        self.fs.invalidate_cache(folder)
+        sizes = self.fs.find(folder, detail=True)
+        records = [
+            FileRecord(path=path[len(folder) + 1 :], num_bytes=entry["size"])
+            for path, entry in sorted(sizes.items())
+        ]
+        manifest = Manifest(
+            kind=kind,
+            digest=digest,
+            code_version=code_version,
+            config=dict(config),
+            inputs=dict(inputs),
+            files=tuple(r for r in records if not r.path.startswith(MANIFEST)),
+            counts=dict(counts),
+            info=dict(info),
+            seconds=seconds,
+            created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            versions={name: version(name) for name in PRODUCERS},
+        )
+        self.write_whole(f"{folder}/{MANIFEST}", manifest.model_dump_json(indent=1).encode())
+        return self.ref(manifest)
+
+    def write_whole(self, path: str, content: bytes) -> None:
+        """Write a file of `self.fs` so that readers see all of it or nothing."""
+        self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        with disk_errors(path):
+            if not self.is_local:
+                self.fs.pipe_file(path, content)  # an object store shows an object only when whole
+                return
+            temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+
+    def local_copy(self, ref: ArtifactRef) -> Path:
+        """A local folder with the artifact's files; remote ones are downloaded once."""
+        folder = self.folder(ref.kind, ref.digest)
+        if self.is_local:
+            return Path(folder)
+        target = self.scratch / "copies" / ref.kind / ref.digest
+        for record in self.manifest(ref.kind, ref.digest).files:
+            path = target / record.path
+            if not path.is_file() or path.stat().st_size != record.num_bytes:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+                with disk_errors(str(target)):
+                    self.fs.get_file(f"{folder}/{record.path}", str(partial))
+                os.replace(partial, path)
+        return target
+
+    def require_room(self, num_bytes: int, what: str) -> None:
+        """Refuse, before work starts, what will not fit a local disk. Raises StoreFullError."""
+        if not self.is_local:
+            return
+        Path(self.root).mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.root).free
+        if num_bytes > free:
+            raise StoreFullError(
+                f"{what} needs {num_bytes / 1e9:.3f} GB, but {self.root} has {free / 1e9:.3f} GB "
+                "free; point storage.root to a larger disk, or lower data.max_samples"
+            )
+
+
+@contextmanager
+def disk_errors(path: str) -> Iterator[None]:
+    """Turn a full disk into a StoreFullError that names the place."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            raise
+        raise StoreFullError(
+            f"no room left while writing {path} ({os.strerror(error.errno)}); what is finished "
+            "stays: make room or set storage.root to a larger disk, and run again"
+        ) from error

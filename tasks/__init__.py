@@ -1,0 +1,1 @@
+"""Between flows and compute: stage identities, caching, worker launch, wiring."""

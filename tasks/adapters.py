@@ -1,0 +1,92 @@
+"""The store's files as the protocols of the core.
+
+Dimensions: N rows of a sequence, H hidden size.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from kdflow_core.contracts import Example, Examples, HiddenStateSource, TokenSequence
+from storage.errors import RowsMismatchError
+from storage.hidden_states import HiddenStateReader
+from storage.tokens import TokenTable
+
+
+class TokenExamples:
+    """A token table as `Examples`."""
+
+    def __init__(self, table: TokenTable) -> None:
+        self._table = table
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> Example:
+        row = self._table[index]
+        return Example(
+            source=row["source"],
+            student=TokenSequence(
+                ids_T=row["student_ids"], supervised_T=row["student_supervised"].astype(bool)
+            ),
+            teacher=TokenSequence(
+                ids_T=row["teacher_ids"], supervised_T=row["teacher_supervised"].astype(bool)
+            ),
+            answer=row["answer"],
+        )
+
+    def lengths(self, side: str) -> np.ndarray:
+        """See `Examples`."""
+        return self._table.lengths(side)
+
+    def supervised_counts(self, side: str) -> np.ndarray:
+        """See `Examples`."""
+        return self._table.supervised_counts(side)
+
+
+class TeacherSequences:
+    """The teacher's sequences of some rows of some tables, read when they are asked for.
+
+    Raises RowsMismatchError for a row whose digest is not that of its ids.
+    """
+
+    def __init__(self, tables: Sequence[TokenTable], places: Sequence[tuple[int, int]]) -> None:
+        self._tables = tables
+        self._places = places
+
+    def __iter__(self) -> Iterator[TokenSequence]:
+        for table, index in self._places:
+            row = self._tables[table][index]
+            sequence = TokenSequence(
+                ids_T=row["teacher_ids"], supervised_T=row["teacher_supervised"].astype(bool)
+            )
+            if sequence.digest != row["digest"]:
+                raise RowsMismatchError(
+                    f"the ids of token row {index} do not have the digest recorded for them; "
+                    "delete the tokens artifact and run again"
+                )
+            yield sequence
+
+
+class StoredStates:
+    """A hidden-state reader as `HiddenStateSource`."""
+
+    def __init__(self, reader: HiddenStateReader) -> None:
+        self._reader = reader
+
+    def rows_NH(self, sequence: TokenSequence) -> torch.Tensor:  # noqa: N802 - dimensions
+        """See `HiddenStateSource`."""
+        bits_NH = self._reader.rows(sequence.digest, sequence.target_ids_N)
+        return torch.from_numpy(bits_NH.view(np.int16)).view(torch.bfloat16)
+
+
+def bfloat16_bits(states_NH: torch.Tensor) -> np.ndarray:
+    """The bits of bfloat16 states as uint16 [N, H], sharing memory."""
+    return states_NH.contiguous().view(torch.int16).numpy().view(np.uint16)
+
+
+def _protocols(examples: TokenExamples, states: StoredStates) -> None:
+    """Checked by mypy: the adapters satisfy the protocols."""
+    _examples: Examples = examples
+    _states: HiddenStateSource = states

@@ -1,0 +1,43 @@
+"""Prefect's cache, keyed by our own content digests and trusted only when the artifact is intact."""
+
+from pathlib import Path
+from typing import Any
+
+from prefect import Task
+from prefect.cache_policies import CachePolicy
+from prefect.context import TaskRunContext
+
+from storage.artifact import ArtifactRef
+from storage.digest import digest
+from tasks.stages import StageSpec, open_store
+
+
+class StageCachePolicy(CachePolicy):
+    """The key is the artifact's kind and digest, and the store it is in."""
+
+    def compute_key(
+        self,
+        task_ctx: TaskRunContext,  # noqa: ARG002 - Prefect's signature
+        inputs: dict[str, Any],
+        flow_parameters: dict[str, Any],  # noqa: ARG002 - Prefect's signature
+        **kwargs: Any,  # noqa: ARG002 - Prefect's signature
+    ) -> str:
+        """The cache key of a stage task, whose one argument is its StageSpec."""
+        spec: StageSpec = inputs["spec"]
+        store = digest(spec.run.storage.root)[:8]
+        return f"{spec.identity.kind}-{spec.identity.digest}-{store}"
+
+
+def run_cached(task: "Task[[StageSpec], ArtifactRef]", spec: StageSpec) -> ArtifactRef:
+    """Call a stage task. Prefect never looks whether a cached artifact still exists; we do, and
+    refresh the cache when it does not.
+
+    Results lie beside the store's working files, so a new Prefect home does not make them cold.
+    """
+    store = open_store(spec.run)
+    intact = store.find(spec.identity.kind, spec.identity.digest) is not None
+    return task.with_options(
+        refresh_cache=not intact,
+        result_storage=Path(spec.run.storage.scratch).absolute() / "prefect-results",
+        task_run_name=f"{spec.identity.stage}-{spec.identity.digest[:8]}",
+    )(spec=spec)

@@ -1,0 +1,58 @@
+"""Run one stage in worker processes, unless its artifact is there already."""
+
+import logging
+from typing import Any
+
+from kdflow_core.errors import WorkerError
+from kdflow_core.workers.local import run_ranks
+from storage.artifact import ArtifactRef
+from tasks.progress import ProgressLog
+from tasks.stages import StageSpec, open_store
+
+Logger = logging.Logger | logging.LoggerAdapter[Any]
+
+
+def launch_stage(spec: StageSpec, logger: Logger) -> ArtifactRef:
+    """The stage's artifact, computed when it is not there or not intact.
+
+    Raises WorkerError when a worker fails; what it had finished stays for the next attempt.
+    """
+    identity = spec.identity
+    store = open_store(spec.run)
+    logger.info("stage %s, artifact %s/%s", identity.stage, identity.kind, identity.digest)
+
+    def waiting() -> None:
+        logger.info("another process is computing this artifact; waiting for it")
+
+    with store.exclusive(identity.kind, identity.digest, waiting):
+        absent = store.why_absent(identity.kind, identity.digest)
+        if absent is None:
+            logger.info("the artifact is there and intact")
+        else:
+            store.retract(identity.kind, identity.digest)
+            _run_workers(spec, logger)
+        ref = store.find(identity.kind, identity.digest)
+    if ref is None:
+        raise WorkerError(f"stage {identity.stage} ended without its artifact")
+    return ref
+
+
+def _run_workers(spec: StageSpec, logger: Logger) -> None:
+    progress = ProgressLog(logger)
+    num_ranks = spec.run.student.num_ranks if spec.identity.stage == "train" else 1
+
+    def line(rank: int, text: str) -> None:
+        logger.warning("[%s rank %d] %s", spec.identity.stage, rank, text)
+
+    try:
+        run_ranks(
+            module="tasks.worker",
+            request=spec.model_dump_json(),
+            num_ranks=num_ranks,
+            on_event=progress.event,
+            on_line=line,
+        )
+    except WorkerError as error:
+        if error.details:
+            logger.error("%s; its traceback or last output:\n%s", error, error.details)  # noqa: TRY400
+        raise

@@ -1,0 +1,42 @@
+"""The model card of a trained student: what it is, and how to make it again."""
+
+from importlib.metadata import version
+
+import yaml
+
+from tasks.stages import StageSpec
+
+
+def model_card(spec: StageSpec) -> str:
+    """Markdown with the front matter that the hub reads, the run's provenance and its config."""
+    run = spec.run
+    teacher = run.teacher.model.model_dump(mode="json", exclude_none=True)
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["knowledge-distillation", "kdflow"],
+    }
+    inputs = "\n".join(f"| {name} | `{key}` |" for name, key in spec.identity.inputs.items())
+    packages = ", ".join(f"{name} {version(name)}" for name in ("kdflow", "torch", "transformers"))
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False).strip()}
+---
+
+# {run.name}
+
+A student distilled by kdflow from the last hidden states of its teacher
+(`{teacher.get("path") or teacher.get("file")}`), loss
+`{1 - run.loss.kd_ratio:g} * cross-entropy + {run.loss.kd_ratio:g} * {run.loss.divergence.type}`.
+
+## Provenance
+
+Artifact `{spec.identity.digest}`; made with {packages}.
+
+| input | digest |
+|---|---|
+{inputs}
+
+```yaml
+{yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False).strip()}
+```
+"""

@@ -1,0 +1,51 @@
+"""Progress events as readable lines with rate and time left."""
+
+import logging
+import time
+from typing import Any
+
+LINE_INTERVAL_S = 5.0
+
+
+class ProgressLog:
+    """Turns the events of a worker into log lines, one per series every few seconds."""
+
+    def __init__(self, logger: "logging.Logger | logging.LoggerAdapter[Any]") -> None:
+        self._logger = logger
+        self._series: tuple[str, int] | None = None
+        self._first = (0.0, 0)
+        self._last_line = 0.0
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Log a `message` or `progress` event."""
+        if event["event"] == "message":
+            self._logger.info(event["text"])
+        elif event["event"] == "progress":
+            self._progress(event)
+
+    def _progress(self, event: dict[str, Any]) -> None:
+        now, done, total = time.monotonic(), event["done"], event["total"]
+        series = (event["unit"], total)
+        if series != self._series or done < self._first[1]:
+            self._series, self._first = series, (now, done)
+            self._last_line = 0.0
+        if done != total and now - self._last_line < LINE_INTERVAL_S:
+            return
+        self._last_line = now
+        elapsed, gained = now - self._first[0], done - self._first[1]
+        parts = [f"{done:,}" + (f" of {total:,}" if total else "") + f" {event['unit']}"]
+        if gained and elapsed > 0:
+            rate = gained / elapsed
+            parts.append(f"{rate:,.1f} {event['unit']}/s")
+            if total:
+                parts.append(f"{clock((total - done) / rate)} left")
+        if event["detail"]:
+            parts.append(event["detail"])
+        self._logger.info(" | ".join(parts))
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,85 @@
+"""The HTML report of a run: one self-contained file."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import yaml
+from jinja2 import Environment, StrictUndefined
+from matplotlib.figure import Figure
+
+from storage.artifact import Manifest
+from storage.store import ArtifactStore
+from tasks.progress import clock
+from tasks.stages import StageSpec
+from tasks.tracking import read_metrics
+
+TEMPLATE = Path(__file__).parent / "report.html.jinja"
+CURVES = {
+    "loss (nats/token)": (("loss", "total"), ("kd", "divergence"), ("cross_entropy", "cross-entropy")),
+    "learning rate": (("lr", "lr"),),
+    "gradient norm (before clipping)": (("grad_norm", "gradient norm"),),
+    "throughput (tokens/s)": (("tokens_per_s", "tokens/s"),),
+}
+MODELS = ("teacher", "student before", "student after")
+
+
+def write_report(*, spec: StageSpec, store: ArtifactStore, target: Path) -> None:
+    """Render the report from the run's manifests, metrics and evaluation."""
+    manifests = {name: store.manifest(r.kind, r.digest) for name, r in spec.inputs.items()}
+    metrics = read_metrics(store.local_copy(spec.inputs["student"]) / "metrics.jsonl")
+    path = store.local_copy(spec.inputs["evaluation"]) / "evaluation.json"
+    evaluation = json.loads(path.read_text(encoding="utf-8"))
+    tokens = manifests["tokens"]
+    sources = [*tokens.info["read"]]
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        name=spec.run.name,
+        figures=[_curve(title, series, metrics) for title, series in CURVES.items()],
+        models=[m for m in MODELS if m in evaluation["models"]],
+        sources=["all", *sources],
+        scores=evaluation["models"],
+        samples=evaluation["samples"],
+        dropped=tokens.info["dropped"],
+        read=tokens.info["read"],
+        first_dropped=tokens.info["first_dropped"],
+        stages=[_stage_row(name, m) for name, m in manifests.items()],
+        counts=tokens.counts,
+        config=yaml.safe_dump(spec.run.model_dump(mode="json"), sort_keys=False),
+        versions=manifests["student"].versions,
+    )
+    target.write_text(page, encoding="utf-8")
+
+
+def _stage_row(name: str, manifest: Manifest) -> dict[str, Any]:
+    return {
+        "name": name.replace("_", " "),
+        "digest": manifest.digest,
+        "seconds": f"{manifest.seconds:.1f}",
+        "time": clock(manifest.seconds),
+        "bytes": f"{manifest.num_bytes:,}",
+        "counts": ", ".join(f"{v:,} {k.replace('_', ' ')}" for k, v in manifest.counts.items()),
+        "created_at": manifest.created_at,
+    }
+
+
+def _curve(title: str, series: tuple[tuple[str, str], ...], metrics: list[dict[str, Any]]) -> str:
+    """An SVG of some metrics over the steps."""
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9}):
+        figure = Figure(figsize=(5.2, 2.8), layout="constrained")
+        axes = figure.subplots()
+        steps = [record["step"] for record in metrics]
+        for key, label in series:
+            axes.plot(steps, [record[key] for record in metrics], label=label, linewidth=1.5)
+        axes.set_title(title, loc="left")
+        axes.set_xlabel("optimizer step")
+        axes.grid(visible=True, alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(series) > 1:
+            axes.legend(frameon=False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

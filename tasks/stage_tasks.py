@@ -1,0 +1,53 @@
+"""One thin Prefect task per stage: a spec in, an artifact reference out."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from prefect import Task, task
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.logging import get_run_logger
+
+from kdflow_core.errors import WorkerError
+from storage.artifact import ArtifactRef
+from tasks.caching import StageCachePolicy
+from tasks.launch import launch_stage
+from tasks.stages import StageSpec
+
+
+def died_unexpectedly(_task: "Task[..., Any]", _run: TaskRun, state: State[Any]) -> bool:
+    """Retry what a second attempt can mend: a worker that died, not an input that is wrong."""
+    return isinstance(state.data, WorkerError) and not state.data.expected
+
+
+def _run(spec: StageSpec) -> ArtifactRef:
+    return launch_stage(spec, get_run_logger())
+
+
+def _stage_task(name: str, description: str) -> "Task[[StageSpec], ArtifactRef]":
+    return task(
+        name=name,
+        description=description,
+        cache_policy=StageCachePolicy(),
+        persist_result=True,
+        result_serializer="json",
+        retries=1,
+        retry_condition_fn=died_unexpectedly,
+        tags=["kdflow"],
+    )(_run)
+
+
+STAGE_TASKS: Mapping[str, "Task[[StageSpec], ArtifactRef]"] = MappingProxyType(
+    {
+        name: _stage_task(name, description)
+        for name, description in (
+            ("prepare-teacher", "Convert the teacher to a Hugging Face folder"),
+            ("prepare-student", "Make the student's initial weights"),
+            ("tokenize", "Text to supervised token ids"),
+            ("extract", "Teacher hidden states to the store"),
+            ("train", "Distill the student under FSDP2"),
+            ("evaluate", "Held-out scores of teacher and student"),
+            ("report", "The HTML report"),
+        )
+    }
+)

@@ -1,0 +1,90 @@
+"""Training metrics: JSON lines always, TensorBoard and Weights & Biases by config."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from configs.load import ConfigError
+from configs.schema.run import RunConfig
+
+PLOTTED = ("loss", "kd", "cross_entropy", "agreement", "grad_norm", "lr", "tokens_per_s")
+
+
+def check_tracking(run: RunConfig) -> None:
+    """Refuse a tracker that is asked for and not installed. Raises ConfigError."""
+    if run.tracking.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"tracking.wandb_project={run.tracking.wandb_project!r} needs the package wandb: "
+            "pip install wandb, or leave the field out"
+        )
+
+
+class MetricsLog:
+    """Writes the records of a run; a resumed run drops what lies behind its checkpoint first."""
+
+    def __init__(self, *, run: RunConfig, folder: Path, first_step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        kept = [r for r in read_metrics(path) if r["step"] <= first_step]
+        self._file = path.open("w", encoding="utf-8")
+        for record in kept:
+            self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        self._board: Any = None
+        self._wandb: Any = None
+        if run.tracking.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - optional
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        if run.tracking.wandb_project:
+            import wandb  # noqa: PLC0415 - optional
+
+            self._wandb = wandb.init(
+                project=run.tracking.wandb_project,
+                id=folder.name,
+                name=run.name,
+                resume="allow",
+                config=run.model_dump(mode="json"),
+            )
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one step's record."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name in PLOTTED:
+                self._board.add_scalar(f"train/{name}", record[name], record["step"])
+        if self._wandb is not None:
+            self._wandb.log({f"train/{n}": record[n] for n in PLOTTED}, step=record["step"])
+
+    def close(self) -> None:
+        """Flush and close all sinks."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+class NoMetrics:
+    """The sink of ranks other than 0."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Drop the record."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file; a torn last line (from a killed run) is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records

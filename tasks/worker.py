@@ -1,0 +1,104 @@
+"""What a rank runs: a stage spec in, an artifact reference out, everything else as events.
+
+`python -m tasks.worker`, started by `kdflow_core.workers.local`. No Prefect here.
+"""
+
+import logging
+import os
+import sys
+import time
+import traceback
+
+import datasets
+import torch
+import torch.distributed as dist
+import transformers
+
+from configs.load import ConfigError
+from kdflow_core.errors import KdflowError
+from kdflow_core.workers.local import emit, receive_request
+from storage.errors import StoreError
+from tasks.stages import StageSpec
+from tasks.wiring import STAGES, StageRun, default_device
+
+PROGRESS_INTERVAL_S = 1.0
+EXPECTED = (KdflowError, StoreError, ConfigError)
+
+
+class EventReporter:
+    """Progress and messages of rank 0 as events; other ranks stay silent."""
+
+    def __init__(self, rank: int) -> None:
+        self._silent = rank != 0
+        self._last = 0.0
+
+    def progress(self, *, done: int, total: int, unit: str, detail: str = "") -> None:
+        """See `Reporter`; at most one event a second, and the last one always."""
+        now = time.monotonic()
+        if self._silent or (now - self._last < PROGRESS_INTERVAL_S and done != total):
+            return
+        self._last = now
+        emit({"event": "progress", "done": done, "total": total, "unit": unit, "detail": detail})
+
+    def message(self, text: str) -> None:
+        """See `Reporter`."""
+        if not self._silent:
+            emit({"event": "message", "text": text})
+
+
+def main() -> int:
+    """Run one stage as one rank. Returns the exit code."""
+    spec = StageSpec.model_validate_json(receive_request(sys.stdin))
+    rank, num_ranks = int(os.environ["KDFLOW_RANK"]), int(os.environ["KDFLOW_NUM_RANKS"])
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    logging.basicConfig(level=logging.WARNING)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
+    try:
+        if spec.identity.stage == "train":
+            _join(rank, num_ranks)
+        ref = STAGES[spec.identity.stage](StageRun(spec, EventReporter(rank)))
+    except Exception as error:  # the process boundary: every error must reach the launcher
+        _report(error)
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if ref is not None:
+        emit({"event": "result", "ref": ref.model_dump(mode="json")})
+    return 0
+
+
+def _join(rank: int, num_ranks: int) -> None:
+    backend = "cpu:gloo,cuda:nccl" if default_device().type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        init_method=f"file://{os.environ['KDFLOW_RENDEZVOUS']}",
+        rank=rank,
+        world_size=num_ranks,
+    )
+
+
+def _report(error: Exception) -> None:
+    text = "".join(traceback.format_exception(error))
+    message, expected = str(error), isinstance(error, EXPECTED)
+    if not expected and "No space left on device" in text:
+        message, expected = (
+            "the disk is full; what is finished stays: make room, or point storage.root and "
+            "storage.scratch to a larger disk, and run again",
+            True,
+        )
+    elif isinstance(error, torch.OutOfMemoryError | MemoryError):
+        message, expected = (
+            f"out of memory: {error}. Lower student.micro_batch_tokens, teacher.tokens_per_batch "
+            "or loss.chunk_tokens, or set student.activation_checkpointing=true",
+            True,
+        )
+    elif not expected:
+        message = f"{type(error).__name__}: {error}"
+    emit({"event": "error", "message": message, "expected": expected, "traceback": text})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
