@@ -36,6 +36,7 @@ def run(recipe: RecipeArgument, overrides: OverrideArgument = None) -> None:
     config = check_run(recipe, settings)
     # A cold ephemeral server needs more than Prefect's 20 seconds on a busy machine.
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(_without_expected_traceback)
     from flows.kd import kd  # noqa: PLC0415 - importing Prefect reads the settings above
@@ -91,9 +92,9 @@ def _without_expected_traceback(record: logging.LogRecord) -> bool:
 
 def score_table(rows: list[dict[str, Any]]) -> Table:
     """The held-out scores over all sources."""
-    table = Table(title="held-out evaluation")
-    table.add_column("model")
-    for title in ("forward KL (nats/token)", "reverse KL", "top-1 agreement", "perplexity", "answers"):
+    table = Table(title="held-out evaluation (KL to the teacher in nats/token)")
+    table.add_column("model", no_wrap=True)
+    for title in ("forward KL", "reverse KL", "top-1 agreement", "perplexity", "answers right"):
         table.add_column(title, justify="right")
     for row in rows:
         if row["source"] == "all":

@@ -73,6 +73,7 @@ def _start(module: str, rank: int, num_ranks: int, rendezvous: str) -> _Rank:
         "KDFLOW_RENDEZVOUS": rendezvous,
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",  # progress is reported as events
     }
     process = subprocess.Popen(
         [sys.executable, "-m", module],

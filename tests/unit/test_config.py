@@ -1,0 +1,99 @@
+"""Recipes and overrides: what is accepted, and what an error says."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from configs.load import ConfigError, load_run, parse_overrides, recipe_names
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_is_valid(name: str) -> None:
+    assert load_run(name).name
+
+
+def test_overrides_are_yaml_values() -> None:
+    assert parse_overrides(["student.lr=1e-4", "a.b=[1, x]", "c=true", "d=null"]) == {
+        "student.lr": 1e-4,
+        "a.b": [1, "x"],
+        "c": True,
+        "d": None,
+    }
+
+
+def test_an_override_reaches_into_lists_and_sections(make_recipe: Callable[..., Path]) -> None:
+    run = load_run(
+        str(make_recipe()), {"data.sources.0.name": "mine", "loss.divergence": {"type": "reverse_kl"}}
+    )
+    assert run.data.source_names == ("mine",)
+    assert run.loss.divergence.type == "reverse_kl"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"student.lrr": 1}, r"student\.lrr: unknown key 'lrr'; did you mean 'lr'\?"),
+        ({"studnt.lr": 1}, r"studnt: unknown key 'studnt'; did you mean 'student'\?"),
+        ({"data.sources.0.pth": "x"}, r"data\.sources\.0\.pth: .*did you mean 'path'"),
+        ({"student.lr": "abc"}, r"student\.lr = 'abc': Input should be a valid number"),
+        ({"student.lr": -1.0}, r"student\.lr = -1\.0: .*greater than 0"),
+        ({"student.max_steps": 1.5}, r"student\.max_steps = 1\.5: "),
+        ({"student.max_steps": "3"}, r"student\.max_steps = '3': "),
+        ({"student.epochs": 2}, r"exactly one of `epochs` and `max_steps`"),
+        ({"loss.divergence.type": "forwardkl"}, r"loss\.divergence: .*'forward_kl', 'reverse_kl'"),
+        ({"teacher.context_length": 64}, r"max_length=128 exceeds teacher\.context_length=64"),
+        ({"storage.shard_rows": 100}, r"shard_rows=100 is not a multiple of chunk_rows=32"),
+        ({"data.sources.0.path": "x.csv"}, r"cannot tell the format of '.*x\.csv'"),
+        ({"data.sources.3.path": "x"}, r"'3' is not an index below 1"),
+        ({"student.lr.x": 1}, r"'student\.lr': it holds 0\.003, not a section"),
+        ({"name": "Bad Name"}, r"name = 'Bad Name'"),
+    ],
+)
+def test_bad_values_are_refused_by_path(
+    make_recipe: Callable[..., Path], overrides: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_run(str(make_recipe()), overrides)
+
+
+def test_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'quickstart'"):
+        load_run("quickstrat")
+
+
+def test_missing_recipe_file_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"no recipe file 'no/such\.yaml'"):
+        load_run("no/such.yaml")
+
+
+def test_broken_yaml_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("name: x\ndata: [1,\n")
+    with pytest.raises(ConfigError, match=r"(?s)broken\.yaml is not valid YAML.*line 3"):
+        load_run(str(path))
+
+
+def test_override_without_value_is_explained() -> None:
+    with pytest.raises(ConfigError, match=r"not of the form section\.field=value"):
+        parse_overrides(["student.lr"])
+
+
+def test_weights_on_some_sources_only(make_recipe: Callable[..., Path], data_file: Path) -> None:
+    sources = [
+        {"type": "files", "path": str(data_file), "name": "a", "weight": 1.0},
+        {"type": "files", "path": str(data_file), "name": "b"},
+    ]
+    with pytest.raises(ConfigError, match="give it to all or to none"):
+        load_run(str(make_recipe()), {"data.sources": sources})
+
+
+def test_relative_paths_start_at_the_recipe(tmp_path: Path, make_recipe: Callable[..., Path]) -> None:
+    recipe = make_recipe()
+    recipe.write_text(recipe.read_text().replace("path: /", "path: /", 1))
+    run = load_run(str(recipe), {"data.sources.0.path": "here.jsonl"})
+    assert run.data.sources[0].path == str(Path.cwd() / "here.jsonl")
+    text = recipe.read_text()
+    start = text.index("path: ") + len("path: ")
+    recipe.write_text(text[:start] + "beside.jsonl" + text[text.index("\n", start) :])
+    assert load_run(str(recipe)).data.sources[0].path == str(tmp_path / "beside.jsonl")

@@ -1,0 +1,71 @@
+"""The training plan: every sequence once an epoch, however the work is divided."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdflow_core.batching import batch_by_tokens
+from kdflow_core.student.plan import TrainingPlan, learning_rate
+
+LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=40)
+
+
+def make_plan(lengths: list[int], *, ranks: int = 1, batch: int = 8, budget: int = 64) -> TrainingPlan:
+    return TrainingPlan(
+        lengths=np.array(lengths),
+        supervised_counts=np.array(lengths) // 2,
+        global_batch_size=batch,
+        micro_batch_tokens=budget,
+        num_ranks=ranks,
+        seed=7,
+        epochs=2,
+        max_steps=None,
+    )
+
+
+@given(LENGTHS, st.integers(1, 5), st.integers(1, 9))
+def test_an_epoch_sees_every_sequence_once_on_any_number_of_ranks(
+    lengths: list[int], ranks: int, batch: int
+) -> None:
+    plan = make_plan(lengths, ranks=ranks, batch=batch)
+    for epoch in range(2):
+        seen: list[int] = []
+        for step in range(plan.steps_per_epoch):
+            batches = plan.step(epoch * plan.steps_per_epoch + step)
+            counts = {len(micro) for micro in batches.micro_batches}
+            assert len(counts) == 1  # the ranks' collectives stay in step
+            chosen = [i for rank in batches.micro_batches for micro in rank for i in micro]
+            assert batches.num_tokens == sum(lengths[i] // 2 for i in chosen)
+            assert sorted(chosen) == sorted(plan.sequences(epoch * plan.steps_per_epoch + step))
+            seen += chosen
+        assert sorted(seen) == list(range(len(lengths)))
+
+
+@given(LENGTHS, st.integers(10, 100))
+def test_batches_stay_within_the_token_budget(lengths: list[int], budget: int) -> None:
+    batches = batch_by_tokens(lengths, budget)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
+
+
+def test_epochs_differ_and_are_repeatable() -> None:
+    plan, again = make_plan(list(range(2, 60))), make_plan(list(range(2, 60)))
+    assert plan.sequences(0) == again.sequences(0)
+    assert plan.sequences(0) != plan.sequences(plan.steps_per_epoch)
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    rates = [
+        learning_rate(step=s, num_steps=11, peak=1.0, warmup_fraction=0.2, min_ratio=0.1)
+        for s in range(11)
+    ]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[6] == pytest.approx(0.55)  # half-way down the cosine from 1 to 0.1
+    assert rates[-1] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[2:], rates[3:], strict=False))
+
+
+def test_no_warmup_starts_at_the_peak() -> None:
+    assert learning_rate(step=0, num_steps=5, peak=2.0, warmup_fraction=0.0, min_ratio=0.0) == 2.0

@@ -1,0 +1,194 @@
+"""The tokenize stage: sources, blending, split, and what is dropped."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import fsspec
+import pytest
+from transformers import AutoTokenizer
+
+from configs.schema.data import DataConfig
+from kdflow_core.contracts import Example
+from kdflow_core.data.rendering import Renderer
+from kdflow_core.data.tokenization import Split, Tally, blend_counts, tokenize
+from kdflow_core.errors import DataError
+from tests.conftest import SilentReporter
+
+ROWS = [{"prompt": f"number {i}", "completion": f"answer {i}", "answer": str(i)} for i in range(60)]
+
+
+def write_jsonl(path: Path, rows: list[object]) -> Path:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def renderer(teacher_folder: Path) -> Renderer:
+    tokenizer = AutoTokenizer.from_pretrained(teacher_folder)
+    return Renderer(tokenizer=tokenizer, template=None, template_args={}, supervise="all")
+
+
+def run(
+    renderer: Renderer, config: dict[str, object], *, teacher: Renderer | None = None
+) -> tuple[list[tuple[Split, Example]], Tally]:
+    tally = Tally()
+    examples = tokenize(
+        config=DataConfig.model_validate_json(json.dumps({"heldout_fraction": 0.3} | config)),
+        seed=0,
+        student=renderer,
+        teacher=teacher or renderer,
+        max_student_length=256,
+        max_teacher_length=256,
+        reporter=SilentReporter(),
+        tally=tally,
+    )
+    return list(examples), tally
+
+
+def files(path: Path | str, **fields: object) -> dict[str, object]:
+    return {"type": "files", "path": str(path)} | fields
+
+
+def test_jsonl_parquet_arrow_and_saved_folders_read_alike(tmp_path: Path, renderer: Renderer) -> None:
+    dataset = datasets.Dataset.from_list(ROWS)
+    dataset.to_parquet(tmp_path / "d.parquet")
+    dataset.save_to_disk(tmp_path / "saved")
+    arrow = next((tmp_path / "saved").glob("*.arrow"))
+    write_jsonl(tmp_path / "d.jsonl", ROWS)
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/kdflow-test/d.jsonl", (tmp_path / "d.jsonl").read_bytes())
+    sources = [
+        files(tmp_path / "d.jsonl"),
+        files(tmp_path / "d.parquet"),
+        files(arrow),
+        files(tmp_path / "*.jsonl", format="jsonl"),
+        files("memory://kdflow-test/d.jsonl"),
+        {"type": "save_to_disk", "path": str(tmp_path / "saved")},
+    ]
+    seen = []
+    for source in sources:
+        examples, tally = run(renderer, {"sources": [source]})
+        assert not tally.dropped
+        seen.append([(split, e.teacher.digest, e.answer) for split, e in examples])
+    assert len(seen[0]) == len(ROWS)
+    assert all(other == seen[0] for other in seen)
+
+
+def test_split_goes_by_content_and_not_by_position(tmp_path: Path, renderer: Renderer) -> None:
+    def sides(rows: list[object]) -> dict[bytes, Split]:
+        examples, _ = run(renderer, {"sources": [files(write_jsonl(tmp_path / "d.jsonl", rows))]})
+        return {e.teacher.digest: split for split, e in examples}
+
+    before = sides(list(ROWS))
+    after = sides([{"prompt": "new", "completion": "sample"}, *reversed(ROWS)])
+    assert before.items() <= after.items()
+    share = Counter(before.values())["heldout"] / len(before)
+    assert 0.1 < share < 0.5
+
+
+def test_what_is_dropped_is_counted_by_reason(tmp_path: Path, renderer: Renderer) -> None:
+    rows = [
+        *ROWS,
+        "{broken",
+        '"text"',
+        "",
+        {"prompt": "x", "completion": ""},
+        {"prompt": "x " * 300, "completion": "y"},
+        {"other": 1},
+    ]
+    path = write_jsonl(tmp_path / "d.jsonl", rows)
+    examples, tally = run(renderer, {"sources": [files(path)], "max_malformed_fraction": 0.1})
+    assert len(examples) == len(ROWS)
+    assert tally.read["d.jsonl"] == len(rows)
+    assert tally.dropped["d.jsonl"] == {
+        "malformed": 2,
+        "blank_line": 1,
+        "empty": 1,
+        "too_long": 1,
+        "missing_column": 1,
+    }
+
+
+def test_too_many_malformed_lines_are_refused_with_the_first(tmp_path: Path, renderer: Renderer) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", [*ROWS[:3], "{broken"])
+    with pytest.raises(DataError, match=r"1 of 4 samples .*d\.jsonl line 4 is not JSON") as caught:
+        run(renderer, {"sources": [files(path)]})
+    assert "max_malformed_fraction" in str(caught.value)
+
+
+def test_a_wrong_column_is_refused_by_name(tmp_path: Path, renderer: Renderer) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", [{"question": "a", "response": "b"}])
+    with pytest.raises(DataError, match=r"\['question', 'response'\] fit none of the layouts"):
+        run(renderer, {"sources": [files(path)]})
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path: Path, renderer: Renderer) -> None:
+    with pytest.raises(DataError, match=r"cannot read data source .*none\.jsonl"):
+        run(renderer, {"sources": [files(tmp_path / "none.jsonl")]})
+
+
+def test_an_empty_file_is_refused(tmp_path: Path, renderer: Renderer) -> None:
+    with pytest.raises(DataError, match="no sample is left of 0 read"):
+        run(renderer, {"sources": [files(write_jsonl(tmp_path / "d.jsonl", []))]})
+
+
+def test_an_empty_split_is_refused(tmp_path: Path, renderer: Renderer) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", ROWS[:3])
+    with pytest.raises(DataError, match=r"heldout split is empty .*heldout_fraction \(now 1e-06"):
+        run(renderer, {"sources": [files(path)], "heldout_fraction": 1e-6})
+
+
+def test_a_dict_of_splits_asks_for_one(tmp_path: Path, renderer: Renderer) -> None:
+    split = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})
+    split.save_to_disk(tmp_path / "d")
+    with pytest.raises(DataError, match="several splits .*name one: .*d/train"):
+        run(renderer, {"sources": [{"type": "save_to_disk", "path": str(tmp_path / "d")}]})
+
+
+def test_blending_takes_the_shares(tmp_path: Path, renderer: Renderer) -> None:
+    a = write_jsonl(tmp_path / "a.jsonl", list(ROWS))
+    b = write_jsonl(tmp_path / "b.jsonl", [{"prompt": f"b {i}", "completion": "c"} for i in range(30)])
+    config = {"sources": [files(a, weight=1.0), files(b, weight=2.0)], "max_samples": 30}
+    examples, _ = run(renderer, config)
+    assert Counter(e.source for _, e in examples) == {"a.jsonl": 10, "b.jsonl": 20}
+
+
+def test_max_samples_of_a_source(tmp_path: Path, renderer: Renderer) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", list(ROWS))
+    examples, _ = run(renderer, {"sources": [files(path, max_samples=25)]})
+    assert len(examples) == 25
+
+
+@pytest.mark.parametrize(
+    ("available", "weights", "limit", "expected"),
+    [
+        ([100, 10], [1.0, 1.0], None, [10, 10]),
+        ([100, 10], [9.0, 1.0], None, [90, 10]),
+        ([100, 100], [2.0, 1.0], 10, [7, 3]),
+        ([30, 10], [None, None], 8, [6, 2]),
+        ([0, 0], [None, None], 8, [0, 0]),
+        ([5, 7], [None, None], 100, [5, 7]),
+    ],
+)
+def test_blend_counts(
+    available: list[int], weights: list[float | None], limit: int | None, expected: list[int]
+) -> None:
+    assert blend_counts(available=available, weights=weights, max_samples=limit) == expected
+
+
+def test_templates_may_differ_around_the_same_answer(
+    tmp_path: Path, renderer: Renderer, teacher_folder: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(teacher_folder)
+    template = "{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+    bare = Renderer(tokenizer=tokenizer, template=template, template_args={}, supervise="all")
+    path = write_jsonl(tmp_path / "d.jsonl", list(ROWS))
+    examples, tally = run(renderer, {"sources": [files(path)]}, teacher=bare)
+    assert not tally.dropped
+    assert len(examples[0][1].teacher.ids_T) < len(examples[0][1].student.ids_T)
+    other_end = template.replace("<|im_end|>", "<|endoftext|>")
+    other = Renderer(tokenizer=tokenizer, template=other_end, template_args={}, supervise="all")
+    with pytest.raises(DataError, match="supervise different tokens"):
+        run(renderer, {"sources": [files(path)]}, teacher=other)
