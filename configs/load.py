@@ -23,7 +23,7 @@ class _Loader(yaml.SafeLoader):
     """YAML as its version 1.2 reads numbers: `1e-4` is a float."""
 
 
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+0123456789."),
@@ -33,7 +33,7 @@ _Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
 def parse_yaml(text: str, where: str) -> Any:
     """YAML text as plain values. Raises ConfigError with the line when it does not parse."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not valid YAML: {error}") from error
 

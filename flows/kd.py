@@ -15,7 +15,9 @@ from tasks.stages import StageSpec
 
 
 @flow(name="kd", description="Distill a teacher into a student.", validate_parameters=True)
-def kd(recipe: str = "quickstart", overrides: dict[str, Any] | None = None) -> dict[str, ArtifactRef]:
+def kd(
+    recipe: str = "quickstart", overrides: dict[str, Any] | None = None
+) -> dict[str, ArtifactRef]:
     """Run a recipe with dotted overrides; finished stages come from cache.
 
     Returns the artifact references by name (teacher_model, tokens, states, student ...).

@@ -1,1 +1,1 @@
-"""Pure compute: data, models, losses, teacher, student, evaluation. No paths, no Prefect, no store."""
+"""Pure compute: data, models, losses, teacher, student, evaluation. No Prefect, no store."""

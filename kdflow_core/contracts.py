@@ -43,7 +43,7 @@ class TokenSequence:
     @property
     def target_ids_N(self) -> np.ndarray:
         """The supervised tokens, as int32."""
-        return self.ids_T[self.supervised_T].astype(np.int32)
+        return np.asarray(self.ids_T[self.supervised_T], dtype=np.int32)
 
     @property
     def prompt_ids_T(self) -> np.ndarray:
@@ -70,6 +70,7 @@ class Examples(Protocol):
     """Random access to the examples of one split, with their lengths known up front."""
 
     def __len__(self) -> int: ...
+
     def __getitem__(self, index: int) -> Example: ...
     def lengths(self, side: str) -> np.ndarray:
         """Tokens per example, `side` being student or teacher."""
@@ -109,7 +110,10 @@ class TeacherEngine(Protocol):
     """Computes post-norm hidden states."""
 
     @property
-    def hidden_size(self) -> int: ...
+    def hidden_size(self) -> int:
+        """H."""
+        ...
+
     def hidden_states(self, sequences: Iterable[TokenSequence]) -> Iterator[torch.Tensor]:
         """One bfloat16 tensor [N, H] per sequence, in order, on the CPU."""
         ...
@@ -134,4 +138,6 @@ class Reporter(Protocol):
 class MetricsSink(Protocol):
     """Receives one record of scalars per optimizer step."""
 
-    def write(self, record: dict[str, Any]) -> None: ...
+    def write(self, record: dict[str, Any]) -> None:
+        """Take one step's record."""
+        ...

@@ -41,15 +41,19 @@ class Fingerprints:
         else:
             paths = [path] if fs.exists(path) else []
         if not paths:
-            raise StoreError(f"no file at '{pattern}'; check the path (relative ones start at the "
-                             "recipe's folder, or at the current one when given as an override)")
+            raise StoreError(
+                f"no file at '{pattern}'; check the path (relative ones start at the "
+                "recipe's folder, or at the current one when given as an override)"
+            )
         start = len(os.path.commonpath([os.path.dirname(p) for p in paths]))
         return {p[start:].lstrip("/"): self._one(fs, p) for p in paths}
 
     def _one(self, fs: fsspec.AbstractFileSystem, path: str) -> str:
         if not isinstance(fs, LocalFileSystem):
             info = fs.info(path)
-            marks = {key: str(info.get(key)) for key in ("ETag", "etag", "size", "created", "mtime")}
+            marks = {
+                key: str(info.get(key)) for key in ("ETag", "etag", "size", "created", "mtime")
+            }
             return digest(marks)
         stat = os.stat(path)
         memo_key = f"{os.path.realpath(path)}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"

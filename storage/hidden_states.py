@@ -90,7 +90,7 @@ class StoredSequence:
 
 
 class HiddenStateWriter:
-    """Streams the rows of a planned list of sequences into shards, one shard in memory at a time."""
+    """Streams the rows of planned sequences into shards, one shard in memory at a time."""
 
     def __init__(
         self,
@@ -130,13 +130,14 @@ class HiddenStateWriter:
                 return shard
         return self.layout.num_shards
 
+    def _shard_objects(self, shard: int) -> list[str]:
+        """The paths of a shard's objects that exist; zarr leaves out one of nothing but zeros."""
+        names = (f"hidden/c/{shard}/0/0", f"target_ids/c/{shard}/0")
+        paths = [f"{self._folder}/states.zarr/{name}" for name in names]
+        return [path for path in paths if self._store.fs.exists(path)]
+
     def _shard_bytes(self, shard: int) -> int:
-        """The size of a shard's objects; an absent one (nothing but zeros in it) counts 0."""
-        total = 0
-        for name in (f"hidden/c/{shard}/0/0", f"target_ids/c/{shard}/0"):
-            path = f"{self._folder}/states.zarr/{name}"
-            total += self._store.fs.size(path) if self._store.fs.exists(path) else 0
-        return total
+        return sum(self._store.fs.size(path) for path in self._shard_objects(shard))
 
     def _commit_path(self, shard: int) -> str:
         return f"{self._folder}/commits/{shard:05d}.json"
@@ -166,6 +167,9 @@ class HiddenStateWriter:
     def _write_shard(self, num_rows: int, *, keep_last: bool) -> None:
         shard = self._shard
         carried = [self._ended.pop()] if keep_last else []
+        # zarr reads a shard before it overwrites it, and fails on what a crash left of it.
+        for path in self._shard_objects(shard):
+            self._store.fs.rm_file(path)
         with disk_errors(self._folder):
             self._hidden[shard] = self._buffer_SH
             self._targets[shard] = self._target_S
@@ -196,7 +200,9 @@ class HiddenStateWriter:
         if self._shard < self.layout.num_shards:
             self._write_shard(rest, keep_last=False)
         parts = [
-            pq.read_table(io.BytesIO(self._store.fs.cat_file(f"{self._folder}/index/{k:05d}.parquet")))
+            pq.read_table(
+                io.BytesIO(self._store.fs.cat_file(f"{self._folder}/index/{k:05d}.parquet"))
+            )
             for k in range(self.layout.num_shards)
         ]
         self._write_parquet("index.parquet", pa.concat_tables(parts))
@@ -285,9 +291,9 @@ def _short_key(digest: bytes) -> int:
 
 
 def _index_table(rows: list[tuple[bytes, int, int, int]]) -> pa.Table:
-    columns = list(zip(*rows, strict=True)) or [[], [], [], []]
-    arrays = [pa.array(c, f.type) for c, f in zip(columns, INDEX_SCHEMA, strict=True)]
-    return pa.table(arrays, schema=INDEX_SCHEMA)
+    return pa.Table.from_pylist(
+        [dict(zip(INDEX_SCHEMA.names, row, strict=True)) for row in rows], schema=INDEX_SCHEMA
+    )
 
 
 def _open_arrays(store: ArtifactStore, kind: str, digest: str, layout: Layout) -> tuple[Any, Any]:
@@ -298,7 +304,7 @@ def _open_arrays(store: ArtifactStore, kind: str, digest: str, layout: Layout) -
     else:
         zarr_store = zarr.storage.FsspecStore.from_url(f"{store.uri(kind, digest)}/states.zarr")
     with disk_errors(store.folder(kind, digest)):
-        group = zarr.open_group(zarr_store, mode="a")
+        group: Any = zarr.open_group(zarr_store, mode="a")
         shape = (layout.num_shards, layout.shard_rows, layout.hidden_size)
         if "target_ids" not in group:  # created last
             attributes = {"logical_dtype": "bfloat16", "meaning": "row i predicts target_ids[i]"}
@@ -313,7 +319,12 @@ def _open_arrays(store: ArtifactStore, kind: str, digest: str, layout: Layout) -
 
 
 def _create(
-    group: Any, name: str, shape: tuple[int, ...], chunk_rows: int, dtype: str, attrs: dict[str, str]
+    group: Any,
+    name: str,
+    shape: tuple[int, ...],
+    chunk_rows: int,
+    dtype: str,
+    attrs: dict[str, str],
 ) -> None:
     group.create_array(
         name,

@@ -28,7 +28,7 @@ PRODUCERS = ("torch", "transformers", "datasets", "zarr", "prefect", "kdflow")
 
 
 class ArtifactStore:
-    """Finished artifacts under `root` (a folder or an fsspec URL), working files under `scratch`."""
+    """Finished artifacts under `root` (a folder or fsspec URL), working files under `scratch`."""
 
     def __init__(self, *, root: str, scratch: str) -> None:
         fs, path = fsspec.core.url_to_fs(root)

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from storage.errors import StoreCorruptError
 from storage.store import disk_errors
@@ -87,9 +88,8 @@ class TokenTable(Sequence[Mapping[str, Any]]):
         return self._list_offsets(f"{side}_ids")
 
     def _list_offsets(self, column: str) -> np.ndarray:
-        import pyarrow.compute as pc  # noqa: PLC0415 - loads half of Arrow, needed only here
-
-        return pc.list_value_length(self._table.column(column)).to_numpy().astype(np.int64)
+        lengths = pc.list_value_length(self._table.column(column)).to_numpy()
+        return np.asarray(lengths, dtype=np.int64)
 
     def supervised_counts(self, side: str) -> np.ndarray:
         """Supervised tokens of each sequence. Shape [num_sequences]."""
@@ -98,7 +98,7 @@ class TokenTable(Sequence[Mapping[str, Any]]):
         flat = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks]
         running = np.concatenate([[0], np.cumsum(np.concatenate([*flat, []]))])
         ends = np.cumsum(lengths)
-        return (running[ends] - running[ends - lengths]).astype(np.int64)
+        return np.asarray(running[ends] - running[ends - lengths], dtype=np.int64)
 
     def digests(self) -> list[bytes]:
         """The digest of each row's teacher sequence."""

@@ -75,7 +75,7 @@ class StoredStates:
     def __init__(self, reader: HiddenStateReader) -> None:
         self._reader = reader
 
-    def rows_NH(self, sequence: TokenSequence) -> torch.Tensor:  # noqa: N802 - dimensions
+    def rows_NH(self, sequence: TokenSequence) -> torch.Tensor:
         """See `HiddenStateSource`."""
         bits_NH = self._reader.rows(sequence.digest, sequence.target_ids_N)
         return torch.from_numpy(bits_NH.view(np.int16)).view(torch.bfloat16)

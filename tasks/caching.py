@@ -1,4 +1,4 @@
-"""Prefect's cache, keyed by our own content digests and trusted only when the artifact is intact."""
+"""Prefect's cache, keyed by our content digests, trusted only when the artifact is intact."""
 
 from pathlib import Path
 from typing import Any
@@ -40,4 +40,4 @@ def run_cached(task: "Task[[StageSpec], ArtifactRef]", spec: StageSpec) -> Artif
         refresh_cache=not intact,
         result_storage=Path(spec.run.storage.scratch).absolute() / "prefect-results",
         task_run_name=f"{spec.identity.stage}-{spec.identity.digest[:8]}",
-    )(spec=spec)
+    )(spec)

@@ -37,7 +37,11 @@ class ProgressLog:
         if gained and elapsed > 0:
             rate = gained / elapsed
             per_second = f"{rate:,.1f} {event['unit']}/s"
-            parts.append(per_second if rate >= 1 else f"{1 / rate:,.1f} s per {event['unit'].removesuffix('s')}")
+            parts.append(
+                per_second
+                if rate >= 1
+                else f"{1 / rate:,.1f} s per {event['unit'].removesuffix('s')}"
+            )
             if total:
                 parts.append(f"{clock((total - done) / rate)} left")
         if event["detail"]:

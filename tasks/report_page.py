@@ -18,7 +18,11 @@ from tasks.tracking import read_metrics
 
 TEMPLATE = Path(__file__).parent / "report.html.jinja"
 CURVES = {
-    "loss (nats/token)": (("loss", "total"), ("kd", "divergence"), ("cross_entropy", "cross-entropy")),
+    "loss (nats/token)": (
+        ("loss", "total"),
+        ("kd", "divergence"),
+        ("cross_entropy", "cross-entropy"),
+    ),
     "learning rate": (("lr", "lr"),),
     "gradient norm (before clipping)": (("grad_norm", "gradient norm"),),
     "throughput (tokens/s)": (("tokens_per_s", "tokens/s"),),

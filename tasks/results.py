@@ -31,7 +31,9 @@ def evaluation_rows(run: RunConfig, ref: ArtifactRef) -> list[dict[str, Any]]:
     """One row per model and source (`all` first) with the scores that there are."""
     path = open_store(run).local_copy(ref) / "evaluation.json"
     models = json.loads(path.read_text(encoding="utf-8"))["models"]
-    sources = sorted({s for scores in models.values() for s in scores}, key=lambda s: (s != "all", s))
+    sources = sorted(
+        {s for scores in models.values() for s in scores}, key=lambda s: (s != "all", s)
+    )
     rows = []
     for source in sources:
         for model, scores in models.items():

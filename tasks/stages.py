@@ -214,9 +214,11 @@ def _differences(identity: StageIdentity, manifest: Manifest) -> list[str]:
     if identity.code_version != manifest.code_version:
         lines.append(f"code version: {manifest.code_version} -> {identity.code_version}")
     old, new = _flatten(manifest.config), _flatten(identity.config)
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            lines.append(f"{key}: {old.get(key, '(unset)')} -> {new.get(key, '(unset)')}")
+    lines += [
+        f"{key}: {old.get(key, '(unset)')} -> {new.get(key, '(unset)')}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
     for name in sorted(manifest.inputs.keys() | identity.inputs.keys()):
         before, after = manifest.inputs.get(name, "none"), identity.inputs.get(name, "none")
         if before != after:
@@ -250,7 +252,9 @@ def _model_identity(
     folder = resolve_folder(model.path, model.revision, weights=False)
     if folder.parent.name == "snapshots":  # the hub's cache names folders by commit
         return digest({"hub": model.path, "commit": folder.name})
-    wanted = {name: mark for name, mark in prints.files(str(folder)).items() if _is_model_file(name)}
+    wanted = {
+        name: mark for name, mark in prints.files(str(folder)).items() if _is_model_file(name)
+    }
     return digest({"files": wanted})
 
 
@@ -306,7 +310,9 @@ def _source_identity(source: Source, prints: Fingerprints) -> str:
 
 
 def _tokens_slice(run: RunConfig) -> dict[str, Any]:
-    data = run.data.model_dump(mode="json", exclude={"sources", "max_length", "max_malformed_fraction"})
+    data = run.data.model_dump(
+        mode="json", exclude={"sources", "max_length", "max_malformed_fraction"}
+    )
     data["sources"] = [
         {"name": name} | source.model_dump(mode="json", include=set(_SOURCE_FIELDS))
         for name, source in zip(run.data.source_names, run.data.sources, strict=True)

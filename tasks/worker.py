@@ -19,7 +19,8 @@ from kdflow_core.errors import KdflowError
 from kdflow_core.workers.local import emit, receive_request
 from storage.errors import StoreError
 from tasks.stages import StageSpec
-from tasks.wiring import STAGES, StageRun, default_device
+from tasks.wiring import STAGES
+from tasks.wiring.stage_run import StageRun, default_device
 
 PROGRESS_INTERVAL_S = 1.0
 EXPECTED = (KdflowError, StoreError, ConfigError)
@@ -59,7 +60,7 @@ def main() -> int:
         if spec.identity.stage == "train":
             _join(rank, num_ranks)
         ref = STAGES[spec.identity.stage](StageRun(spec, EventReporter(rank)))
-    except Exception as error:  # the process boundary: every error must reach the launcher
+    except Exception as error:  # noqa: BLE001 - the process boundary: all must reach the launcher
         _report(error)
         return 1
     finally:

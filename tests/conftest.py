@@ -16,7 +16,8 @@ from configs.load import load_run
 from configs.schema.run import RunConfig
 from storage.artifact import ArtifactRef
 from tasks.stages import StageSpec, plan_stages
-from tasks.wiring import STAGES, StageRun
+from tasks.wiring import STAGES
+from tasks.wiring.stage_run import StageRun
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
@@ -90,7 +91,11 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """120 sums, as prompt, completion and answer."""
     path = tmp_path_factory.mktemp("data") / "sums.jsonl"
     rows = [
-        {"prompt": f"{a} plus {b}?", "completion": f"It is {a + b}." * (1 + a % 3), "answer": str(a + b)}
+        {
+            "prompt": f"{a} plus {b}?",
+            "completion": f"It is {a + b}." * (1 + a % 3),
+            "answer": str(a + b),
+        }
         for a in range(12)
         for b in range(10)
     ]

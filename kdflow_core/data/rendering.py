@@ -104,7 +104,7 @@ class Renderer:
     def _ids(self, messages: list[dict[str, str]], *, prompt: bool) -> list[int]:
         return list(self._apply(messages, add_generation_prompt=prompt)["input_ids"])
 
-    def _apply(self, messages: list[dict[str, str]], **options: bool) -> Any:
+    def _apply(self, messages: list[dict[str, str]], **options: Any) -> Any:
         try:
             return self._tokenizer.apply_chat_template(
                 messages,

@@ -190,7 +190,8 @@ def _refuse_empty(kept: Counter[str], tally: Tally, config: DataConfig) -> None:
     details = "; ".join(f"{r}: {d}" for r, d in tally.first_detail.items())
     if not kept.total():
         raise DataError(
-            f"no sample is left of {tally.read.total()} read; dropped: {reasons or 'none'}. {details}"
+            f"no sample is left of {tally.read.total()} read; dropped: {reasons or 'none'}. "
+            f"{details}"
         )
     for split in ("train", "heldout"):
         if not kept[split]:

@@ -7,7 +7,9 @@ import re
 import string
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -37,9 +39,10 @@ def generate_greedily(
         ids_BT = torch.full((len(prompts), width), pad_id)
         mask_BT = torch.zeros_like(ids_BT)
         for row, prompt in enumerate(prompts):
-            ids_BT[row, width - len(prompt) :] = torch.from_numpy(prompt).long()
+            ids_BT[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
             mask_BT[row, width - len(prompt) :] = 1
-        output_BT = model.generate(
+        generate: Any = model.generate
+        output_BT = generate(
             input_ids=ids_BT.to(model.device),
             attention_mask=mask_BT.to(model.device),
             max_new_tokens=max_new_tokens,

@@ -67,19 +67,17 @@ def train_offpolicy(
         )
         seconds = time.perf_counter() - started
         record = _record(step + 1, batches.epoch, lr, result, seconds)
-        num_tokens = int(plan.lengths[plan.sequences(step)].sum())
-        record["tokens_per_s"] = num_tokens / seconds
+        rate = int(plan.lengths[plan.sequences(step)].sum()) / seconds
+        record["tokens_per_s"] = rate
         metrics.write(record)
         reporter.progress(
             done=step + 1,
             total=plan.num_steps,
             unit="steps",
-            detail=f"loss {result.loss:.4f}, kd {result.kd:.4f}, {record['tokens_per_s']:.0f} tokens/s",
+            detail=f"loss {result.loss:.4f}, kd {result.kd:.4f}, {rate:,.0f} tokens/s",
         )
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == plan.num_steps:
-            save_checkpoint(
-                checkpoints, step + 1, module, optimizer, keep=config.keep_checkpoints
-            )
+            save_checkpoint(checkpoints, step + 1, module, optimizer, keep=config.keep_checkpoints)
     return first
 
 

@@ -3,7 +3,7 @@
 `LOSSES` is the catalogue: the `type` of a divergence in the config -> its class.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from configs.schema.loss import Divergence as DivergenceConfig
@@ -11,7 +11,7 @@ from kdflow_core.losses.base import Divergence
 from kdflow_core.losses.forward_kl import ForwardKL
 from kdflow_core.losses.reverse_kl import ReverseKL
 
-LOSSES: Mapping[str, type[Divergence]] = MappingProxyType(
+LOSSES: Mapping[str, Callable[..., Divergence]] = MappingProxyType(
     {"forward_kl": ForwardKL, "reverse_kl": ReverseKL}
 )
 

@@ -12,15 +12,18 @@ import torch
 class Divergence(Protocol):
     """A per-token divergence with its own logit gradient.
 
-    `temperature` divides both models' logits before `value_and_gradient`.
+    The mechanism divides the logits by `temperature`; a divergence sees tempered ones only.
     """
 
-    temperature: float
-    scale_by_temperature_squared: bool
+    @property
+    def temperature(self) -> float:
+        """What divides both models' logits."""
+        ...
 
-    def __init__(
-        self, *, temperature: float = 1.0, scale_by_temperature_squared: bool = False
-    ) -> None: ...
+    @property
+    def scale_by_temperature_squared(self) -> bool:
+        """Whether the divergence is multiplied by the temperature's square."""
+        ...
 
     def value_and_gradient(
         self, log_q_TV: torch.Tensor, log_p_TV: torch.Tensor

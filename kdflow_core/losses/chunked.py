@@ -7,7 +7,7 @@ forward computed, so no logits are kept and nothing is recomputed.
 The loss is a weighted sum, never a mean: whoever calls it divides (see student/step.py).
 
 Dimensions: T supervised tokens, C tokens of a chunk, V vocabulary, H hidden size of the student,
-G hidden size of the teacher.
+G hidden size of the teacher, X the three per-token terms.
 """
 
 from dataclasses import dataclass
@@ -70,7 +70,7 @@ def distillation_loss(
             f"the student's head has {student_head.weight_VH.shape[0]} tokens, the teacher's "
             f"{teacher_head.weight_VH.shape[0]}"
         )
-    loss, divergence_T, cross_entropy_T, agreement_T = _ChunkedLoss.apply(
+    loss, divergence_T, cross_entropy_T, agreement_T = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         student_hidden_TH,
         student_head.weight_VH,
         student_head.bias_V,
@@ -116,10 +116,10 @@ class _ChunkedLoss(torch.autograd.Function):
         for begin in range(0, hidden_TH.shape[0], spec.chunk_tokens):
             rows = slice(begin, begin + spec.chunk_tokens)
             logits_CV = student.logits(hidden_TH[rows])
-            values_3C, grad_CV = _elementwise(
+            terms_XC, grad_CV = _elementwise(
                 logits_CV, teacher.logits(teacher_hidden_TG[rows]), target_ids_T[rows], spec
             )
-            per_token[:, rows] = values_3C
+            per_token[:, rows] = terms_XC
             if not (need_hidden or need_weight):
                 continue
             grad_CV *= weights_T[rows, None]
@@ -206,5 +206,7 @@ def _elementwise(
     if spec.kd_ratio < 1:
         ce_weight = 1 - spec.kd_ratio
         grad_CV += log_q_CV.exp_().mul_(ce_weight)
-        grad_CV.scatter_add_(-1, target_C1, torch.full_like(target_C1, -ce_weight, dtype=grad_CV.dtype))
+        grad_CV.scatter_add_(
+            -1, target_C1, torch.full_like(target_C1, -ce_weight, dtype=grad_CV.dtype)
+        )
     return torch.stack([value_C * factor, cross_entropy_C, agreement_C]), grad_CV

@@ -176,6 +176,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
 def _read_rows(path: Path, name: str, num_rows: int) -> torch.Tensor:
     try:
         with safe_open(path, framework="pt") as file:
-            return file.get_slice(name)[:num_rows]
+            rows: torch.Tensor = file.get_slice(name)[:num_rows]
     except (OSError, SafetensorError) as error:
         raise ModelError(f"cannot read tensor '{name}' of {path}: {error}") from error
+    return rows

@@ -14,6 +14,7 @@ from transformers import (
 
 from kdflow_core.errors import ModelError
 
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder. Raises ModelError."""
     try:
@@ -25,19 +26,24 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def load_config(folder: Path) -> PretrainedConfig:
     """The config of a model folder. Raises ModelError."""
     try:
-        return AutoConfig.from_pretrained(folder)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load the model config of {folder}: {error}") from error
+    return config
 
 
-def load_causal_lm(folder: Path, *, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """A causal language model in evaluation mode on the CPU. Raises ModelError."""
+def load_causal_lm(
+    folder: Path, *, dtype: torch.dtype, attention: str, device: torch.device | None = None
+) -> PreTrainedModel:
+    """A causal language model in evaluation mode, on the CPU by default. Raises ModelError."""
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation=attention
         )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"cannot load the model in {folder}: {error}") from error
+    if device is not None:
+        torch.nn.Module.to(model, device)
     model.eval()
     return model
 

@@ -8,11 +8,13 @@ rate, random numbers) is a function of the step.
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 NAME = re.compile(r"^step-(\d{8})$")
 
@@ -39,7 +41,7 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
     dist.barrier()
     weights, optimizer_state = get_state_dict(module, optimizer)
-    dcp.save({"model": weights, "optimizer": optimizer_state}, checkpoint_id=str(temporary))
+    save({"model": weights, "optimizer": optimizer_state}, checkpoint_id=str(temporary))
     dist.barrier()
     if dist.get_rank() == 0:
         temporary.rename(folder / f"step-{step:08d}")
@@ -54,8 +56,8 @@ def load_newest(folder: Path, module: torch.nn.Module, optimizer: torch.optim.Op
     if not steps:
         return 0
     weights, optimizer_state = get_state_dict(module, optimizer)
-    state = {"model": weights, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=str(folder / f"step-{steps[-1]:08d}"))
+    state: dict[str, Any] = {"model": weights, "optimizer": optimizer_state}
+    load(state, checkpoint_id=str(folder / f"step-{steps[-1]:08d}"))
     set_state_dict(
         module,
         optimizer,

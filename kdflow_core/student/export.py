@@ -1,6 +1,7 @@
 """The trained student as a plain Hugging Face folder."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ def export_student(
     and model card. Collective: every rank must call it.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(module, options=options)
+    state: dict[str, Any] = get_model_state_dict(module, options=options)
     if dist.get_rank() == 0:
         save_model_folder(
             config=module.model.config,

@@ -37,9 +37,7 @@ class MicroBatch:
 class DistillationModule(torch.nn.Module):
     """A causal language model whose forward returns the distillation loss."""
 
-    def __init__(
-        self, *, model: PreTrainedModel, teacher_head: OutputHead, spec: LossSpec
-    ) -> None:
+    def __init__(self, *, model: PreTrainedModel, teacher_head: OutputHead, spec: LossSpec) -> None:
         super().__init__()
         self.model = model
         self._teacher_head = teacher_head
@@ -47,7 +45,9 @@ class DistillationModule(torch.nn.Module):
 
     def forward(self, batch: MicroBatch) -> LossOutput:
         """The weighted loss of a micro-batch and its per-token terms."""
-        hidden_BTH = self.model.base_model(input_ids=batch.ids_BT, use_cache=False).last_hidden_state
+        hidden_BTH = self.model.base_model(
+            input_ids=batch.ids_BT, use_cache=False
+        ).last_hidden_state
         hidden_NH = hidden_BTH[batch.row_N, batch.position_N]
         return distillation_loss(
             student_hidden_TH=hidden_NH,

@@ -68,15 +68,15 @@ class TrainingPlan:
         divided = [
             [
                 tuple(mine[i] for i in batch)
-                for batch in batch_by_tokens([self.lengths[i] for i in mine], self.micro_batch_tokens)
+                for batch in batch_by_tokens(
+                    [self.lengths[i] for i in mine], self.micro_batch_tokens
+                )
             ]
             for mine in ranks
         ]
         most = max(len(batches) for batches in divided)
         return StepBatches(
-            micro_batches=tuple(
-                tuple([*batches, *[()] * (most - len(batches))]) for batches in divided
-            ),
+            micro_batches=tuple((*batches, *[()] * (most - len(batches))) for batches in divided),
             num_tokens=int(self.supervised_counts[chosen].sum()),
             epoch=(step + 1) / self.steps_per_epoch,
         )

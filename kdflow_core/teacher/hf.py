@@ -18,7 +18,7 @@ WINDOW_BATCHES = 16
 
 
 class TransformersTeacherEngine:
-    """Runs the model without its head. Verifies at start that `head` rebuilds the model's logits."""
+    """Runs the model without its head, after verifying that `head` rebuilds its logits."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class TransformersTeacherEngine:
         max_length: int,
         device: torch.device,
     ) -> None:
-        model = load_causal_lm(folder, dtype=dtype, attention=attention).to(device)
+        model = load_causal_lm(folder, dtype=dtype, attention=attention, device=device)
         verify_head(model, head)
         self._model: torch.nn.Module | None = model.base_model
         self._device = device

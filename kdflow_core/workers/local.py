@@ -32,6 +32,7 @@ class _Rank:
     process: "subprocess.Popen[str]"
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_LINES))
     error: dict[str, Any] | None = None
+    reader: threading.Thread | None = None
 
 
 def run_ranks(
@@ -55,12 +56,13 @@ def run_ranks(
         ranks: list[_Rank] = []
         try:
             for number in range(num_ranks):
-                ranks.append(_start(module, number, num_ranks, f"{folder}/store"))
-                _feed(ranks[-1].process, request)
-                reader = threading.Thread(
-                    target=_read, args=(number, ranks[-1].process, lines), daemon=True
+                rank = _start(module, number, num_ranks, f"{folder}/store")
+                ranks.append(rank)
+                _feed(rank.process, request)
+                rank.reader = threading.Thread(
+                    target=_read, args=(number, rank.process, lines), daemon=True
                 )
-                reader.start()
+                rank.reader.start()
             _supervise(ranks, lines, on_event, on_line)
         finally:
             _end(ranks)
@@ -100,8 +102,9 @@ def _read(
     rank: int, process: "subprocess.Popen[str]", lines: "queue.Queue[tuple[int, str | None]]"
 ) -> None:
     assert process.stdout is not None
-    for line in process.stdout:
-        lines.put((rank, line.rstrip("\n")))
+    with process.stdout as stdout:
+        for line in stdout:
+            lines.put((rank, line.rstrip("\n")))
     lines.put((rank, None))
 
 
@@ -161,6 +164,8 @@ def _end(ranks: list[_Rank]) -> None:
         if rank.process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 rank.process.stdin.close()
+        if rank.reader is not None:
+            rank.reader.join(timeout=GRACE_S)
 
 
 def _signal(process: "subprocess.Popen[str]", number: signal.Signals) -> None:

@@ -120,7 +120,9 @@ def test_gradcheck(name: str) -> None:
     problem = Problem(bias=True, softcap=2.0)
     spec = spec_of(name, temperature=1.3)
 
-    def loss(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor) -> torch.Tensor:
+    def loss(
+        hidden_TH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor
+    ) -> torch.Tensor:
         problem.hidden_TH, problem.weight_VH, problem.bias_V = hidden_TH, weight_VH, bias_V
         return problem.chunked(spec).loss
 

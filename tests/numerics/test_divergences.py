@@ -57,7 +57,9 @@ def test_equal_distributions_give_zero(name: str) -> None:
     assert gradient_TV.abs().max() < 1e-12
 
 
-@pytest.mark.parametrize(("name", "pinned"), [("forward_kl", 0.14384104), ("reverse_kl", 0.13081204)])
+@pytest.mark.parametrize(
+    ("name", "pinned"), [("forward_kl", 0.14384104), ("reverse_kl", 0.13081204)]
+)
 def test_pinned_number(name: str, pinned: float) -> None:
     """p = (1/2, 1/2), q = (3/4, 1/4), worked out by hand."""
     log_p_TV = torch.tensor([[0.5, 0.5]], dtype=torch.float64).log()

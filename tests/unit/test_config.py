@@ -24,7 +24,8 @@ def test_overrides_are_yaml_values() -> None:
 
 def test_an_override_reaches_into_lists_and_sections(make_recipe: Callable[..., Path]) -> None:
     run = load_run(
-        str(make_recipe()), {"data.sources.0.name": "mine", "loss.divergence": {"type": "reverse_kl"}}
+        str(make_recipe()),
+        {"data.sources.0.name": "mine", "loss.divergence": {"type": "reverse_kl"}},
     )
     assert run.data.source_names == ("mine",)
     assert run.loss.divergence.type == "reverse_kl"
@@ -88,7 +89,9 @@ def test_weights_on_some_sources_only(make_recipe: Callable[..., Path], data_fil
         load_run(str(make_recipe()), {"data.sources": sources})
 
 
-def test_relative_paths_start_at_the_recipe(tmp_path: Path, make_recipe: Callable[..., Path]) -> None:
+def test_relative_paths_start_at_the_recipe(
+    tmp_path: Path, make_recipe: Callable[..., Path]
+) -> None:
     recipe = make_recipe()
     recipe.write_text(recipe.read_text().replace("path: /", "path: /", 1))
     run = load_run(str(recipe), {"data.sources.0.path": "here.jsonl"})

@@ -1,5 +1,6 @@
 """The zarr store of hidden states: what goes in comes out, to whoever can show the right tokens."""
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,8 +90,8 @@ def test_round_trip_over_several_shards(store: ArtifactStore) -> None:
 )
 @given(counts=st.lists(st.integers(1, 50), min_size=1, max_size=12), seed=st.integers(0, 2**31))
 def test_round_trip_of_any_lengths(tmp_path: Path, counts: list[int], seed: int) -> None:
-    store = ArtifactStore(root=str(tmp_path / f"store-{seed}"), scratch=str(tmp_path))
-    stored = Stored(store, counts, seed=seed)
+    root = tempfile.mkdtemp(dir=tmp_path)
+    stored = Stored(ArtifactStore(root=root, scratch=root), counts, seed=seed)
     stored.assert_readable(stored.write_all())
 
 

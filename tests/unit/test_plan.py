@@ -1,5 +1,7 @@
 """The training plan: every sequence once an epoch, however the work is divided."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,7 +13,9 @@ from kdflow_core.student.plan import TrainingPlan, learning_rate
 LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=40)
 
 
-def make_plan(lengths: list[int], *, ranks: int = 1, batch: int = 8, budget: int = 64) -> TrainingPlan:
+def make_plan(
+    lengths: list[int], *, ranks: int = 1, batch: int = 8, budget: int = 64
+) -> TrainingPlan:
     return TrainingPlan(
         lengths=np.array(lengths),
         supervised_counts=np.array(lengths) // 2,
@@ -64,7 +68,7 @@ def test_learning_rate_warms_up_and_decays() -> None:
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[6] == pytest.approx(0.55)  # half-way down the cosine from 1 to 0.1
     assert rates[-1] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(rates[2:], rates[3:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[2:]))
 
 
 def test_no_warmup_starts_at_the_peak() -> None:

@@ -17,7 +17,8 @@ TURNS = (
     {"role": "assistant", "content": "second"},
 )
 MASKED = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}"
     "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}"
     "{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -58,7 +59,9 @@ def test_mask_covers_answers_and_end_of_turn_only(
 def test_last_turn_alone(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     sequence = render(tokenizer, template, "last")
     assert supervised_text(tokenizer, sequence) == "second<|im_end|>"
-    assert tokenizer.decode(sequence.prompt_ids_T).endswith("two<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer.decode(sequence.prompt_ids_T).endswith(
+        "two<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 def test_a_template_that_rewrites_history_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -72,7 +75,9 @@ def test_a_rewriting_template_serves_the_last_turn(tokenizer: PreTrainedTokenize
 
 
 def test_template_arguments_reach_the_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    template = CHATML.replace("m['role'] + ", "m['role'] + (' loud' if loud and m['role'] == 'user' else '') + ")
+    template = CHATML.replace(
+        "m['role'] + ", "m['role'] + (' loud' if loud and m['role'] == 'user' else '') + "
+    )
     renderer = Renderer(
         tokenizer=tokenizer, template=template, template_args={"loud": True}, supervise="last"
     )

@@ -51,7 +51,9 @@ def files(path: Path | str, **fields: object) -> dict[str, object]:
     return {"type": "files", "path": str(path)} | fields
 
 
-def test_jsonl_parquet_arrow_and_saved_folders_read_alike(tmp_path: Path, renderer: Renderer) -> None:
+def test_jsonl_parquet_arrow_and_saved_folders_read_alike(
+    tmp_path: Path, renderer: Renderer
+) -> None:
     dataset = datasets.Dataset.from_list(ROWS)
     dataset.to_parquet(tmp_path / "d.parquet")
     dataset.save_to_disk(tmp_path / "saved")
@@ -111,7 +113,9 @@ def test_what_is_dropped_is_counted_by_reason(tmp_path: Path, renderer: Renderer
     }
 
 
-def test_too_many_malformed_lines_are_refused_with_the_first(tmp_path: Path, renderer: Renderer) -> None:
+def test_too_many_malformed_lines_are_refused_with_the_first(
+    tmp_path: Path, renderer: Renderer
+) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", [*ROWS[:3], "{broken"])
     with pytest.raises(DataError, match=r"1 of 4 samples .*d\.jsonl line 4 is not JSON") as caught:
         run(renderer, {"sources": [files(path)]})
@@ -143,13 +147,15 @@ def test_an_empty_split_is_refused(tmp_path: Path, renderer: Renderer) -> None:
 def test_a_dict_of_splits_asks_for_one(tmp_path: Path, renderer: Renderer) -> None:
     split = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})
     split.save_to_disk(tmp_path / "d")
-    with pytest.raises(DataError, match="several splits .*name one: .*d/train"):
+    with pytest.raises(DataError, match=r"several splits .*name one: .*d/train"):
         run(renderer, {"sources": [{"type": "save_to_disk", "path": str(tmp_path / "d")}]})
 
 
 def test_blending_takes_the_shares(tmp_path: Path, renderer: Renderer) -> None:
     a = write_jsonl(tmp_path / "a.jsonl", list(ROWS))
-    b = write_jsonl(tmp_path / "b.jsonl", [{"prompt": f"b {i}", "completion": "c"} for i in range(30)])
+    b = write_jsonl(
+        tmp_path / "b.jsonl", [{"prompt": f"b {i}", "completion": "c"} for i in range(30)]
+    )
     config = {"sources": [files(a, weight=1.0), files(b, weight=2.0)], "max_samples": 30}
     examples, _ = run(renderer, config)
     assert Counter(e.source for _, e in examples) == {"a.jsonl": 10, "b.jsonl": 20}

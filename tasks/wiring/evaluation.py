@@ -1,0 +1,98 @@
+"""The stages that judge: evaluation and report."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from kdflow_core.contracts import Example
+from kdflow_core.eval.distribution import score_distributions
+from kdflow_core.eval.generation import exact_match, generate_greedily
+from kdflow_core.models.loading import load_causal_lm, load_tokenizer
+from storage.artifact import ArtifactRef
+from tasks.adapters import TokenExamples
+from tasks.report_page import write_report
+from tasks.wiring.stage_run import DTYPES, StageRun, default_device
+
+
+def evaluate_student(stage: StageRun) -> ArtifactRef:
+    """Held-out scores of the teacher and of the student before and after training."""
+    examples = TokenExamples(stage.tables()["heldout"])
+    chosen = _generation_indices(examples, stage.run.eval.max_generations)
+    shown = [examples[i] for i in chosen]
+    folders = {
+        "teacher": stage.model_folder("teacher"),
+        "student before": stage.model_folder("student"),
+        "student after": stage.store.local_copy(stage.spec.inputs["student"]) / "model",
+    }
+    models, answers = {}, {}
+    for label, folder in folders.items():
+        models[label], answers[label] = _judge(stage, label, folder, examples, shown)
+    tokenizer = load_tokenizer(folders["teacher"])
+    samples = [
+        {
+            "source": example.source,
+            "prompt": tokenizer.decode(example.teacher.prompt_ids_T),
+            "answer": example.answer,
+            **{label: texts[number] for label, texts in answers.items()},
+        }
+        for number, example in enumerate(shown)
+    ]
+    path = stage.workdir / "evaluation.json"
+    result = {"models": models, "samples": samples}
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+    return stage.publish(
+        counts={"heldout_sequences": len(examples), "generations": len(shown)}, info={}
+    )
+
+
+def _judge(
+    stage: StageRun, label: str, folder: Path, examples: TokenExamples, shown: list[Example]
+) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """A model's scores by source, and its greedy answers to the shown examples' prompts."""
+    side: Literal["teacher", "student"] = "teacher" if label == "teacher" else "student"
+    teacher, student = stage.run.teacher, stage.run.student
+    device = default_device()
+    model = load_causal_lm(
+        folder,
+        dtype=DTYPES[teacher.dtype if side == "teacher" else student.compute_dtype],
+        attention=teacher.attention if side == "teacher" else student.attention,
+        device=device,
+    )
+    scores = score_distributions(
+        model=model,
+        examples=examples,
+        states=stage.states(),
+        teacher_head=stage.teacher_head(device),
+        tokens_per_batch=stage.run.eval.tokens_per_batch,
+        reporter=stage.reporter,
+        label=label,
+        side=side,
+    )
+    by_source: dict[str, dict[str, float]] = {name: asdict(s) for name, s in scores.items()}
+    texts = generate_greedily(
+        model=model,
+        tokenizer=load_tokenizer(folder),
+        sequences=[e.teacher if side == "teacher" else e.student for e in shown],
+        max_new_tokens=stage.run.eval.max_new_tokens,
+        reporter=stage.reporter,
+        label=label,
+    )
+    shares = exact_match(texts, [e.answer for e in shown], [e.source for e in shown])
+    for name, share in shares.items():
+        by_source[name]["exact_match"] = share
+    return by_source, texts
+
+
+def _generation_indices(examples: TokenExamples, limit: int) -> list[int]:
+    """Up to `limit` examples, spread evenly over the split."""
+    count = min(limit, len(examples))
+    return [int(i) for i in np.linspace(0, len(examples) - 1, count)] if count else []
+
+
+def report(stage: StageRun) -> ArtifactRef:
+    """The HTML report."""
+    write_report(spec=stage.spec, store=stage.store, target=stage.workdir / "report.html")
+    return stage.publish(counts={}, info={})

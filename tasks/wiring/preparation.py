@@ -1,0 +1,104 @@
+"""The stages that make models and tokens."""
+
+import hashlib
+from pathlib import Path
+
+from configs.schema.models import GgufModel, LayerDropModel
+from kdflow_core.data.rendering import Renderer
+from kdflow_core.data.tokenization import Tally, tokenize
+from kdflow_core.errors import ModelError
+from kdflow_core.models.conversion import convert_gguf, drop_layers
+from kdflow_core.models.folders import context_length
+from kdflow_core.models.loading import check_same_vocabulary, load_tokenizer
+from storage.artifact import ArtifactRef
+from storage.tokens import TokenTable, TokenWriter
+from tasks.stages import gguf_path
+from tasks.wiring.stage_run import DTYPES, SPLITS, StageRun
+
+
+def prepare_model(stage: StageRun) -> ArtifactRef:
+    """A GGUF file converted, or the teacher with layers dropped."""
+    teacher_side = stage.spec.identity.stage == "prepare-teacher"
+    model = stage.run.teacher.model if teacher_side else stage.run.student.model
+    target = stage.workdir
+    if isinstance(model, GgufModel):
+        path = gguf_path(model)
+        actual = _sha256(path)
+        if actual != model.sha256:
+            raise ModelError(f"{path} has SHA-256 {actual}, the config pins {model.sha256}")
+        stage.reporter.message(f"converting {path.name} to safetensors")
+        convert_gguf(path, target, dtype=DTYPES[model.dtype])
+    elif isinstance(model, LayerDropModel):
+        stage.reporter.message(f"dropping layers {sorted(model.drop_layers)} of the teacher")
+        drop_layers(stage.model_folder("teacher"), target, model.drop_layers)
+    return stage.publish(counts={}, info={"model": model.model_dump(mode="json")})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tokenize_data(stage: StageRun) -> ArtifactRef:
+    """Text to token ids, once for both models."""
+    run, folder = stage.run, stage.workdir
+    renderers, limits = {}, {}
+    tokenizers = {}
+    for side, template in (
+        ("student", run.student.chat_template),
+        ("teacher", run.teacher.chat_template),
+    ):
+        model_folder = stage.model_folder(side)
+        tokenizers[side] = load_tokenizer(model_folder)
+        limits[side] = context_length(model_folder)
+        renderers[side] = Renderer(
+            tokenizer=tokenizers[side],
+            template=template.template,
+            template_args=template.args,
+            supervise=run.data.supervise,
+        )
+    check_same_vocabulary(tokenizers["student"], tokenizers["teacher"])
+    limits["teacher"] = min(limits["teacher"], run.teacher.context_length or limits["teacher"])
+    tally = Tally()
+    examples = tokenize(
+        config=run.data,
+        seed=run.seed,
+        student=renderers["student"],
+        teacher=renderers["teacher"],
+        max_student_length=limits["student"],
+        max_teacher_length=limits["teacher"],
+        reporter=stage.reporter,
+        tally=tally,
+    )
+    with (
+        TokenWriter(folder / "train.arrow") as train,
+        TokenWriter(folder / "heldout.arrow") as heldout,
+    ):
+        writers = {"train": train, "heldout": heldout}
+        for split, example in examples:
+            writers[split].add(
+                {
+                    "source": example.source,
+                    "digest": example.teacher.digest,
+                    "student_ids": example.student.ids_T,
+                    "student_supervised": example.student.supervised_T,
+                    "teacher_ids": example.teacher.ids_T,
+                    "teacher_supervised": example.teacher.supervised_T,
+                    "answer": example.answer,
+                }
+            )
+    counts = {}
+    for split in SPLITS:
+        table = TokenTable(folder / f"{split}.arrow")
+        counts[f"{split}_sequences"] = len(table)
+        counts[f"{split}_tokens"] = int(table.lengths("student").sum())
+        counts[f"{split}_supervised_tokens"] = int(table.supervised_counts("student").sum())
+    dropped = {source: dict(reasons) for source, reasons in tally.dropped.items()}
+    stage.reporter.message(
+        f"{counts['train_sequences']} training and "
+        f"{counts['heldout_sequences']} held-out samples; dropped: {dropped or 'none'}"
+    )
+    return stage.publish(
+        counts=counts,
+        info={"read": dict(tally.read), "dropped": dropped, "first_dropped": tally.first_detail},
+    )

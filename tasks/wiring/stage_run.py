@@ -1,0 +1,100 @@
+"""A stage at work: what all stages share."""
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from configs.schema.models import PretrainedModel
+from kdflow_core.contracts import OutputHead, Reporter
+from kdflow_core.models.folders import resolve_folder
+from kdflow_core.models.heads import load_head
+from kdflow_core.models.loading import load_config, load_tokenizer, true_vocabulary_size
+from storage.artifact import ArtifactRef
+from storage.hidden_states import HiddenStateReader
+from storage.store import ArtifactStore
+from storage.tokens import TokenTable
+from tasks.adapters import StoredStates
+from tasks.stages import StageSpec, open_store
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SPLITS: tuple[Literal["train", "heldout"], ...] = ("train", "heldout")
+
+
+class StageRun:
+    """A stage at work: its spec, store and reporter, and the commit at its end."""
+
+    def __init__(self, spec: StageSpec, reporter: Reporter) -> None:
+        self.spec = spec
+        self.run = spec.run
+        self.reporter = reporter
+        self.store: ArtifactStore = open_store(spec.run)
+        self.kind = spec.identity.kind
+        self.digest = spec.identity.digest
+        self._started = time.perf_counter()
+
+    @property
+    def workdir(self) -> Path:
+        """The stage's local working folder; it survives a crash."""
+        return self.store.workdir(self.kind, self.digest)
+
+    def commit(self, *, counts: Mapping[str, int], info: Mapping[str, Any]) -> ArtifactRef:
+        """Write the manifest."""
+        return self.store.commit(
+            kind=self.kind,
+            digest=self.digest,
+            code_version=self.spec.identity.code_version,
+            config=self.spec.identity.config,
+            inputs=self.spec.identity.inputs,
+            counts=counts,
+            info=info,
+            seconds=time.perf_counter() - self._started,
+        )
+
+    def publish(self, *, counts: Mapping[str, int], info: Mapping[str, Any]) -> ArtifactRef:
+        """Move the working folder's files into the artifact, then commit."""
+        self.store.publish(self.kind, self.digest, self.workdir)
+        return self.commit(counts=counts, info=info)
+
+    def model_folder(self, side: str) -> Path:
+        """The local folder of the teacher's or the (untrained) student's model."""
+        prepared = self.spec.inputs.get(f"{side}_model")
+        if prepared is not None:
+            return self.store.local_copy(prepared)
+        model = self.run.teacher.model if side == "teacher" else self.run.student.model
+        assert isinstance(model, PretrainedModel)
+        return resolve_folder(model.path, model.revision)
+
+    def tables(self) -> dict[Literal["train", "heldout"], TokenTable]:
+        """The token tables by split."""
+        folder = self.store.local_copy(self.spec.inputs["tokens"])
+        return {split: TokenTable(folder / f"{split}.arrow") for split in SPLITS}
+
+    def states(self) -> StoredStates:
+        """The teacher's stored states."""
+        reader = HiddenStateReader(store=self.store, ref=self.spec.inputs["states"])
+        return StoredStates(reader)
+
+    def teacher_head(self, device: torch.device) -> OutputHead:
+        """The teacher's output head over the true vocabulary."""
+        folder = self.model_folder("teacher")
+        size = true_vocabulary_size(load_tokenizer(folder))
+        head = load_head(folder, load_config(folder), size)
+        return OutputHead(
+            weight_VH=head.weight_VH.to(device),
+            bias_V=None if head.bias_V is None else head.bias_V.to(device),
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+        )
+
+
+def default_device() -> torch.device:
+    """This rank's accelerator, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("KDFLOW_RANK", "0")) % torch.cuda.device_count()
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

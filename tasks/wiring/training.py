@@ -1,0 +1,103 @@
+"""The stage that trains the student."""
+
+import shutil
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from kdflow_core.loops.offpolicy import train_offpolicy
+from kdflow_core.losses import build_divergence
+from kdflow_core.losses.chunked import LossSpec
+from kdflow_core.models.loading import load_causal_lm, load_tokenizer
+from kdflow_core.student.checkpoint import completed_steps
+from kdflow_core.student.export import export_student
+from kdflow_core.student.module import DistillationModule, shard
+from kdflow_core.student.plan import TrainingPlan
+from storage.artifact import ArtifactRef
+from storage.tokens import TokenTable
+from tasks.adapters import TokenExamples
+from tasks.model_card import model_card
+from tasks.tracking import MetricsLog, NoMetrics
+from tasks.wiring.stage_run import DTYPES, StageRun, default_device
+
+
+def train_student(stage: StageRun) -> ArtifactRef | None:
+    """Distill; every rank runs this, rank 0 returns the artifact's reference."""
+    run, config = stage.run, stage.run.student
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    device = default_device()
+    table = stage.tables()["train"]
+    module = _build_module(stage, device, num_ranks)
+    plan = _plan(stage, table, num_ranks)
+    checkpoints = stage.workdir / "checkpoints"
+    output = stage.workdir / "artifact"
+    metrics: MetricsLog | NoMetrics = NoMetrics()
+    if rank == 0:
+        first = max(completed_steps(checkpoints), default=0)
+        metrics = MetricsLog(run=run, folder=output, first_step=first)
+    train_offpolicy(
+        module=module,
+        plan=plan,
+        examples=TokenExamples(table),
+        states=stage.states(),
+        config=config,
+        kd_ratio=run.loss.kd_ratio,
+        checkpoints=checkpoints,
+        metrics=metrics,
+        reporter=stage.reporter,
+        device=device,
+    )
+    metrics.close()
+    export_student(
+        module,
+        tokenizer=load_tokenizer(stage.model_folder("student")),
+        dtype=DTYPES[config.save_dtype],
+        model_card=model_card(stage.spec),
+        target=output / "model",
+    )
+    if rank != 0:
+        return None
+    stage.store.publish(stage.kind, stage.digest, output)
+    tokens = int(sum(plan.lengths[plan.sequences(s)].sum() for s in range(plan.num_steps)))
+    ref = stage.commit(
+        counts={"steps": plan.num_steps, "tokens": tokens}, info={"num_ranks": num_ranks}
+    )
+    shutil.rmtree(stage.workdir)  # the checkpoints have served
+    return ref
+
+
+def _build_module(stage: StageRun, device: torch.device, num_ranks: int) -> DistillationModule:
+    """The student with its loss, sharded over all ranks."""
+    config, loss = stage.run.student, stage.run.loss
+    model = load_causal_lm(
+        stage.model_folder("student"), dtype=torch.float32, attention=config.attention
+    )
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    module = DistillationModule(
+        model=model,
+        teacher_head=stage.teacher_head(device),
+        spec=LossSpec(
+            divergence=build_divergence(loss.divergence),
+            kd_ratio=loss.kd_ratio,
+            chunk_tokens=loss.chunk_tokens,
+        ),
+    )
+    mesh = init_device_mesh(device.type, (num_ranks,))
+    shard(module, mesh=mesh, compute_dtype=DTYPES[config.compute_dtype])
+    return module
+
+
+def _plan(stage: StageRun, table: TokenTable, num_ranks: int) -> TrainingPlan:
+    config = stage.run.student
+    return TrainingPlan(
+        lengths=table.lengths("student"),
+        supervised_counts=table.supervised_counts("student"),
+        global_batch_size=config.global_batch_size,
+        micro_batch_tokens=config.micro_batch_tokens,
+        num_ranks=num_ranks,
+        seed=stage.run.seed,
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+    )

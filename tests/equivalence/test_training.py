@@ -1,0 +1,183 @@
+"""Runs that should be equal are equal: any division of the work, and an independent loop."""
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from configs.load import load_run
+from configs.schema.run import RunConfig
+from kdflow_core.contracts import TokenSequence
+from kdflow_core.student.plan import TrainingPlan
+from storage.artifact import ArtifactRef
+from storage.tokens import TokenTable
+from tasks.launch import launch_stage
+from tasks.stages import StageSpec, plan_stages
+from tasks.tracking import read_metrics
+from tests.conftest import VOCABULARY, run_inline
+
+pytestmark = pytest.mark.ranks
+
+# float32 sums taken in another order differ by about 1e-7 a step; six steps of Adam multiply that.
+RTOL = 1e-4
+
+
+def train(run: RunConfig, inputs: dict[str, ArtifactRef]) -> Path:
+    """Run the train stage in worker processes; the artifact's folder."""
+    spec = StageSpec(identity=plan_stages(run)["train"], run=run, inputs=inputs)
+    return Path(launch_stage(spec, logging.getLogger("test")).uri)
+
+
+@pytest.fixture
+def variant(
+    make_recipe: Callable[..., Path], tmp_path: Path
+) -> Callable[..., tuple[RunConfig, dict[str, ArtifactRef], Path]]:
+    """Trains a variant of the tiny run in a store of its own, which has tokens and states."""
+    base = run_inline(load_run(str(make_recipe())), until="extract")
+
+    def make(number: int, **student: Any) -> tuple[RunConfig, dict[str, ArtifactRef], Path]:
+        root = tmp_path / f"store-{number}"
+        shutil.copytree(tmp_path / "store", root)
+        overrides = {"storage.root": str(root), "storage.scratch": str(tmp_path / f"s-{number}")}
+        run = load_run(str(make_recipe(**student)), overrides)
+        return run, base, train(run, base)
+
+    return make
+
+
+def losses(folder: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(folder / "metrics.jsonl")]
+
+
+def test_division_of_the_work_does_not_matter(variant: Callable[..., Any]) -> None:
+    """One rank or two, one micro-batch or many, recomputed activations or kept ones."""
+    settings = (
+        {},
+        {"num_ranks": 2},
+        {"micro_batch_tokens": 40},
+        {"num_ranks": 2, "micro_batch_tokens": 40, "activation_checkpointing": True},
+    )
+    folders = [variant(i, **student)[2] for i, student in enumerate(settings)]
+    reference = losses(folders[0])
+    assert len(reference) == 6
+    assert reference[-1] < reference[0]
+    weights = load_file(folders[0] / "model/model.safetensors")
+    for folder in folders[1:]:
+        np.testing.assert_allclose(losses(folder), reference, rtol=RTOL)
+        for name, tensor in load_file(folder / "model/model.safetensors").items():
+            torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=2e-4)
+
+
+def naive_training(run: RunConfig, tokens: Path) -> list[float]:
+    """The same training from the formulas: full logits, autograd, teacher in memory."""
+    rows = TokenTable(tokens / "train.arrow")
+    plan = TrainingPlan(
+        lengths=rows.lengths("student"),
+        supervised_counts=rows.supervised_counts("student"),
+        global_batch_size=run.student.global_batch_size,
+        micro_batch_tokens=10**9,
+        num_ranks=1,
+        seed=run.seed,
+        epochs=None,
+        max_steps=run.student.max_steps,
+    )
+    teacher = AutoModelForCausalLM.from_pretrained(run.teacher.model.path, dtype=torch.float32)
+    student = AutoModelForCausalLM.from_pretrained(run.student.model.path, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(
+        student.parameters(), lr=run.student.lr, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    curve = []
+    for step in range(plan.num_steps):
+        # 3 % of 6 steps rounds to no warm-up: a plain cosine to a tenth of the peak.
+        cosine = 0.5 * (1 + math.cos(math.pi * step / (plan.num_steps - 1)))
+        for group in optimizer.param_groups:
+            group["lr"] = run.student.lr * (0.1 + 0.9 * cosine)
+        total, count = torch.zeros(()), 0
+        for index in plan.sequences(step):
+            ids_BT = torch.tensor(rows[index]["student_ids"]).long()[None]
+            supervised_T = torch.from_numpy(rows[index]["student_supervised"].astype(bool))[1:]
+            with torch.no_grad():
+                states_TH = teacher.model(ids_BT).last_hidden_state[0, :-1].bfloat16().float()
+                teacher_TV = teacher.lm_head(states_TH)[supervised_T, :VOCABULARY]
+            student_TV = student(ids_BT).logits[0, :-1][supervised_T, :VOCABULARY]
+            p_TV, log_q_TV = torch.softmax(teacher_TV, -1), torch.log_softmax(student_TV, -1)
+            kl = (p_TV * (p_TV.log() - log_q_TV)).sum()
+            ce = torch.nn.functional.nll_loss(
+                log_q_TV, ids_BT[0, 1:][supervised_T], reduction="sum"
+            )
+            total = total + 0.1 * ce + 0.9 * kl
+            count += int(supervised_T.sum())
+        (total / count).backward()
+        curve.append(float(total / count))
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return curve
+
+
+def test_curve_is_that_of_a_naive_training_loop(variant: Callable[..., Any]) -> None:
+    run, refs, folder = variant(0)
+    np.testing.assert_allclose(
+        losses(folder), naive_training(run, Path(refs["tokens"].uri)), rtol=RTOL
+    )
+
+
+def test_the_result_is_a_plain_hugging_face_folder(variant: Callable[..., Any]) -> None:
+    run, refs, folder = variant(0)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    assert (
+        tokenizer.chat_template
+        == AutoTokenizer.from_pretrained(run.student.model.path).chat_template
+    )
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "1 plus 1?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    assert model.generate(**ids, max_new_tokens=3).shape[1] > ids["input_ids"].shape[1]
+    card = (folder / "model/README.md").read_text()
+    assert "knowledge-distillation" in card
+    assert refs["states"].digest in card
+    # The loaded weights are the trained ones: their loss is lower than before.
+    row = TokenTable(Path(refs["tokens"].uri) / "heldout.arrow")[0]
+    sequence = TokenSequence(
+        ids_T=row["student_ids"], supervised_T=row["student_supervised"].astype(bool)
+    )
+    before = AutoModelForCausalLM.from_pretrained(run.student.model.path, dtype=torch.float32)
+    scores = []
+    for candidate in (before, model):
+        with torch.no_grad():
+            logits_TV = candidate(torch.tensor(sequence.ids_T).long()[None]).logits[0]
+        rows_NV = logits_TV[sequence.target_positions_N - 1]
+        targets_N = torch.tensor(sequence.target_ids_N).long()
+        scores.append(torch.nn.functional.cross_entropy(rows_NV, targets_N).item())
+    assert scores[1] < scores[0]
+
+
+def test_bfloat16_training_runs_and_learns(variant: Callable[..., Any]) -> None:
+    _, _, folder = variant(0, compute_dtype="bfloat16", save_dtype="bfloat16")
+    curve = losses(folder)
+    assert curve[-1] < curve[0]
+    tensors = load_file(folder / "model/model.safetensors").values()
+    assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
+    assert json.loads((folder / "model/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_tensorboard_has_the_curves(variant: Callable[..., Any]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, _, folder = variant(0)
+    board = EventAccumulator(str(folder / "tensorboard")).Reload()
+    values = [event.value for event in board.Scalars("train/loss")]
+    np.testing.assert_allclose(values, losses(folder), rtol=1e-6)

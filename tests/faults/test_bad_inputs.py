@@ -1,0 +1,172 @@
+"""Bad input ends in one readable error, before anything expensive; what was finished stays."""
+
+import copy
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from configs.load import load_run
+from kdflow_core.errors import AlignmentError, ModelError, WorkerError
+from storage.errors import RowsMismatchError
+from storage.tokens import TokenTable, TokenWriter
+from tasks.adapters import StoredStates, TeacherSequences
+from tasks.launch import launch_stage
+from tasks.stages import StageSpec, open_store, plan_stages
+from tests.conftest import make_llama, make_tokenizer, run_inline
+
+
+def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "flows", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("student.lrr=1", "student.lrr: unknown key 'lrr'; did you mean 'lr'?"),
+        ("data.sources.0.path=/nowhere.jsonl", "no file at '/nowhere.jsonl'"),
+        ("teacher.model.path=/nowhere", "there is no model folder '/nowhere'"),
+        ("tracking.wandb_project=mine", "needs the package wandb"),
+    ],
+)
+def test_the_command_ends_with_one_line_and_code_1(
+    make_recipe: Callable[..., Path], override: str, message: str
+) -> None:
+    result = cli("run", str(make_recipe()), override)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
+    assert result.stderr.startswith("error: ")
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "no sample is left of 0 read"),
+        (['{"prompt": "a", "completion": "b"}', "{torn"], "line 2 is not JSON"),
+        (['{"question": "a", "response": "b"}'], "fit none of the layouts"),
+        ([json.dumps({"prompt": "long " * 200, "completion": "b"})] * 3, "too_long': 3"),
+    ],
+    ids=["empty", "malformed line", "wrong column", "over the context"],
+)
+def test_unusable_data(
+    make_recipe: Callable[..., Path], tmp_path: Path, lines: list[str], message: str
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(f"{line}\n" for line in lines))
+    run = load_run(str(make_recipe()), {"data.sources.0.path": str(data)})
+    spec = StageSpec(identity=plan_stages(run)["tokenize"], run=run, inputs={})
+    with pytest.raises(WorkerError) as caught:
+        launch_stage(spec, logging.getLogger("test"))
+    assert message in str(caught.value)
+    assert caught.value.expected
+    assert "Traceback" not in str(caught.value)
+
+
+def test_different_vocabularies(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    make_tokenizer(tmp_path / "other", texts=["quite another text " * 20])
+    make_llama(tmp_path / "other", hidden=32, layers=1, rows=416, seed=0)
+    run = load_run(str(make_recipe()), {"student.model.path": str(tmp_path / "other")})
+    with pytest.raises(
+        ModelError, match=r"different vocabularies: .* tokens, .* differ, for instance"
+    ):
+        run_inline(run, until="tokenize")
+
+
+def test_an_architecture_without_known_head(
+    make_recipe: Callable[..., Path], tmp_path: Path, teacher_folder: Path
+) -> None:
+    run = load_run(str(make_recipe()))
+    run_inline(run, until="tokenize")
+    config = LlamaConfig.from_pretrained(teacher_folder)
+    config.architectures = ["SomeNewForCausalLM"]
+    folder = tmp_path / "new"
+    make_tokenizer(folder, texts=["x"])
+    make_llama(folder, hidden=16, layers=1, rows=416, seed=0)
+    config.save_pretrained(folder)
+    run = load_run(
+        str(make_recipe()), {"teacher.model.path": str(folder), "student.model.path": str(folder)}
+    )
+    with pytest.raises(ModelError, match="head of SomeNewForCausalLM is not known"):
+        run_inline(run, until="extract")
+
+
+@pytest.mark.parametrize("change", ["shift", "swap", "truncate", "mask"])
+def test_tokens_changed_behind_the_stores_back_are_refused(
+    make_recipe: Callable[..., Path], change: str
+) -> None:
+    """A teacher state never meets a token it was not computed for."""
+    run = load_run(str(make_recipe()))
+    refs = run_inline(run, until="extract")
+    path = Path(refs["tokens"].uri) / "train.arrow"
+    table = TokenTable(path)
+    rows = [copy.deepcopy(dict(table[i])) for i in range(len(table))]
+    del table  # it maps the file that is written anew below
+    first, second = rows[0], rows[1]
+    if change == "shift":
+        first["teacher_ids"] = first["student_ids"] = [*first["student_ids"][1:], 5]
+    elif change == "swap":
+        for name in ("student_ids", "teacher_ids", "student_supervised", "teacher_supervised"):
+            first[name], second[name] = second[name], first[name]
+    elif change == "truncate":
+        for name in ("student_ids", "teacher_ids", "student_supervised", "teacher_supervised"):
+            first[name] = first[name][:-1]
+    else:
+        first["teacher_supervised"] = first["student_supervised"] = [
+            *first["student_supervised"][:-1].astype(bool),
+            not first["student_supervised"][-1],
+        ]
+    with TokenWriter(path) as writer:
+        for row in rows:
+            writer.add(row)
+    changed = TokenTable(path)
+    with pytest.raises(RowsMismatchError, match="do not have the digest recorded"):
+        list(TeacherSequences([changed], [(0, 0)]))
+    if (
+        change != "swap"
+    ):  # a swapped sequence is still one that the teacher saw, with its own states
+        stage = StageSpec(identity=plan_stages(run)["train"], run=run, inputs=refs)
+        from kdflow_core.student.step import collate
+        from storage.hidden_states import HiddenStateReader
+        from tasks.adapters import TokenExamples
+
+        states = StoredStates(HiddenStateReader(store=open_store(run), ref=stage.inputs["states"]))
+        with pytest.raises((RowsMismatchError, AlignmentError)):
+            collate([TokenExamples(changed)[0]], states, weight=1.0, empty=False, device="cpu")  # type: ignore[arg-type]
+
+
+def test_a_wrong_checksum_of_a_gguf_file(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"not a model")
+    model = {"type": "gguf", "path": str(tmp_path / "m.gguf"), "sha256": "0" * 64}
+    run = load_run(str(make_recipe()), {"teacher.model": model})
+    with pytest.raises(ModelError, match=r"m\.gguf has SHA-256 .*, the config pins 0000"):
+        run_inline(run, until="prepare-teacher")
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"), [([9], "layers 0 to 2"), ([0, 1, 2], "one must stay")]
+)
+def test_layers_that_cannot_be_dropped(
+    make_recipe: Callable[..., Path], layers: list[int], message: str
+) -> None:
+    model = {"type": "layer_drop", "drop_layers": layers}
+    recipe = make_recipe()
+    run = load_run(str(recipe), {"student.model": model})
+    with pytest.raises(ModelError, match=message):
+        run_inline(run, until="prepare-student")
+
+
+def test_diverging_training_is_stopped_with_a_remedy(make_recipe: Callable[..., Path]) -> None:
+    run = load_run(str(make_recipe(lr=1e30)))
+    refs = run_inline(run, until="extract")
+    spec = StageSpec(identity=plan_stages(run)["train"], run=run, inputs=refs)
+    with pytest.raises(WorkerError, match=r"not both finite; lower student\.lr"):
+        launch_stage(spec, logging.getLogger("test"))

@@ -1,0 +1,136 @@
+"""Rank groups: one dies, all end; the launcher dies, all end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdflow_core.errors import WorkerError
+from kdflow_core.workers.local import run_ranks
+
+pytestmark = pytest.mark.ranks
+
+RANK = """
+import os, sys, time
+from pathlib import Path
+from kdflow_core.workers.local import emit, receive_request
+folder = Path(receive_request(sys.stdin).strip())
+rank = int(os.environ["KDFLOW_RANK"])
+(folder / f"pid-{rank}").write_text(str(os.getpid()))
+"""
+
+
+@pytest.fixture
+def rank_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Writes a module for ranks and puts it on their path."""
+
+    def write(body: str) -> str:
+        (tmp_path / "rank_under_test.py").write_text(RANK + body)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        return "rank_under_test"
+
+    return write
+
+
+def run(module: str, folder: Path, num_ranks: int = 2) -> tuple[list[dict[str, Any]], list[str]]:
+    events: list[dict[str, Any]] = []
+    lines: list[str] = []
+    run_ranks(
+        module=module,
+        request=str(folder),
+        num_ranks=num_ranks,
+        on_event=events.append,
+        on_line=lambda _rank, line: lines.append(line),
+    )
+    return events, lines
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + 15
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, "a process outlived its group"
+        time.sleep(0.05)
+
+
+def pids_in(folder: Path, count: int) -> list[int]:
+    deadline = time.monotonic() + 30
+    while True:
+        files = [f for f in folder.glob("pid-*") if f.read_text()]
+        if len(files) == count:
+            return [int(f.read_text()) for f in files]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_events_and_lines_arrive(rank_module, tmp_path: Path) -> None:
+    module = rank_module("emit({'event': 'x', 'rank': rank}); print('plain')")
+    events, lines = run(module, tmp_path)
+    assert sorted(e["rank"] for e in events) == [0, 1]
+    assert lines == ["plain", "plain"]
+
+
+def test_a_rank_that_dies_ends_the_others_and_is_named(rank_module, tmp_path: Path) -> None:
+    body = """
+print("last words")
+while rank == 0 or not (folder / "pid-0").exists():
+    time.sleep(0.05)
+os.kill(os.getpid(), 9)
+"""
+    module = rank_module(body)
+    with pytest.raises(
+        WorkerError, match=r"rank 1 ended by signal SIGKILL \(if nobody sent"
+    ) as caught:
+        run(module, tmp_path)
+    assert "last words" in caught.value.details
+    wait_until_gone(pids_in(tmp_path, 2))
+
+
+def test_a_rank_that_ignores_sigterm_is_killed(
+    rank_module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdflow_core.workers.local.GRACE_S", 0.5)
+    body = """
+import signal
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+(folder / f"ready-{rank}").touch()
+if rank == 1:
+    while not (folder / "ready-0").exists():
+        time.sleep(0.05)
+    sys.exit(3)
+time.sleep(120)
+"""
+    with pytest.raises(WorkerError, match="rank 1 ended by exit code 3"):
+        run(rank_module(body), tmp_path)
+    wait_until_gone(pids_in(tmp_path, 2))
+
+
+def test_the_launchers_death_ends_the_ranks_and_their_children(rank_module, tmp_path: Path) -> None:
+    body = """
+import subprocess
+child = subprocess.Popen(["sleep", "120"])
+(folder / f"pid-child-{rank}").write_text(str(child.pid))
+time.sleep(120)
+"""
+    module = rank_module(body)
+    code = (
+        "from kdflow_core.workers.local import run_ranks\n"
+        f"run_ranks(module={module!r}, request={str(tmp_path)!r}, num_ranks=2,"
+        " on_event=print, on_line=print)"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", code])
+    pids = pids_in(tmp_path, 4)
+    os.kill(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+    wait_until_gone(pids)
