@@ -151,17 +151,8 @@ def plan_stages(run: RunConfig) -> dict[str, StageIdentity]:
     student_id = _model_identity(student, plan.get("prepare-student"), prints)
 
     tokens = add("tokenize", "tokens", _tokens_slice(run), _tokens_inputs(run, plan, prints))
-    states = add(
-        "extract",
-        "states",
-        {
-            "dtype": run.teacher.dtype,
-            "attention": run.teacher.attention,
-            "shard_rows": run.storage.shard_rows,
-            "chunk_rows": run.storage.chunk_rows,
-        },
-        {"tokens": tokens.digest, "teacher_model": teacher_id},
-    )
+    extracted_from = {"tokens": tokens.digest, "teacher_model": teacher_id}
+    states = add("extract", "states", _states_slice(run), extracted_from)
     upstream = {
         "tokens": tokens.digest,
         "states": states.digest,
@@ -169,21 +160,13 @@ def plan_stages(run: RunConfig) -> dict[str, StageIdentity]:
         "student_model": student_id,
     }
     trained = add("train", "student", _training_slice(run), upstream)
-    evaluated = add(
-        "evaluate",
-        "evaluation",
-        {
-            "eval": run.eval.model_dump(mode="json", exclude={"tokens_per_batch"}),
-            "dtype": run.student.compute_dtype,
-            "teacher_dtype": run.teacher.dtype,
-        },
-        upstream | {"student": trained.digest},
-    )
+    upstream["student"] = trained.digest
+    evaluated = add("evaluate", "evaluation", _evaluation_slice(run), upstream)
     add(
         "report",
         "report",
         {"run": run.model_dump(mode="json")},
-        upstream | {"student": trained.digest, "evaluation": evaluated.digest},
+        upstream | {"evaluation": evaluated.digest},
     )
     return plan
 
@@ -336,6 +319,23 @@ def _length_limit(run: RunConfig, model: PretrainedModel | GgufModel | LayerDrop
         return run.data.max_length
     folder = resolve_folder(model.path, model.revision, weights=False)
     return min(run.data.max_length, context_length(folder))
+
+
+def _states_slice(run: RunConfig) -> dict[str, Any]:
+    return {
+        "dtype": run.teacher.dtype,
+        "attention": run.teacher.attention,
+        "shard_rows": run.storage.shard_rows,
+        "chunk_rows": run.storage.chunk_rows,
+    }
+
+
+def _evaluation_slice(run: RunConfig) -> dict[str, Any]:
+    return {
+        "eval": run.eval.model_dump(mode="json", exclude={"tokens_per_batch"}),
+        "dtype": run.student.compute_dtype,
+        "teacher_dtype": run.teacher.dtype,
+    }
 
 
 def _training_slice(run: RunConfig) -> dict[str, Any]:

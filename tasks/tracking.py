@@ -23,7 +23,7 @@ def check_tracking(run: RunConfig) -> None:
 class MetricsLog:
     """Writes the records of a run; a resumed run drops what lies behind its checkpoint first."""
 
-    def __init__(self, *, run: RunConfig, folder: Path, first_step: int) -> None:
+    def __init__(self, *, run: RunConfig, folder: Path, run_id: str, first_step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = [r for r in read_metrics(path) if r["step"] <= first_step]
@@ -42,8 +42,9 @@ class MetricsLog:
 
             self._wandb = wandb.init(
                 project=run.tracking.wandb_project,
-                id=folder.name,
+                id=run_id,
                 name=run.name,
+                dir=str(folder),
                 resume="allow",
                 config=run.model_dump(mode="json"),
             )

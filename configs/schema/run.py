@@ -13,8 +13,7 @@ from configs.schema.models import Attention, ChatTemplate, Dtype, StudentModel, 
 class TransformersTeacher(StrictModel):
     """The teacher, run by Hugging Face transformers.
 
-    `tokens_per_batch` bounds a batch's padded area, in tokens. `context_length` lowers the
-    model's own limit.
+    `tokens_per_batch` bounds a batch's padded area, in tokens.
     """
 
     type: Literal["transformers"] = "transformers"
@@ -22,7 +21,6 @@ class TransformersTeacher(StrictModel):
     dtype: Dtype = "bfloat16"
     attention: Attention = "sdpa"
     tokens_per_batch: int = Field(default=8192, gt=0)
-    context_length: int | None = Field(default=None, gt=1)
     chat_template: ChatTemplate = Field(default_factory=ChatTemplate)
 
 
@@ -112,13 +110,3 @@ class RunConfig(StrictModel):
     storage: StorageConfig = Field(default_factory=StorageConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
-
-    @model_validator(mode="after")
-    def _combinations(self) -> "RunConfig":
-        limit = self.teacher.context_length
-        if limit is not None and self.data.max_length > limit:
-            raise ValueError(
-                f"data.max_length={self.data.max_length} exceeds "
-                f"teacher.context_length={limit}; lower data.max_length"
-            )
-        return self

@@ -42,15 +42,7 @@ def train_offpolicy(
     module.train()
     for step in range(first, plan.num_steps):
         started = time.perf_counter()
-        lr = learning_rate(
-            step=step,
-            num_steps=plan.num_steps,
-            peak=config.lr,
-            warmup_fraction=config.warmup_fraction,
-            min_ratio=config.min_lr_ratio,
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lr = _set_learning_rate(optimizer, step, plan.num_steps, config)
         # Dropout, where a model has it, depends on step and rank alone: a resumed run repeats it.
         torch.manual_seed((plan.seed << 40) + (step << 16) + rank)
         batches = plan.step(step)
@@ -79,6 +71,21 @@ def train_offpolicy(
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == plan.num_steps:
             save_checkpoint(checkpoints, step + 1, module, optimizer, keep=config.keep_checkpoints)
     return first
+
+
+def _set_learning_rate(
+    optimizer: torch.optim.Optimizer, step: int, num_steps: int, config: StudentConfig
+) -> float:
+    lr = learning_rate(
+        step=step,
+        num_steps=num_steps,
+        peak=config.lr,
+        warmup_fraction=config.warmup_fraction,
+        min_ratio=config.min_lr_ratio,
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
 
 
 def _record(

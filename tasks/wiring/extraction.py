@@ -95,7 +95,7 @@ def _run_teacher(
         dtype=DTYPES[teacher.dtype],
         attention=teacher.attention,
         tokens_per_batch=teacher.tokens_per_batch,
-        max_length=min(context_length(folder), teacher.context_length or 2**31),
+        max_length=context_length(folder),
         device=default_device(),
     )
     lengths = [table.lengths("teacher") for table in tables]

@@ -1,11 +1,13 @@
 """The stages that make models and tokens."""
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from configs.schema.models import GgufModel, LayerDropModel
+from kdflow_core.contracts import Example
 from kdflow_core.data.rendering import Renderer
-from kdflow_core.data.tokenization import Tally, tokenize
+from kdflow_core.data.tokenization import Split, Tally, tokenize
 from kdflow_core.errors import ModelError
 from kdflow_core.models.conversion import convert_gguf, drop_layers
 from kdflow_core.models.folders import context_length
@@ -42,34 +44,44 @@ def _sha256(path: Path) -> str:
 def tokenize_data(stage: StageRun) -> ArtifactRef:
     """Text to token ids, once for both models."""
     run, folder = stage.run, stage.workdir
-    renderers, limits = {}, {}
-    tokenizers = {}
-    for side, template in (
-        ("student", run.student.chat_template),
-        ("teacher", run.teacher.chat_template),
-    ):
-        model_folder = stage.model_folder(side)
-        tokenizers[side] = load_tokenizer(model_folder)
-        limits[side] = context_length(model_folder)
-        renderers[side] = Renderer(
+    folders = {side: stage.model_folder(side) for side in ("student", "teacher")}
+    tokenizers = {side: load_tokenizer(path) for side, path in folders.items()}
+    check_same_vocabulary(tokenizers["student"], tokenizers["teacher"])
+    templates = {"student": run.student.chat_template, "teacher": run.teacher.chat_template}
+    renderers = {
+        side: Renderer(
             tokenizer=tokenizers[side],
             template=template.template,
             template_args=template.args,
             supervise=run.data.supervise,
         )
-    check_same_vocabulary(tokenizers["student"], tokenizers["teacher"])
-    limits["teacher"] = min(limits["teacher"], run.teacher.context_length or limits["teacher"])
+        for side, template in templates.items()
+    }
     tally = Tally()
     examples = tokenize(
         config=run.data,
         seed=run.seed,
         student=renderers["student"],
         teacher=renderers["teacher"],
-        max_student_length=limits["student"],
-        max_teacher_length=limits["teacher"],
+        max_student_length=context_length(folders["student"]),
+        max_teacher_length=context_length(folders["teacher"]),
         reporter=stage.reporter,
         tally=tally,
     )
+    _write_examples(folder, examples)
+    counts = _counts(folder)
+    dropped = {source: dict(reasons) for source, reasons in tally.dropped.items()}
+    stage.reporter.message(
+        f"{counts['train_sequences']} training and "
+        f"{counts['heldout_sequences']} held-out samples; dropped: {dropped or 'none'}"
+    )
+    return stage.publish(
+        counts=counts,
+        info={"read": dict(tally.read), "dropped": dropped, "first_dropped": tally.first_detail},
+    )
+
+
+def _write_examples(folder: Path, examples: Iterable[tuple[Split, Example]]) -> None:
     with (
         TokenWriter(folder / "train.arrow") as train,
         TokenWriter(folder / "heldout.arrow") as heldout,
@@ -87,18 +99,13 @@ def tokenize_data(stage: StageRun) -> ArtifactRef:
                     "answer": example.answer,
                 }
             )
+
+
+def _counts(folder: Path) -> dict[str, int]:
     counts = {}
     for split in SPLITS:
         table = TokenTable(folder / f"{split}.arrow")
         counts[f"{split}_sequences"] = len(table)
         counts[f"{split}_tokens"] = int(table.lengths("student").sum())
         counts[f"{split}_supervised_tokens"] = int(table.supervised_counts("student").sum())
-    dropped = {source: dict(reasons) for source, reasons in tally.dropped.items()}
-    stage.reporter.message(
-        f"{counts['train_sequences']} training and "
-        f"{counts['heldout_sequences']} held-out samples; dropped: {dropped or 'none'}"
-    )
-    return stage.publish(
-        counts=counts,
-        info={"read": dict(tally.read), "dropped": dropped, "first_dropped": tally.first_detail},
-    )
+    return counts

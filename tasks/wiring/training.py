@@ -35,7 +35,7 @@ def train_student(stage: StageRun) -> ArtifactRef | None:
     metrics: MetricsLog | NoMetrics = NoMetrics()
     if rank == 0:
         first = max(completed_steps(checkpoints), default=0)
-        metrics = MetricsLog(run=run, folder=output, first_step=first)
+        metrics = MetricsLog(run=run, folder=output, run_id=stage.digest, first_step=first)
     train_offpolicy(
         module=module,
         plan=plan,

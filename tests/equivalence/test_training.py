@@ -117,7 +117,7 @@ def naive_training(run: RunConfig, tokens: Path) -> list[float]:
             total = total + 0.1 * ce + 0.9 * kl
             count += int(supervised_T.sum())
         (total / count).backward()
-        curve.append(float(total / count))
+        curve.append((total / count).item())
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

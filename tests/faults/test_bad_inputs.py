@@ -33,7 +33,6 @@ def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("student.lrr=1", "student.lrr: unknown key 'lrr'; did you mean 'lr'?"),
         ("data.sources.0.path=/nowhere.jsonl", "no file at '/nowhere.jsonl'"),
         ("teacher.model.path=/nowhere", "there is no model folder '/nowhere'"),
-        ("tracking.wandb_project=mine", "needs the package wandb"),
     ],
 )
 def test_the_command_ends_with_one_line_and_code_1(

@@ -62,5 +62,5 @@ def test_a_disk_that_fills_up_during_extraction(
 def test_an_error_that_is_not_about_room_stays_what_it_is(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     store = ArtifactStore(root=str(tmp_path / "file"), scratch=str(tmp_path))
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(FileExistsError):
         store.write_whole(f"{tmp_path}/file/x", b"")

@@ -1,0 +1,49 @@
+# Python 3.11 or 3.12 and make are all that is needed; everything else goes into .venv.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: install quickstart test test-all check format lock clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.lock requirements-nodeps.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade "pip==26.3"
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --requirement requirements-nodeps.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+# A real model distilled on the CPU, from nothing to the report.
+quickstart: install
+	$(BIN)/kdflow run quickstart
+
+test: install
+	$(BIN)/pytest
+
+# With the slow tests: the whole quick start, as its README says it.
+test-all: install
+	$(BIN)/pytest -m "not gpu"
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Resolve pyproject.toml anew and pin everything.
+lock:
+	rm -rf build/lock && $(PYTHON) -m venv build/lock
+	build/lock/bin/pip install --quiet --upgrade "pip==26.3"
+	build/lock/bin/pip install --quiet torch==2.13.0
+	build/lock/bin/pip install --quiet setuptools wheel . --group dev
+	build/lock/bin/pip freeze --all --exclude kdflow --exclude pip | sed 's/+cpu$$//' > requirements.lock
+	rm -rf build/lock
+
+clean:
+	rm -rf $(VENV) .kdflow build

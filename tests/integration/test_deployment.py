@@ -1,0 +1,148 @@
+"""A real server and a real worker run the deployment, as the README says."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.readme import commands
+
+pytestmark = [pytest.mark.prefect, pytest.mark.ranks]
+
+ROOT = Path(__file__).parents[2]
+PREFECT = str(Path(sys.executable).parent / "prefect")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """A Prefect server on loopback and the `prefect` command pointed at it."""
+
+    def __init__(self, folder: Path) -> None:
+        port = free_port()
+        self.api = f"http://127.0.0.1:{port}/api"
+        self.folder = folder
+        self.env = os.environ | {
+            "PREFECT_API_URL": self.api,
+            "PREFECT_HOME": str(folder / "home"),
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "COLUMNS": "200",
+        }
+        self.processes = [self.start("server", "start", "--host", "127.0.0.1", "--port", str(port))]
+        deadline = time.monotonic() + 180
+        while not self.healthy():
+            assert self.processes[0].poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+
+    def healthy(self) -> bool:
+        try:
+            return httpx.get(f"{self.api}/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        log = (self.folder / f"{arguments[0]}.log").open("wb")
+        with log:
+            return subprocess.Popen(
+                [PREFECT, *arguments], env=self.env, cwd=self.folder, stdout=log, stderr=log
+            )
+
+    def command(self, *arguments: str, code: int = 0) -> str:
+        result = subprocess.run(
+            [PREFECT, *arguments],
+            env=self.env,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=500,
+        )
+        logs = "".join(path.read_text() for path in self.folder.glob("worker.log"))
+        assert result.returncode == code, result.stdout + result.stderr + logs
+        return result.stdout
+
+    def runs(self, **where: object) -> list[dict[str, object]]:
+        return httpx.post(f"{self.api}/flow_runs/filter", json=where).json()
+
+    def task_states(self, flow_run_id: object) -> dict[str, str]:
+        where = {"flow_runs": {"id": {"any_": [flow_run_id]}}}
+        found = httpx.post(f"{self.api}/task_runs/filter", json=where).json()
+        return {run["name"].rsplit("-", 1)[0]: run["state_name"] for run in found}
+
+    def stop(self) -> None:
+        for process in reversed(self.processes):
+            process.terminate()
+        for process in reversed(self.processes):
+            process.wait(timeout=60)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    for name in ("prefect.yaml", "prefect.toml"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("flows", "tasks", "kdflow_core", "storage", "configs"):
+        (folder / name).symlink_to(ROOT / name)
+    running = Server(folder)
+    yield running
+    running.stop()
+
+
+def test_the_deployment_runs_to_completion(
+    server: Server, make_recipe: Callable[..., Path]
+) -> None:
+    # The README's commands, but for the port and the recipe.
+    _, pool, deploy, start_worker, run_it = (
+        w[1:] for w in commands("As a service") if w[0] == "prefect"
+    )
+    server.command(*pool)
+    deployed = server.command(*deploy)
+    assert "kd/offpolicy" in deployed
+    assert "kd/nightly" in deployed
+    server.processes.append(server.start(*start_worker))
+
+    # The cron schedule really creates runs.
+    deadline = time.monotonic() + 120
+    scheduled = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
+    while not any("nightly" in str(run["tags"]) for run in server.runs(**scheduled)):
+        assert time.monotonic() < deadline, "the nightly schedule created no run"
+        time.sleep(1)
+
+    run_it = [w.replace("recipe=quickstart", f"recipe={make_recipe()}") for w in run_it]
+    server.command(*run_it)
+    completed = {"flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
+    (first,) = server.runs(**completed)
+    assert set(server.task_states(first["id"]).values()) == {"Completed"}
+    artifacts = httpx.post(f"{server.api}/artifacts/filter", json={}).json()
+    tables = [a for a in artifacts if a["type"] == "table"]
+    assert [a["key"] for a in tables] == ["tiny-evaluation"]
+    assert "student after" in str(tables[0]["data"])
+
+    # The same again is served from cache, and says so in the UI.
+    server.command(*run_it)
+    second = next(r for r in server.runs(**completed) if r["id"] != first["id"])
+    assert server.task_states(second["id"]) == dict.fromkeys(
+        ("tokenize", "extract", "train", "evaluate", "report"), "Cached"
+    )
+
+    # A wrong parameter fails with its path and remedy, and exit code 1.
+    bad = server.command(
+        "deployment", "run", "kd/offpolicy", "--param", "recipe=quickstrat", "--watch", code=1
+    )
+    assert "Failed" in bad
+    failed = server.runs(flow_runs={"state": {"type": {"any_": ["FAILED"]}}})
+    assert re.search("did you mean 'quickstart'", str(failed[0]["state"]))

@@ -1,0 +1,105 @@
+"""The flow `kd` as users start it: from the command line, again from cache, after a kill."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from configs.load import load_run
+from kdflow_core.student.checkpoint import completed_steps
+from tasks.stages import plan_stages
+
+pytestmark = [pytest.mark.prefect, pytest.mark.ranks]
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "flows", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"COLUMNS": "120"},
+    )
+
+
+def run(*arguments: str) -> str:
+    process = start(*arguments)
+    output, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, output
+    return output
+
+
+def cached_stages(output: str) -> set[str]:
+    return set(re.findall(r"Task run '(\w+)-\w+' - Finished in state Cached", output))
+
+
+def test_run_rerun_and_change(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = str(make_recipe())
+    output = run("run", recipe)
+    assert cached_stages(output) == set()
+    for words in ("teacher", "student before", "student after", "forward KL", "perplexity"):
+        assert words in output
+    assert re.search(r"\d+ of 6 steps", output)
+    report = Path(re.findall(r"^report: (.*)$", output, re.MULTILINE)[-1]).read_text()
+    for words in (
+        "Held-out evaluation",
+        "gradient norm",
+        "tokens/s",
+        "student after",
+        "max_steps: 6",
+    ):
+        assert words in report
+    assert not re.search(r"<script|<link|src=|@import", report)  # self-contained
+
+    again = run("run", recipe)
+    assert cached_stages(again) == {"tokenize", "extract", "train", "evaluate", "report"}
+    assert re.findall("student after .*│", again) == re.findall("student after .*│", output)
+
+    changed = run("run", recipe, "student.lr=1e-4")
+    assert cached_stages(changed) == {"tokenize", "extract"}
+
+    # A hit counts only while the artifact is whole.
+    plan = plan_stages(load_run(recipe))
+    states = tmp_path / "store/artifacts/states" / plan["extract"].digest
+    next(states.rglob("hidden/c/0/0/0")).unlink()
+    mended = run("run", recipe)
+    assert cached_stages(mended) == {"tokenize", "train", "evaluate", "report"}
+    assert run("plan", recipe).count("be served from cache") == 5
+
+
+def test_a_killed_flow_goes_on_from_cache_and_checkpoint(
+    make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """SIGKILL of everything mid-training; the re-run ends in the uninterrupted run's weights."""
+    recipe = str(make_recipe(max_steps=60, checkpoint_every=5))
+    digest = plan_stages(load_run(recipe))["train"].digest
+    checkpoints = tmp_path / "scratch/student" / digest / "checkpoints"
+    flow = start("run", recipe)
+    while max(completed_steps(checkpoints), default=0) < 10:
+        assert flow.poll() is None, flow.communicate()[0]
+        time.sleep(0.02)
+    ranks = [p for p in psutil.Process(flow.pid).children() if "tasks.worker" in p.cmdline()]
+    for victim in [flow.pid, *(p.pid for p in ranks)]:
+        os.kill(victim, signal.SIGKILL)
+    flow.wait()
+    assert ranks
+    assert flow.stdout is not None
+    flow.stdout.close()
+    assert completed_steps(checkpoints)[-1] < 60
+
+    output = run("run", recipe)
+    assert cached_stages(output) == {"tokenize", "extract"}
+    assert re.search(r"training from step \d+ of 60 \(resumed", output)
+    resumed = tmp_path / "store/artifacts/student" / digest / "model/model.safetensors"
+    content = resumed.read_bytes()
+    shutil.rmtree(resumed.parents[1])
+    assert "training from step 0 of 60" in run("run", recipe)
+    assert resumed.read_bytes() == content

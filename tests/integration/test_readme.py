@@ -1,0 +1,80 @@
+"""The README's commands, run as it shows them."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.readme import ROOT, commands
+
+BIN = ROOT / ".venv/bin"
+
+
+def run(words: list[str], cwd: Path, home: Path) -> str:
+    env = os.environ | {
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "COLUMNS": "160",
+        "PREFECT_HOME": str(home),
+    }
+    result = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_the_two_commands_are_targets_of_the_makefile() -> None:
+    assert commands("Two commands") == [["make", "quickstart"], ["make", "test"]]
+    for words in commands("Two commands"):
+        subprocess.run([*words, "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_ci_calls_the_test_command() -> None:
+    assert "make test\n" in (ROOT / ".ci/run").read_text()
+
+
+@pytest.mark.prefect
+@pytest.mark.ranks
+def test_commands_for_own_models(tmp_path: Path) -> None:
+    """All of them; the one that trains the real quick start is cut to a few samples and steps."""
+    short = ["data.max_samples=120", "student.max_steps=4", "eval.max_generations=2"]
+    shown = commands("Your own models")
+    assert {words[1] for words in shown} == {"recipes", "config", "plan", "run"}
+    for words in shown:
+        extra = short if words[1] == "run" else []
+        output = run([*words, *extra], tmp_path, tmp_path / "prefect")
+        if words[1] == "recipes":
+            assert "quickstart" in output.split()
+        elif words[1] == "config":
+            assert "max_grad_norm: 1.0" in output
+        elif words[1] == "plan":
+            assert "prepare-teacher" in output
+        else:
+            check_scores(output)
+
+
+def check_scores(output: str) -> None:
+    """Forward KL falls already, and the teacher is the real one: a broken conversion would show
+    in its perplexity.
+    """
+    rows = {
+        cells[0]: [float(cell.rstrip("%")) for cell in cells[1:5]]
+        for line in output.splitlines()
+        if len(cells := [cell.strip() for cell in re.split("[│┃]", line) if cell.strip()]) == 6
+        and cells[0] in {"teacher", "student before", "student after"}
+    }
+    assert rows["student after"][0] < 0.8 * rows["student before"][0]
+    assert rows["teacher"][0] < 0.001
+    assert rows["teacher"][2] > 99
+    assert 1 < rows["teacher"][3] < 30
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_quickstart_from_a_clean_clone(tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    first = run(["make", "quickstart"], clone, tmp_path / "prefect")
+    check_scores(first)
+    again = run(["make", "quickstart"], clone, tmp_path / "prefect")
+    assert re.findall("student after .*│", again) == re.findall("student after .*│", first)
