@@ -132,10 +132,12 @@ class ArtifactStore:
             yield
 
     def publish(self, kind: str, digest: str, local_folder: Path) -> None:
-        """Move the files of a local folder into the artifact's folder."""
+        """Make a local folder the artifact's folder; what was there before goes."""
         target = self.folder(kind, digest)
         with disk_errors(target):
-            if self.is_local and not os.path.exists(target):
+            if self.fs.exists(target):
+                self.fs.rm(target, recursive=True)
+            if self.is_local:
                 Path(target).parent.mkdir(parents=True, exist_ok=True)
                 shutil.move(local_folder, target)
                 return

@@ -33,6 +33,7 @@ CODE_VERSIONS = {
 OPERATIONAL_STUDENT_FIELDS = {
     "model",
     "chat_template",
+    "activation_checkpointing",
     "micro_batch_tokens",
     "num_ranks",
     "checkpoint_every",

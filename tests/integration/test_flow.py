@@ -75,31 +75,43 @@ def test_run_rerun_and_change(make_recipe: Callable[..., Path], tmp_path: Path) 
     assert run("plan", recipe).count("be served from cache") == 5
 
 
-def test_a_killed_flow_goes_on_from_cache_and_checkpoint(
-    make_recipe: Callable[..., Path], tmp_path: Path
-) -> None:
-    """SIGKILL of everything mid-training; the re-run ends in the uninterrupted run's weights."""
-    recipe = str(make_recipe(max_steps=60, checkpoint_every=5))
-    digest = plan_stages(load_run(recipe))["train"].digest
-    checkpoints = tmp_path / "scratch/student" / digest / "checkpoints"
-    flow = start("run", recipe)
+def wait_and_kill(flow: subprocess.Popen[str], checkpoints: Path, *, with_flow: bool) -> None:
+    """SIGKILL the training ranks, and the flow itself, once two checkpoints are there."""
     while max(completed_steps(checkpoints), default=0) < 10:
         assert flow.poll() is None, flow.communicate()[0]
         time.sleep(0.02)
     ranks = [p for p in psutil.Process(flow.pid).children() if "tasks.worker" in p.cmdline()]
-    for victim in [flow.pid, *(p.pid for p in ranks)]:
-        os.kill(victim, signal.SIGKILL)
-    flow.wait()
     assert ranks
-    assert flow.stdout is not None
-    flow.stdout.close()
+    for victim in [*([flow.pid] if with_flow else []), *(p.pid for p in ranks)]:
+        os.kill(victim, signal.SIGKILL)
     assert completed_steps(checkpoints)[-1] < 60
+
+
+def test_a_killed_run_goes_on_from_cache_and_checkpoint(
+    make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """SIGKILL of everything mid-training, then of a rank alone: both end in the same weights (which
+    test_kill compares with an uninterrupted run's).
+    """
+    recipe = str(make_recipe(max_steps=60, checkpoint_every=5))
+    digest = plan_stages(load_run(recipe))["train"].digest
+    checkpoints = tmp_path / "scratch/student" / digest / "checkpoints"
+    flow = start("run", recipe)
+    wait_and_kill(flow, checkpoints, with_flow=True)
+    flow.communicate()
 
     output = run("run", recipe)
     assert cached_stages(output) == {"tokenize", "extract"}
     assert re.search(r"training from step \d+ of 60 \(resumed", output)
-    resumed = tmp_path / "store/artifacts/student" / digest / "model/model.safetensors"
-    content = resumed.read_bytes()
-    shutil.rmtree(resumed.parents[1])
-    assert "training from step 0 of 60" in run("run", recipe)
-    assert resumed.read_bytes() == content
+    model = tmp_path / "store/artifacts/student" / digest / "model/model.safetensors"
+    content = model.read_bytes()
+
+    shutil.rmtree(model.parents[1])
+    flow = start("run", recipe)
+    wait_and_kill(flow, checkpoints, with_flow=False)
+    output, _ = flow.communicate()
+    assert flow.returncode == 0, output
+    assert "rank 0 ended by signal SIGKILL" in output
+    assert "training from step 0 of 60" in output
+    assert re.search(r"training from step \d+ of 60 \(resumed", output)
+    assert model.read_bytes() == content

@@ -78,6 +78,22 @@ def test_jsonl_parquet_arrow_and_saved_folders_read_alike(
     assert all(other == seen[0] for other in seen)
 
 
+def test_data_sets_by_name_are_loaded_through_datasets(tmp_path: Path, renderer: Renderer) -> None:
+    """`datasets` takes a folder for a name: the same call as for the hub, without the hub."""
+    (tmp_path / "org/name/sub").mkdir(parents=True)
+    write_jsonl(tmp_path / "org/name/sub/train.jsonl", list(ROWS))
+    write_jsonl(tmp_path / "org/name/sub/test.jsonl", list(ROWS[:20]))
+    source = {"type": "hub", "path": str(tmp_path / "org/name"), "split": "test", "name": "named"}
+    (tmp_path / "org/name/README.md").write_text(
+        "---\nconfigs:\n- config_name: sub\n  data_files:\n"
+        "  - {split: train, path: sub/train.jsonl}\n  - {split: test, path: sub/test.jsonl}\n---\n"
+    )
+    examples, _ = run(renderer, {"sources": [source | {"subset": "sub"}]})
+    assert len(examples) == 20
+    with pytest.raises(DataError, match=r"cannot read data source .*nope"):
+        run(renderer, {"sources": [source | {"subset": "nope"}]})
+
+
 def test_split_goes_by_content_and_not_by_position(tmp_path: Path, renderer: Renderer) -> None:
     def sides(rows: list[object]) -> dict[bytes, Split]:
         examples, _ = run(renderer, {"sources": [files(write_jsonl(tmp_path / "d.jsonl", rows))]})
