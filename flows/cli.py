@@ -94,7 +94,7 @@ def score_table(rows: list[dict[str, Any]]) -> Table:
     """The held-out scores over all sources."""
     table = Table(title="held-out evaluation (KL to the teacher in nats/token)")
     table.add_column("model", no_wrap=True)
-    for title in ("forward KL", "reverse KL", "top-1 agreement", "perplexity", "answers right"):
+    for title in ("forward KL", "reverse KL", "same top-1", "perplexity", "answers"):
         table.add_column(title, justify="right")
     for row in rows:
         if row["source"] == "all":

@@ -9,6 +9,14 @@ from storage.artifact import ArtifactRef
 from tasks.progress import ProgressLog
 from tasks.stages import StageSpec, open_store
 
+# By default glibc gives every large buffer back to the kernel, and the page faults of taking it
+# again cost a good part of a training step on a CPU, where the loss takes chunks of logits.
+KEEP_BUFFERS = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(10**11),
+    "MALLOC_TOP_PAD_": str(2**29),
+}
+
 Logger = logging.Logger | logging.LoggerAdapter[Any]
 
 
@@ -39,7 +47,7 @@ def launch_stage(spec: StageSpec, logger: Logger) -> ArtifactRef:
 
 def _run_workers(spec: StageSpec, logger: Logger) -> None:
     progress = ProgressLog(logger)
-    num_ranks = spec.run.student.num_ranks if spec.identity.stage == "train" else 1
+    training = spec.identity.stage == "train"
 
     def line(rank: int, text: str) -> None:
         logger.warning("[%s rank %d] %s", spec.identity.stage, rank, text)
@@ -48,7 +56,8 @@ def _run_workers(spec: StageSpec, logger: Logger) -> None:
         run_ranks(
             module="tasks.worker",
             request=spec.model_dump_json(),
-            num_ranks=num_ranks,
+            num_ranks=spec.run.student.num_ranks if training else 1,
+            env=KEEP_BUFFERS if training else {},
             on_event=progress.event,
             on_line=line,
         )

@@ -120,7 +120,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 logits_CV, teacher.logits(teacher_hidden_TG[rows]), target_ids_T[rows], spec
             )
             per_token[:, rows] = terms_XC
-            if not (need_hidden or need_weight):
+            if not any((need_hidden, need_weight, need_bias)):
                 continue
             grad_CV *= weights_T[rows, None]
             student.through_head_(grad_CV, logits_CV)

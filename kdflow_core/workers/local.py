@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -42,11 +42,13 @@ def run_ranks(
     num_ranks: int,
     on_event: Callable[[dict[str, Any]], None],
     on_line: Callable[[int, str], None],
+    env: Mapping[str, str] | None = None,
 ) -> None:
     """Run `python -m module` as `num_ranks` ranks and wait for all of them.
 
     Every rank reads `request` (one line) from standard input. `on_event` gets the events that ranks
-    emit, `on_line` every other line that a rank prints; both are called in this thread.
+    emit, `on_line` every other line that a rank prints; both are called in this thread. `env` adds
+    to the environment what is not set there.
 
     Raises:
         WorkerError: a rank failed. All others have been ended by then.
@@ -56,7 +58,7 @@ def run_ranks(
         ranks: list[_Rank] = []
         try:
             for number in range(num_ranks):
-                rank = _start(module, number, num_ranks, f"{folder}/store")
+                rank = _start(module, number, num_ranks, f"{folder}/store", env or {})
                 ranks.append(rank)
                 _feed(rank.process, request)
                 rank.reader = threading.Thread(
@@ -68,8 +70,10 @@ def run_ranks(
             _end(ranks)
 
 
-def _start(module: str, rank: int, num_ranks: int, rendezvous: str) -> _Rank:
-    env = os.environ | {
+def _start(
+    module: str, rank: int, num_ranks: int, rendezvous: str, defaults: Mapping[str, str]
+) -> _Rank:
+    env = {**defaults, **os.environ} | {
         "KDFLOW_RANK": str(rank),
         "KDFLOW_NUM_RANKS": str(num_ranks),
         "KDFLOW_RENDEZVOUS": rendezvous,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests.readme import commands
@@ -89,10 +90,9 @@ class Server:
             process.wait(timeout=60)
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    folder = tmp_path / "checkout"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("checkout")
     for name in ("prefect.yaml", "prefect.toml"):
         shutil.copy(ROOT / name, folder)
     for name in ("flows", "tasks", "kdflow_core", "storage", "configs"):
@@ -146,3 +146,26 @@ def test_the_deployment_runs_to_completion(
     assert "Failed" in bad
     failed = server.runs(flow_runs={"state": {"type": {"any_": ["FAILED"]}}})
     assert re.search("did you mean 'quickstart'", str(failed[0]["state"]))
+
+
+def test_a_cancelled_run_leaves_no_process(
+    server: Server, make_recipe: Callable[..., Path]
+) -> None:
+    """Runs after the test above, with its worker."""
+    recipe = ("--param", f"recipe={make_recipe(num_ranks=2, max_steps=1_000_000)}")
+    server.command("deployment", "run", "kd/offpolicy", *recipe)
+    worker = psutil.Process(server.processes[-1].pid)
+    ranks: list[psutil.Process] = []
+    deadline = time.monotonic() + 180
+    while len(ranks) < 2:
+        assert time.monotonic() < deadline, "training did not start"
+        time.sleep(0.5)
+        children = worker.children(recursive=True)
+        ranks = [p for p in children if "tasks.worker" in " ".join(p.cmdline())]
+    (running,) = server.runs(flow_runs={"state": {"type": {"any_": ["RUNNING"]}}})
+    server.command("--no-prompt", "flow-run", "cancel", str(running["id"]))
+    _, alive = psutil.wait_procs(ranks, timeout=90)
+    assert not alive
+    while server.runs(flow_runs={"id": {"any_": [running["id"]]}})[0]["state_type"] != "CANCELLED":
+        assert time.monotonic() < deadline + 90
+        time.sleep(0.5)

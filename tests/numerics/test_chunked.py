@@ -225,3 +225,24 @@ def test_never_more_than_a_chunk_of_logits() -> None:
         )
         output.loss.backward()
     assert largest == chunk * vocabulary
+
+
+def test_a_frozen_head_gets_no_gradient_and_the_states_get_theirs() -> None:
+    spec = spec_of("forward_kl")
+    free, frozen = Problem(), Problem()
+    frozen.weight_VH = frozen.weight_VH.detach()
+    free.chunked(spec).loss.backward()
+    frozen.chunked(spec).loss.backward()
+    assert frozen.weight_VH.grad is None
+    torch.testing.assert_close(frozen.hidden_TH.grad, free.hidden_TH.grad)
+
+
+def test_a_bias_alone_can_be_trained() -> None:
+    spec = spec_of("forward_kl")
+    free, frozen = Problem(bias=True), Problem(bias=True)
+    frozen.weight_VH, frozen.hidden_TH = frozen.weight_VH.detach(), frozen.hidden_TH.detach()
+    free.chunked(spec).loss.backward()
+    frozen.chunked(spec).loss.backward()
+    assert free.bias_V is not None
+    assert frozen.bias_V is not None
+    torch.testing.assert_close(frozen.bias_V.grad, free.bias_V.grad)
