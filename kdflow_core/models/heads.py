@@ -6,6 +6,7 @@ architecture that is not in the table is refused by name, never guessed.
 Dimensions: B batch, T tokens, V vocabulary, H hidden size.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +141,17 @@ def apply_head(hidden_TH: torch.Tensor, head: OutputHead) -> torch.Tensor:
     if head.softcap is not None:
         logits_TV = head.softcap * torch.tanh(logits_TV / head.softcap)
     return logits_TV
+
+
+def head_digest(head: OutputHead) -> str:
+    """32 hex digits (BLAKE2b) over everything that turns states into logits."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for tensor in (head.weight_VH, head.bias_V):
+        if tensor is not None:
+            hasher.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            hasher.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    hasher.update(f"{head.logit_scale!r} {head.softcap!r}".encode())
+    return hasher.hexdigest()
 
 
 @torch.no_grad()

@@ -61,11 +61,12 @@ def _judge(
         attention=teacher.attention if side == "teacher" else student.attention,
         device=device,
     )
+    states, head = stage.teacher_signal(device)
     scores = score_distributions(
         model=model,
         examples=examples,
-        states=stage.states(),
-        teacher_head=stage.teacher_head(device),
+        states=states,
+        teacher_head=head,
         tokens_per_batch=stage.run.eval.tokens_per_batch,
         reporter=stage.reporter,
         label=label,

@@ -8,6 +8,7 @@ import torch
 
 from kdflow_core.contracts import OutputHead, TokenSequence
 from kdflow_core.models.folders import context_length
+from kdflow_core.models.heads import head_digest
 from kdflow_core.models.loading import load_config
 from kdflow_core.teacher.hf import TransformersTeacherEngine
 from storage.artifact import ArtifactRef
@@ -55,6 +56,7 @@ def extract_states(stage: StageRun) -> ArtifactRef:
             "dtype": stage.run.teacher.dtype,
             "final_norm_applied": True,
             "head": {
+                "digest": head_digest(head),
                 "vocabulary": head.weight_VH.shape[0],
                 "bias": head.bias_V is not None,
                 "logit_scale": head.logit_scale,

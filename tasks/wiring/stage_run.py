@@ -10,8 +10,9 @@ import torch
 
 from configs.schema.models import PretrainedModel
 from kdflow_core.contracts import OutputHead, Reporter
+from kdflow_core.errors import AlignmentError
 from kdflow_core.models.folders import resolve_folder
-from kdflow_core.models.heads import load_head
+from kdflow_core.models.heads import head_digest, load_head
 from kdflow_core.models.loading import load_config, load_tokenizer, true_vocabulary_size
 from storage.artifact import ArtifactRef
 from storage.hidden_states import HiddenStateReader
@@ -73,10 +74,20 @@ class StageRun:
         folder = self.store.local_copy(self.spec.inputs["tokens"])
         return {split: TokenTable(folder / f"{split}.arrow") for split in SPLITS}
 
-    def states(self) -> StoredStates:
-        """The teacher's stored states."""
-        reader = HiddenStateReader(store=self.store, ref=self.spec.inputs["states"])
-        return StoredStates(reader)
+    def teacher_signal(self, device: torch.device) -> tuple[StoredStates, OutputHead]:
+        """The teacher's stored states, and the head that they were made for.
+
+        Raises AlignmentError when the teacher's checkpoint has another head by now.
+        """
+        ref = self.spec.inputs["states"]
+        head = self.teacher_head(device)
+        recorded = self.store.manifest(ref.kind, ref.digest).info["head"]["digest"]
+        if head_digest(head) != recorded:
+            raise AlignmentError(
+                "the teacher's output head is not the one that its stored states were made for; "
+                f"delete {ref.uri} and run again"
+            )
+        return StoredStates(HiddenStateReader(store=self.store, ref=ref)), head
 
     def teacher_head(self, device: torch.device) -> OutputHead:
         """The teacher's output head over the true vocabulary."""

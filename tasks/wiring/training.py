@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from kdflow_core.contracts import OutputHead
 from kdflow_core.loops.offpolicy import train_offpolicy
 from kdflow_core.losses import build_divergence
 from kdflow_core.losses.chunked import LossSpec
@@ -28,7 +29,8 @@ def train_student(stage: StageRun) -> ArtifactRef | None:
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     device = default_device()
     table = stage.tables()["train"]
-    module = _build_module(stage, device, num_ranks)
+    states, head = stage.teacher_signal(device)
+    module = _build_module(stage, head, device)
     plan = _plan(stage, table, num_ranks)
     checkpoints = stage.workdir / "checkpoints"
     output = stage.workdir / "artifact"
@@ -40,7 +42,7 @@ def train_student(stage: StageRun) -> ArtifactRef | None:
         module=module,
         plan=plan,
         examples=TokenExamples(table),
-        states=stage.states(),
+        states=states,
         config=config,
         kd_ratio=run.loss.kd_ratio,
         checkpoints=checkpoints,
@@ -67,7 +69,9 @@ def train_student(stage: StageRun) -> ArtifactRef | None:
     return ref
 
 
-def _build_module(stage: StageRun, device: torch.device, num_ranks: int) -> DistillationModule:
+def _build_module(
+    stage: StageRun, teacher_head: OutputHead, device: torch.device
+) -> DistillationModule:
     """The student with its loss, sharded over all ranks."""
     config, loss = stage.run.student, stage.run.loss
     model = load_causal_lm(
@@ -77,14 +81,14 @@ def _build_module(stage: StageRun, device: torch.device, num_ranks: int) -> Dist
         model.gradient_checkpointing_enable({"use_reentrant": False})
     module = DistillationModule(
         model=model,
-        teacher_head=stage.teacher_head(device),
+        teacher_head=teacher_head,
         spec=LossSpec(
             divergence=build_divergence(loss.divergence),
             kd_ratio=loss.kd_ratio,
             chunk_tokens=loss.chunk_tokens,
         ),
     )
-    mesh = init_device_mesh(device.type, (num_ranks,))
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     shard(module, mesh=mesh, compute_dtype=DTYPES[config.compute_dtype])
     return module
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -140,6 +141,20 @@ def test_tokens_changed_behind_the_stores_back_are_refused(
         states = StoredStates(HiddenStateReader(store=open_store(run), ref=stage.inputs["states"]))
         with pytest.raises((RowsMismatchError, AlignmentError)):
             collate([TokenExamples(changed)[0]], states, weight=1.0, empty=False, device="cpu")  # type: ignore[arg-type]
+
+
+def test_a_teacher_changed_behind_the_stores_back_is_refused(
+    make_recipe: Callable[..., Path], tmp_path: Path, teacher_folder: Path
+) -> None:
+    """New weights under the old artifacts: the head is not the one of the states."""
+    folder = tmp_path / "teacher"
+    shutil.copytree(teacher_folder, folder)
+    run = load_run(str(make_recipe()), {"teacher.model.path": str(folder)})
+    refs = run_inline(run, until="extract")
+    spec = StageSpec(identity=plan_stages(run)["train"], run=run, inputs=refs)
+    make_llama(folder, hidden=48, layers=3, rows=448, seed=9)
+    with pytest.raises(WorkerError, match="output head is not the one that its stored states"):
+        launch_stage(spec, logging.getLogger("test"))
 
 
 def test_a_wrong_checksum_of_a_gguf_file(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
