@@ -56,8 +56,11 @@ def _open(source: Source) -> Any:
         )
     # JSON lines are read as text, so that one broken line costs one sample and not the file.
     builder = "text" if _is_jsonl(source) else str(source.resolved_format)
+    # `datasets` cannot stream text from every file system (datasets 5.2 hands s3fs the encoding as
+    # an option of the session), so remote text is downloaded into its cache.
+    streaming = builder != "text" or "://" not in source.path
     return datasets.load_dataset(
-        builder, data_files={"train": source.path}, split="train", streaming=True
+        builder, data_files={"train": source.path}, split="train", streaming=streaming
     )
 
 

@@ -63,6 +63,8 @@ def tokenize(
 ) -> Iterator[tuple[Split, Example]]:
     """Examples with their split, one by one; counts go to `tally`.
 
+    Where both models render alike, give the same renderer twice: it then renders once.
+
     Raises:
         DataError: a source cannot be read, too many samples are malformed, or none are left.
     """
@@ -150,7 +152,7 @@ def _render(
     conversation: Conversation, source: str, student: Renderer, teacher: Renderer
 ) -> Example:
     student_tokens = student.render(conversation)
-    teacher_tokens = teacher.render(conversation)
+    teacher_tokens = student_tokens if teacher is student else teacher.render(conversation)
     if not np.array_equal(student_tokens.target_ids_N, teacher_tokens.target_ids_N):
         raise SampleError(
             "templates_disagree",
@@ -190,8 +192,9 @@ def _refuse_empty(kept: Counter[str], tally: Tally, config: DataConfig) -> None:
     details = "; ".join(f"{r}: {d}" for r, d in tally.first_detail.items())
     if not kept.total():
         raise DataError(
-            f"no sample is left of {tally.read.total()} read; dropped: {reasons or 'none'}. "
-            f"{details}"
+            f"no sample is left of {tally.read.total()} read from "
+            f"{', '.join(config.source_names)}; dropped: {reasons or 'none'}"
+            f"{details and '. ' + details}"
         )
     for split in ("train", "heldout"):
         if not kept[split]:

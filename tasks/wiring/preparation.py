@@ -57,6 +57,10 @@ def tokenize_data(stage: StageRun) -> ArtifactRef:
         )
         for side, template in templates.items()
     }
+    inputs = stage.spec.identity.inputs
+    same_tokenizer = inputs["teacher_tokenizer"] == inputs["student_tokenizer"]
+    if same_tokenizer and templates["teacher"] == templates["student"]:
+        renderers["teacher"] = renderers["student"]
     tally = Tally()
     examples = tokenize(
         config=run.data,

@@ -1,0 +1,74 @@
+"""The whole chain of stages with its store, and its data, behind an S3 endpoint."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+from moto.server import ThreadedMotoServer
+from transformers import AutoModelForCausalLM
+
+from configs.load import load_run
+from storage.artifact import ArtifactRef
+from tasks.launch import launch_stage
+from tasks.results import evaluation_rows, report_path, student_path
+from tasks.stages import StageSpec, plan_stages, stage_status
+
+pytestmark = pytest.mark.ranks
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket of a real S3 server on loopback, credentials and endpoint by the usual variables."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    _, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test-secret-of-nobody")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    fsspec.filesystem("s3", skip_instance_cache=True).mkdir("kdflow-test")
+    yield "s3://kdflow-test"
+    server.stop()
+
+
+def run_all(recipe: str, overrides: dict[str, object]) -> dict[str, ArtifactRef]:
+    run = load_run(recipe, overrides)
+    done: dict[str, ArtifactRef] = {}
+    for identity in plan_stages(run).values():
+        spec = StageSpec(identity=identity, run=run, inputs=done)
+        done = done | {identity.output: launch_stage(spec, logging.getLogger("test"))}
+    return done
+
+
+def test_store_and_data_on_s3(
+    bucket: str, make_recipe: Callable[..., Path], data_file: Path, tmp_path: Path
+) -> None:
+    files = fsspec.filesystem("s3", skip_instance_cache=True)
+    files.put_file(str(data_file), f"{bucket}/data/sums.jsonl")
+    recipe = str(make_recipe(max_steps=3))
+    overrides = {
+        "storage.root": f"{bucket}/store",
+        "data.sources.0.path": f"{bucket}/data/sums.jsonl",
+        "eval.max_generations": 1,
+    }
+    refs = run_all(recipe, overrides)
+    run = load_run(recipe, overrides)
+    assert all(status.cached for status in stage_status(run))
+    assert refs["states"].uri.startswith(f"{bucket}/store/artifacts/states/")
+    assert evaluation_rows(run, refs["evaluation"])[0]["source"] == "all"
+    assert "Held-out evaluation" in report_path(run, refs["report"]).read_text()
+    AutoModelForCausalLM.from_pretrained(student_path(run, refs["student"]))
+
+    # The same run on the local disk has the same weights: the store's place does not matter.
+    local = run_all(recipe, {"eval.max_generations": 1})
+    content = (Path(local["student"].uri) / "model/model.safetensors").read_bytes()
+    assert (student_path(run, refs["student"]) / "model.safetensors").read_bytes() == content
+
+    # Credentials are in no manifest and no log of the store.
+    for path in files.find(f"{bucket}/store"):
+        if path.endswith((".json", ".jsonl", ".html", ".md")):
+            assert b"test-secret-of-nobody" not in files.cat_file(path)
+    assert "test-secret-of-nobody" not in json.dumps(run.model_dump(mode="json"))
