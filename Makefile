@@ -1,4 +1,4 @@
-# Python 3.11 or 3.12 and make are all that is needed; everything else goes into .venv.
+# Python 3.11 and make are all that is needed; everything else goes into .venv.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -43,7 +43,7 @@ lock:
 	build/lock/bin/pip install --quiet torch==2.13.0
 	build/lock/bin/pip install --quiet setuptools wheel . --group dev
 	build/lock/bin/pip freeze --all --exclude kdflow --exclude pip | sed 's/+cpu$$//' > requirements.lock
-	rm -rf build/lock
+	rm -rf build
 
 clean:
 	rm -rf $(VENV) .kdflow build

@@ -78,10 +78,14 @@ class Server:
     def runs(self, **where: object) -> list[dict[str, object]]:
         return httpx.post(f"{self.api}/flow_runs/filter", json=where).json()
 
-    def task_states(self, flow_run_id: object) -> dict[str, str]:
+    def all_task_states(self, flow_run_id: object) -> list[tuple[str, str]]:
+        """Stage and state of every task run, those of earlier attempts included."""
         where = {"flow_runs": {"id": {"any_": [flow_run_id]}}}
         found = httpx.post(f"{self.api}/task_runs/filter", json=where).json()
-        return {run["name"].rsplit("-", 1)[0]: run["state_name"] for run in found}
+        return [(run["name"].rsplit("-", 1)[0], run["state_name"]) for run in found]
+
+    def task_states(self, flow_run_id: object) -> dict[str, str]:
+        return dict(self.all_task_states(flow_run_id))
 
     def stop(self) -> None:
         for process in reversed(self.processes):
@@ -146,6 +150,29 @@ def test_the_deployment_runs_to_completion(
     assert "Failed" in bad
     failed = server.runs(flow_runs={"state": {"type": {"any_": ["FAILED"]}}})
     assert re.search("did you mean 'quickstart'", str(failed[0]["state"]))
+
+
+def test_a_failed_run_is_retried(server: Server, make_recipe: Callable[..., Path]) -> None:
+    """Training fails; the retry serves what was finished from cache. With the worker from above."""
+    recipe = ("--param", f"recipe={make_recipe(lr=1e30)}")
+    server.command("deployment", "run", "kd/offpolicy", *recipe, "--watch", code=1)
+    failed = server.runs(flow_runs={"state": {"type": {"any_": ["FAILED"]}}})
+    run = next(r for r in failed if "not both finite" in str(r["state"]))
+    server.command("flow-run", "retry", str(run["name"]))
+    deadline = time.monotonic() + 120
+    while True:
+        (now,) = server.runs(flow_runs={"id": {"any_": [run["id"]]}})
+        if now["run_count"] == 2 and now["state_type"] == "FAILED":
+            break
+        assert time.monotonic() < deadline, now["state"]
+        time.sleep(0.5)
+    states = server.all_task_states(run["id"])
+    for stage in ("tokenize", "extract"):
+        assert states.count((stage, "Completed")) == 1, (
+            states
+        )  # computed once, by the first attempt
+        assert {state for name, state in states if name == stage} <= {"Completed", "Cached"}
+    assert ("train", "Failed") in states
 
 
 def test_a_cancelled_run_leaves_no_process(
