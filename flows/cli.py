@@ -13,7 +13,8 @@ from rich.table import Table
 from configs.load import ConfigError, load_run, parse_overrides, recipe_names
 from kdflow_core.errors import KdflowError
 from storage.errors import StoreError
-from tasks.results import check_run, evaluation_rows, report_path, stage_status, student_path
+from tasks.results import check_run, evaluation_rows, report_path, student_path
+from tasks.stages import plan_stages, stage_status
 
 app = typer.Typer(
     help="Knowledge distillation of language models.",
@@ -34,6 +35,7 @@ def run(recipe: RecipeArgument, overrides: OverrideArgument = None) -> None:
     """Run the flow `kd` here and now, without a server to start by hand."""
     settings = parse_overrides(overrides or [])
     config = check_run(recipe, settings)
+    plan_stages(config)  # data or models that are not there are refused before Prefect starts
     # A cold ephemeral server needs more than Prefect's 20 seconds on a busy machine.
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")

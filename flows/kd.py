@@ -9,9 +9,9 @@ from prefect.logging import get_run_logger
 from configs.schema.run import RunConfig
 from storage.artifact import ArtifactRef
 from tasks.caching import run_cached
-from tasks.results import check_run, evaluation_rows, plan_stages, report_path, student_path
+from tasks.results import check_run, evaluation_rows, report_path, student_path
 from tasks.stage_tasks import STAGE_TASKS
-from tasks.stages import StageSpec
+from tasks.stages import StageSpec, plan_stages
 
 
 @flow(name="kd", description="Distill a teacher into a student.", validate_parameters=True)

@@ -109,11 +109,6 @@ class HiddenStateSource(Protocol):
 class TeacherEngine(Protocol):
     """Computes post-norm hidden states."""
 
-    @property
-    def hidden_size(self) -> int:
-        """H."""
-        ...
-
     def hidden_states(self, sequences: Iterable[TokenSequence]) -> Iterator[torch.Tensor]:
         """One bfloat16 tensor [N, H] per sequence, in order, on the CPU."""
         ...

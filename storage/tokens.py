@@ -85,15 +85,15 @@ class TokenTable(Sequence[Mapping[str, Any]]):
 
     def lengths(self, side: str) -> np.ndarray:
         """Tokens of each sequence, `side` being student or teacher. Shape [num_sequences]."""
-        return self._list_offsets(f"{side}_ids")
+        return self._list_lengths(f"{side}_ids")
 
-    def _list_offsets(self, column: str) -> np.ndarray:
+    def _list_lengths(self, column: str) -> np.ndarray:
         lengths = pc.list_value_length(self._table.column(column)).to_numpy()
         return np.asarray(lengths, dtype=np.int64)
 
     def supervised_counts(self, side: str) -> np.ndarray:
         """Supervised tokens of each sequence. Shape [num_sequences]."""
-        lengths = self._list_offsets(f"{side}_supervised")
+        lengths = self._list_lengths(f"{side}_supervised")
         chunks = self._table.column(f"{side}_supervised").chunks
         flat = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks]
         running = np.concatenate([[0], np.cumsum(np.concatenate([*flat, []]))])

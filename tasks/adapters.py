@@ -3,7 +3,8 @@
 Dimensions: N rows of a sequence, H hidden size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,13 @@ from kdflow_core.contracts import Example, Examples, HiddenStateSource, TokenSeq
 from storage.errors import RowsMismatchError
 from storage.hidden_states import HiddenStateReader
 from storage.tokens import TokenTable
+
+
+def _sequence(row: Mapping[str, Any], side: str) -> TokenSequence:
+    """One side of a token row."""
+    return TokenSequence(
+        ids_T=row[f"{side}_ids"], supervised_T=row[f"{side}_supervised"].astype(bool)
+    )
 
 
 class TokenExamples:
@@ -27,12 +35,8 @@ class TokenExamples:
         row = self._table[index]
         return Example(
             source=row["source"],
-            student=TokenSequence(
-                ids_T=row["student_ids"], supervised_T=row["student_supervised"].astype(bool)
-            ),
-            teacher=TokenSequence(
-                ids_T=row["teacher_ids"], supervised_T=row["teacher_supervised"].astype(bool)
-            ),
+            student=_sequence(row, "student"),
+            teacher=_sequence(row, "teacher"),
             answer=row["answer"],
         )
 
@@ -58,9 +62,7 @@ class TeacherSequences:
     def __iter__(self) -> Iterator[TokenSequence]:
         for table, index in self._places:
             row = self._tables[table][index]
-            sequence = TokenSequence(
-                ids_T=row["teacher_ids"], supervised_T=row["teacher_supervised"].astype(bool)
-            )
+            sequence = _sequence(row, "teacher")
             if sequence.digest != row["digest"]:
                 raise RowsMismatchError(
                     f"the ids of token row {index} do not have the digest recorded for them; "

@@ -8,22 +8,19 @@ from configs.load import load_run
 from configs.schema.run import RunConfig
 from kdflow_core.errors import ModelError
 from storage.artifact import ArtifactRef
-from tasks.stages import StageIdentity, StageStatus, open_store, plan_stages, stage_status
+from tasks.stages import open_store
 from tasks.tracking import check_tracking
-
-__all__ = ["StageIdentity", "StageStatus", "check_run", "plan_stages", "stage_status"]
 
 SCORE_COLUMNS = ("forward_kl", "reverse_kl", "agreement", "perplexity", "exact_match")
 
 
 def check_run(recipe: str, overrides: dict[str, Any]) -> RunConfig:
-    """Load and validate a run and look that its data and models are there.
+    """Load and validate a run. Raises ConfigError.
 
-    Raises ConfigError, DataError, ModelError or StoreError.
+    Whether its data and models are there is seen by planning its stages.
     """
     run = load_run(recipe, overrides)
     check_tracking(run)
-    plan_stages(run)
     return run
 
 

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from kdflow_core.batching import batch_by_tokens, pad_right
+from kdflow_core.batching import batch_by_tokens, pad_right, teacher_rows
 from kdflow_core.contracts import Examples, HiddenStateSource, OutputHead, Reporter
-from kdflow_core.errors import AlignmentError
 from kdflow_core.losses.chunked import LogitProducer
 from kdflow_core.losses.forward_kl import ForwardKL
 from kdflow_core.losses.reverse_kl import ReverseKL
@@ -67,11 +66,7 @@ def score_distributions(
         hidden_BTH = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
         for row, (example, sequence) in enumerate(zip(chosen, sequences, strict=True)):
             positions_N = torch.from_numpy(sequence.target_positions_N - 1)
-            teacher_NG = states.rows_NH(example.teacher).to(model.device)
-            if len(teacher_NG) != len(positions_N):
-                raise AlignmentError(
-                    f"{len(teacher_NG)} teacher rows for {len(positions_N)} student tokens"
-                )
+            teacher_NG = teacher_rows(example, states).to(model.device)
             targets_N = torch.from_numpy(sequence.target_ids_N).long().to(model.device)
             terms = _token_sums(hidden_BTH[row, positions_N], teacher_NG, targets_N, producers)
             for name in ("all", example.source):

@@ -59,7 +59,7 @@ def train_offpolicy(
         )
         seconds = time.perf_counter() - started
         record = _record(step + 1, batches.epoch, lr, result, seconds)
-        rate = int(plan.lengths[plan.sequences(step)].sum()) / seconds
+        rate = batches.num_input_tokens / seconds
         record["tokens_per_s"] = rate
         metrics.write(record)
         reporter.progress(

@@ -6,6 +6,7 @@ the global token count of a step without talking, and a resumed run goes on in t
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -16,11 +17,12 @@ from kdflow_core.batching import batch_by_tokens
 class StepBatches:
     """One optimizer step: `micro_batches[rank][i]` are sequence indices; all ranks have the same
     number of micro-batches (some may be empty). `num_tokens` is the supervised tokens of the step
-    over all ranks.
+    over all ranks, `num_input_tokens` all of its tokens.
     """
 
     micro_batches: tuple[tuple[tuple[int, ...], ...], ...]
     num_tokens: int
+    num_input_tokens: int
     epoch: float
 
 
@@ -52,7 +54,7 @@ class TrainingPlan:
     def sequences(self, step: int) -> list[int]:
         """The sequences of a step (counted from 0), independent of ranks and micro-batches."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
+        order = _epoch_order(self.seed, epoch, len(self.lengths))
         begin = position * self.global_batch_size
         return [int(i) for i in order[begin : begin + self.global_batch_size]]
 
@@ -78,8 +80,15 @@ class TrainingPlan:
         return StepBatches(
             micro_batches=tuple((*batches, *[()] * (most - len(batches))) for batches in divided),
             num_tokens=int(self.supervised_counts[chosen].sum()),
+            num_input_tokens=int(self.lengths[chosen].sum()),
             epoch=(step + 1) / self.steps_per_epoch,
         )
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The epoch's permutation; kept, as every step of the epoch takes its part of it."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def learning_rate(

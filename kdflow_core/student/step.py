@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from kdflow_core.batching import pad_right
+from kdflow_core.batching import pad_right, teacher_rows
 from kdflow_core.contracts import Example, Examples, HiddenStateSource
-from kdflow_core.errors import AlignmentError, TrainingError
+from kdflow_core.errors import TrainingError
 from kdflow_core.student.module import DistillationModule, MicroBatch
 from kdflow_core.student.plan import StepBatches
 
@@ -105,15 +105,10 @@ def collate(
     rows, positions, targets, hidden = [], [], [], []
     for row, example in enumerate(examples):
         target_positions_N = example.student.target_positions_N[: 0 if empty else None]
-        teacher_NG = states.rows_NH(example.teacher)[: 0 if empty else None]
-        if len(teacher_NG) != len(target_positions_N):
-            raise AlignmentError(
-                f"{len(teacher_NG)} teacher rows for {len(target_positions_N)} student tokens"
-            )
         rows.append(np.full(len(target_positions_N), row))
         positions.append(target_positions_N - 1)  # the state before a token predicts it
         targets.append(example.student.ids_T[target_positions_N])
-        hidden.append(teacher_NG)
+        hidden.append(teacher_rows(example, states)[: 0 if empty else None])
     return MicroBatch(
         ids_BT=pad_right([s.ids_T for s in sequences]).to(device),
         row_N=torch.from_numpy(np.concatenate(rows)).to(device),

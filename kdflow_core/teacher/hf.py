@@ -37,12 +37,6 @@ class TransformersTeacherEngine:
         self._device = device
         self._tokens_per_batch = tokens_per_batch
         self._max_length = max_length
-        self._hidden_size = head.weight_VH.shape[1]
-
-    @property
-    def hidden_size(self) -> int:
-        """H."""
-        return self._hidden_size
 
     def hidden_states(self, sequences: Iterable[TokenSequence]) -> Iterator[torch.Tensor]:
         """See `TeacherEngine`. Batches are formed longest-first within a window of sequences.

@@ -7,12 +7,12 @@ from typing import Literal
 
 import numpy as np
 
-from kdflow_core.contracts import Example
+from kdflow_core.contracts import Example, OutputHead
 from kdflow_core.eval.distribution import score_distributions
 from kdflow_core.eval.generation import exact_match, generate_greedily
 from kdflow_core.models.loading import load_causal_lm, load_tokenizer
 from storage.artifact import ArtifactRef
-from tasks.adapters import TokenExamples
+from tasks.adapters import StoredStates, TokenExamples
 from tasks.report_page import write_report
 from tasks.wiring.stage_run import DTYPES, StageRun, default_device
 
@@ -27,9 +27,10 @@ def evaluate_student(stage: StageRun) -> ArtifactRef:
         "student before": stage.model_folder("student"),
         "student after": stage.store.local_copy(stage.spec.inputs["student"]) / "model",
     }
+    signal = stage.teacher_signal(default_device())
     models, answers = {}, {}
     for label, folder in folders.items():
-        models[label], answers[label] = _judge(stage, label, folder, examples, shown)
+        models[label], answers[label] = _judge(stage, label, folder, examples, shown, signal)
     tokenizer = load_tokenizer(folders["teacher"])
     samples = [
         {
@@ -49,19 +50,23 @@ def evaluate_student(stage: StageRun) -> ArtifactRef:
 
 
 def _judge(
-    stage: StageRun, label: str, folder: Path, examples: TokenExamples, shown: list[Example]
+    stage: StageRun,
+    label: str,
+    folder: Path,
+    examples: TokenExamples,
+    shown: list[Example],
+    signal: tuple[StoredStates, OutputHead],
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
     """A model's scores by source, and its greedy answers to the shown examples' prompts."""
     side: Literal["teacher", "student"] = "teacher" if label == "teacher" else "student"
     teacher, student = stage.run.teacher, stage.run.student
-    device = default_device()
     model = load_causal_lm(
         folder,
         dtype=DTYPES[teacher.dtype if side == "teacher" else student.compute_dtype],
         attention=teacher.attention if side == "teacher" else student.attention,
-        device=device,
+        device=default_device(),
     )
-    states, head = stage.teacher_signal(device)
+    states, head = signal
     scores = score_distributions(
         model=model,
         examples=examples,
