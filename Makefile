@@ -41,7 +41,7 @@ lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	build/lock/bin/pip install --quiet --upgrade "pip==26.3"
 	build/lock/bin/pip install --quiet torch==2.13.0
-	build/lock/bin/pip install --quiet setuptools wheel . --group dev
+	build/lock/bin/pip install --quiet setuptools wheel '.[sglang-cpu]' --group dev
 	build/lock/bin/pip freeze --all --exclude kdflow --exclude pip | sed 's/+cpu$$//' > requirements.lock
 	rm -rf build
 

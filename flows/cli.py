@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -81,6 +82,21 @@ def recipes() -> None:
     """List the recipes that ship with kdflow."""
     for name in recipe_names():
         typer.echo(name)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what works on this machine. Fails when no teacher backend does."""
+    from tasks.doctor import examine  # noqa: PLC0415 - loads torch and SGLang
+
+    findings = examine(Path.cwd())
+    table = Table("", "", "works")
+    for finding in findings:
+        works = {None: "", True: "yes", False: "no"}[finding.works]
+        table.add_row(finding.what, finding.detail, works)
+    console.print(table)
+    if not any(finding.works for finding in findings):
+        raise typer.Exit(1)
 
 
 def _without_expected_traceback(record: logging.LogRecord) -> bool:

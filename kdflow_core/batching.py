@@ -1,6 +1,7 @@
 """Rectangular batches under a token budget, and the teacher's rows for them.
 
-Dimensions: B sequences, T tokens (padded), N supervised tokens, G hidden size of the teacher.
+Dimensions: B sequences, T tokens (padded), N supervised tokens, R rows of a teacher's output,
+G hidden size of the teacher.
 """
 
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from kdflow_core.contracts import Example, HiddenStateSource
+from kdflow_core.contracts import Example, HiddenStateSource, TeacherRows
 from kdflow_core.errors import AlignmentError
 
 
@@ -37,13 +38,46 @@ def pad_right(sequences: Sequence[np.ndarray]) -> torch.Tensor:
     return batch_BT
 
 
-def teacher_rows(example: Example, states: HiddenStateSource) -> torch.Tensor:
-    """The teacher's states [N, G] for an example's supervised tokens.
+def pack_by_tokens(lengths: Sequence[int], budget: int, *, max_sequences: int) -> list[list[int]]:
+    """Indices grouped so that the sum of lengths stays within `budget` tokens; longest first.
+
+    A sequence longer than the budget is a batch of its own.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-int(lengths[i]), i))
+    batches: list[list[int]] = []
+    room = 0
+    for i in order:
+        if not batches or lengths[i] > room or len(batches[-1]) == max_sequences:
+            batches.append([])
+            room = budget
+        batches[-1].append(i)
+        room -= int(lengths[i])
+    return batches
+
+
+def teacher_rows(example: Example, states: HiddenStateSource) -> TeacherRows:
+    """The teacher's states for an example's supervised tokens.
 
     Raises AlignmentError when rows and the student's tokens differ in number.
     """
-    rows_NG = states.rows_NH(example.teacher)
+    rows = states.rows(example.teacher)
     num_tokens = len(example.student.target_positions_N)
-    if len(rows_NG) != num_tokens:
-        raise AlignmentError(f"{len(rows_NG)} teacher rows for {num_tokens} student tokens")
-    return rows_NG
+    if len(rows.index_N) != num_tokens:
+        raise AlignmentError(f"{len(rows.index_N)} teacher rows for {num_tokens} student tokens")
+    return rows
+
+
+def select_rows(
+    rows: Sequence[TeacherRows], *, hidden_size: int, device: torch.device
+) -> torch.Tensor:
+    """The rows of several sequences, back to back: [N, G] bfloat16. Each is copied once."""
+    place = rows[0].buffer_RH.device if rows else device
+    selected_NG = torch.empty(
+        sum(len(r.index_N) for r in rows), hidden_size, dtype=torch.bfloat16, device=place
+    )
+    begin = 0
+    for part in rows:
+        end = begin + len(part.index_N)
+        torch.index_select(part.buffer_RH, 0, part.index_N, out=selected_NG[begin:end])
+        begin = end
+    return selected_NG.to(device)

@@ -4,7 +4,7 @@ Dimensions: N supervised tokens (rows) of a sequence, T tokens, H hidden size, V
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -95,11 +95,32 @@ class OutputHead:
     softcap: float | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class TeacherRows:
+    """The states of a sequence's supervised tokens: the rows `index_N` of `buffer_RH`.
+
+    The buffer is bfloat16 and may be an engine's whole output, with the rows of many sequences. It
+    is handed on by reference; nothing but the rows selected from it is ever copied.
+    """
+
+    buffer_RH: torch.Tensor
+    index_N: torch.Tensor
+
+
 class HiddenStateSource(Protocol):
     """Teacher states by sequence."""
 
-    def rows_NH(self, sequence: TokenSequence) -> torch.Tensor:
-        """The bfloat16 states [N, H] that predict the sequence's supervised tokens.
+    @property
+    def hidden_size(self) -> int:
+        """H, of every row."""
+        ...
+
+    def begin_step(self, step: int) -> None:
+        """Get ready for an optimizer step (counted from 0). Every rank calls it for every step."""
+        ...
+
+    def rows(self, sequence: TokenSequence) -> TeacherRows:
+        """The states that predict the sequence's supervised tokens.
 
         Raises when there are none, or when they belong to other tokens.
         """
@@ -107,10 +128,34 @@ class HiddenStateSource(Protocol):
 
 
 class TeacherEngine(Protocol):
-    """Computes post-norm hidden states."""
+    """Computes post-norm hidden states.
 
-    def hidden_states(self, sequences: Iterable[TokenSequence]) -> Iterator[torch.Tensor]:
-        """One bfloat16 tensor [N, H] per sequence, in order, on the CPU."""
+    An engine may be spread over several ranks; these call each method together, with the same
+    arguments.
+    """
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence it takes, in tokens."""
+        ...
+
+    def pack(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Indices of sequences, grouped into batches for `forward`."""
+        ...
+
+    def forward(self, sequences: Sequence[TokenSequence]) -> list[TeacherRows]:
+        """One batch; the states stay on the engine's device.
+
+        Raises ModelError when the engine is closed or the model cannot run the batch.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Move the weights to host memory. May be called twice."""
+        ...
+
+    def wake(self) -> None:
+        """Bring the weights back to the device. May be called when awake."""
         ...
 
     def close(self) -> None:

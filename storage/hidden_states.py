@@ -1,4 +1,4 @@
-"""Teacher hidden states in zarr v3: written once, in one pass, and read by sequence digest.
+"""Teacher hidden states in zarr v3: written once, by any number of processes, and read by digest.
 
 Layout of the artifact's folder:
 
@@ -8,13 +8,14 @@ Layout of the artifact's folder:
 - `index/<shard>.parquet`, at the end compacted to `index.parquet`: per sequence its digest, first
   row, number of rows and XXH3-64 of the rows.
 
-Sequences are packed back to back over the K*S rows and may straddle shards. Where each one goes
-follows from the row counts alone, which are known before the teacher runs: a writer that died is
-continued at its first missing shard.
+A shard holds whole sequences, back to back. Where each one goes follows from the row counts alone,
+which are known before the teacher runs: whoever has the plan can write any shard, and a writer that
+died costs the shard it was at.
 
 Dimensions: N rows of a sequence, H hidden size, K shards, S rows of a shard, C rows of a chunk.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -28,6 +29,7 @@ import pyarrow.parquet as pq
 import xxhash
 import zarr
 import zarr.codecs
+import zarr.errors
 import zarr.storage
 
 from storage.artifact import ArtifactRef
@@ -47,38 +49,18 @@ INDEX_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Sizes of the arrays, in rows."""
+    """Sizes of the arrays, in rows. A shard holds whole sequences, so its end may be padding."""
 
     hidden_size: int
     num_rows: int
+    num_shards: int
     shard_rows: int
     chunk_rows: int
-
-    @property
-    def num_shards(self) -> int:
-        """K: the shards that hold `num_rows` rows, at least one."""
-        return max(1, math.ceil(self.num_rows / self.shard_rows))
 
     @property
     def num_bytes(self) -> int:
         """What the rows take on disk, in bytes, without index and checksums."""
         return self.num_rows * (self.hidden_size * ROW_BYTES_PER_VALUE + 4)
-
-
-def plan_layout(
-    *, hidden_size: int, num_rows: int, shard_rows: int | None, chunk_rows: int | None
-) -> Layout:
-    """Shards of about 64 MiB in chunks of about 512 KiB, both powers of two in rows."""
-    row_bytes = ROW_BYTES_PER_VALUE * hidden_size
-    chunk = 2 ** round(math.log2((512 << 10) / row_bytes))
-    shard = 2 ** round(math.log2((64 << 20) / row_bytes))
-    chunk = min(max(chunk, 32), 256)
-    return Layout(
-        hidden_size=hidden_size,
-        num_rows=num_rows,
-        shard_rows=shard_rows or max(shard, chunk),
-        chunk_rows=chunk_rows or chunk,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +71,48 @@ class StoredSequence:
     num_rows: int
 
 
+def plan_layout(
+    *,
+    hidden_size: int,
+    sequences: Sequence[StoredSequence],
+    shard_rows: int | None,
+    chunk_rows: int | None,
+) -> Layout:
+    """Shards of about 64 MiB in chunks of about 512 KiB, both powers of two in rows; larger shards
+    where one sequence needs them.
+    """
+    row_bytes = ROW_BYTES_PER_VALUE * hidden_size
+    chunk = chunk_rows or min(max(2 ** round(math.log2((512 << 10) / row_bytes)), 32), 256)
+    shard = shard_rows or max(2 ** round(math.log2((64 << 20) / row_bytes)), chunk)
+    longest = max((s.num_rows for s in sequences), default=0)
+    shard = max(shard, math.ceil(longest / chunk) * chunk)
+    shards = _assign(sequences, shard)
+    return Layout(
+        hidden_size=hidden_size,
+        num_rows=sum(s.num_rows for s in sequences),
+        num_shards=len(shards),
+        shard_rows=shard,
+        chunk_rows=chunk,
+    )
+
+
+def _assign(sequences: Sequence[StoredSequence], shard_rows: int) -> list[range]:
+    """The sequences of each shard: as many as fit, in order. At least one shard."""
+    shards, begin, rows = [], 0, 0
+    for number, sequence in enumerate(sequences):
+        if rows + sequence.num_rows > shard_rows:
+            shards.append(range(begin, number))
+            begin, rows = number, 0
+        rows += sequence.num_rows
+    return [*shards, range(begin, len(sequences))]
+
+
 class HiddenStateWriter:
-    """Streams the rows of planned sequences into shards, one shard in memory at a time."""
+    """Writes planned sequences, a whole shard at a time, in any order and from any process.
+
+    Every process that has the same plan addresses the same shards; they agree among themselves on
+    who writes which.
+    """
 
     def __init__(
         self,
@@ -101,34 +123,30 @@ class HiddenStateWriter:
         layout: Layout,
         sequences: Sequence[StoredSequence],
     ) -> None:
-        if sum(s.num_rows for s in sequences) != layout.num_rows:
-            raise StoreError("the sequences' rows do not add up to the layout's")
         self.layout = layout
+        self._shards = _assign(sequences, layout.shard_rows)
+        rows = sum(s.num_rows for s in sequences)
+        if (len(self._shards), rows) != (layout.num_shards, layout.num_rows):
+            raise StoreError("the layout was not planned for these sequences")
         self._store = store
         self._folder = store.folder(kind, digest)
         self._sequences = sequences
-        self._first_rows = np.cumsum([0, *(s.num_rows for s in sequences)])
         self._hidden, self._targets = _open_arrays(store, kind, digest, layout)
-        self.num_committed = self._count_committed()
-        start = self.num_committed * layout.shard_rows
-        # The first sequence that has rows at or behind `start`; it may begin in a finished shard.
-        ends = self._first_rows[1:]
-        self.next_sequence = int(np.searchsorted(ends, start, side="right"))
-        self._shard = self.num_committed
-        self._buffer_SH = np.zeros((layout.shard_rows, layout.hidden_size), np.uint16)
-        self._target_S = np.zeros(layout.shard_rows, np.int32)
-        self._ended: list[tuple[bytes, int, int, int]] = []
 
-    def _count_committed(self) -> int:
-        """Shards, from the first on, whose data are as their commit records say."""
-        for shard in range(self.layout.num_shards):
-            try:
-                record = json.loads(self._store.fs.cat_file(self._commit_path(shard)))
-            except FileNotFoundError:
-                return shard
-            if record["num_bytes"] != self._shard_bytes(shard):
-                return shard
-        return self.layout.num_shards
+    def sequences_of(self, shard: int) -> range:
+        """The numbers of a shard's sequences."""
+        return self._shards[shard]
+
+    def missing_shards(self) -> list[int]:
+        """Shards that are not committed, or whose data are not as their commit record says."""
+        return [k for k in range(self.layout.num_shards) if not self._is_committed(k)]
+
+    def _is_committed(self, shard: int) -> bool:
+        try:
+            record = json.loads(self._store.fs.cat_file(self._commit_path(shard)))
+        except FileNotFoundError:
+            return False
+        return bool(record["num_bytes"] == self._shard_bytes(shard))
 
     def _shard_objects(self, shard: int) -> list[str]:
         """The paths of a shard's objects that exist; zarr leaves out one of nothing but zeros."""
@@ -142,48 +160,41 @@ class HiddenStateWriter:
     def _commit_path(self, shard: int) -> str:
         return f"{self._folder}/commits/{shard:05d}.json"
 
-    def add(self, hidden_NH: np.ndarray, target_ids_N: np.ndarray) -> None:
-        """Store the rows (bfloat16 bits, uint16) of sequence number `next_sequence`."""
-        sequence = self._sequences[self.next_sequence]
-        if hidden_NH.shape != (sequence.num_rows, self.layout.hidden_size):
-            raise StoreError(
-                f"sequence {self.next_sequence} was planned with {sequence.num_rows} rows of "
-                f"{self.layout.hidden_size}, the teacher gave {hidden_NH.shape}"
-            )
-        first = int(self._first_rows[self.next_sequence])
-        self._ended.append((sequence.digest, first, sequence.num_rows, hash_rows(hidden_NH)))
-        done = max(0, self._shard * self.layout.shard_rows - first)
-        while done < sequence.num_rows:
-            offset = first + done - self._shard * self.layout.shard_rows
-            count = min(sequence.num_rows - done, self.layout.shard_rows - offset)
-            self._buffer_SH[offset : offset + count] = hidden_NH[done : done + count]
-            self._target_S[offset : offset + count] = target_ids_N[done : done + count]
-            done += count
-            if offset + count == self.layout.shard_rows:
-                # A sequence that goes on into the next shard is indexed there.
-                self._write_shard(self.layout.shard_rows, keep_last=done < sequence.num_rows)
-        self.next_sequence += 1
-
-    def _write_shard(self, num_rows: int, *, keep_last: bool) -> None:
-        shard = self._shard
-        carried = [self._ended.pop()] if keep_last else []
+    def write_shard(
+        self, shard: int, hidden: Sequence[np.ndarray], target_ids: Sequence[np.ndarray]
+    ) -> None:
+        """Write and commit a shard: for each of its sequences the rows [N, H] (bfloat16 bits,
+        uint16) and the token that each predicts [N].
+        """
+        numbers = self._shards[shard]
+        buffer_SH = np.zeros((self.layout.shard_rows, self.layout.hidden_size), np.uint16)
+        target_S = np.zeros(self.layout.shard_rows, np.int32)
+        index, row = [], 0
+        for number, hidden_NH, target_ids_N in zip(numbers, hidden, target_ids, strict=True):
+            sequence = self._sequences[number]
+            if hidden_NH.shape != (sequence.num_rows, self.layout.hidden_size):
+                raise StoreError(
+                    f"sequence {number} was planned with {sequence.num_rows} rows of "
+                    f"{self.layout.hidden_size}, the teacher gave {hidden_NH.shape}"
+                )
+            rows = slice(row, row + sequence.num_rows)
+            buffer_SH[rows], target_S[rows] = hidden_NH, target_ids_N
+            first = shard * self.layout.shard_rows + row
+            index.append((sequence.digest, first, sequence.num_rows, hash_rows(hidden_NH)))
+            row += sequence.num_rows
         # zarr reads a shard before it overwrites it, and fails on what a crash left of it.
         for path in self._shard_objects(shard):
             self._store.fs.rm_file(path)
         with disk_errors(self._folder):
-            self._hidden[shard] = self._buffer_SH
-            self._targets[shard] = self._target_S
-        self._write_parquet(f"index/{shard:05d}.parquet", _index_table(self._ended))
+            self._hidden[shard] = buffer_SH
+            self._targets[shard] = target_S
+        self._write_parquet(f"index/{shard:05d}.parquet", _index_table(index))
         record = {
-            "rows": num_rows,
+            "rows": row,
             "num_bytes": self._shard_bytes(shard),
-            "hidden_xxh3_128": xxhash.xxh3_128_hexdigest(self._buffer_SH[:num_rows].data),
+            "hidden_xxh3_128": xxhash.xxh3_128_hexdigest(buffer_SH[:row].data),
         }
         self._store.write_whole(self._commit_path(shard), json.dumps(record).encode())
-        self._ended = carried
-        self._buffer_SH[:] = 0
-        self._target_S[:] = 0
-        self._shard += 1
 
     def _write_parquet(self, name: str, table: pa.Table) -> None:
         sink = io.BytesIO()
@@ -191,14 +202,12 @@ class HiddenStateWriter:
         self._store.write_whole(f"{self._folder}/{name}", sink.getvalue())
 
     def close(self) -> None:
-        """Write the last shard and the compacted index. All sequences must have been added."""
-        if self.next_sequence != len(self._sequences):
+        """Write the compacted index. All shards must be there."""
+        missing = self.missing_shards()
+        if missing:
             raise StoreError(
-                f"{len(self._sequences) - self.next_sequence} planned sequences were not written"
+                f"{len(missing)} of {self.layout.num_shards} planned shards were not written"
             )
-        rest = self.layout.num_rows - self._shard * self.layout.shard_rows
-        if self._shard < self.layout.num_shards:
-            self._write_shard(rest, keep_last=False)
         parts = [
             pq.read_table(
                 io.BytesIO(self._store.fs.cat_file(f"{self._folder}/index/{k:05d}.parquet"))
@@ -266,19 +275,14 @@ class HiddenStateReader:
         return position
 
     def _span(self, array: Any, first: int, count: int) -> np.ndarray:
-        size = self.layout.shard_rows
-        parts = []
-        for shard in range(first // size, (first + max(count, 1) - 1) // size + 1):
-            start = max(first - shard * size, 0)
-            stop = min(first + count - shard * size, size)
-            try:
-                parts.append(np.asarray(array[shard, start:stop]))
-            except ValueError as error:  # zarr's checksum errors are bare ValueErrors
-                raise StoreCorruptError(
-                    f"shard {shard} cannot be read: {error}; delete the artifact and run the "
-                    "extract stage again"
-                ) from error
-        return np.concatenate(parts)
+        shard, start = divmod(first, self.layout.shard_rows)
+        try:
+            return np.asarray(array[shard, start : start + count])
+        except ValueError as error:  # zarr's checksum errors are bare ValueErrors
+            raise StoreCorruptError(
+                f"shard {shard} cannot be read: {error}; delete the artifact and run the extract "
+                "stage again"
+            ) from error
 
 
 def hash_rows(hidden_NH: np.ndarray) -> int:
@@ -304,18 +308,23 @@ def _open_arrays(store: ArtifactStore, kind: str, digest: str, layout: Layout) -
     else:
         zarr_store = zarr.storage.FsspecStore.from_url(f"{store.uri(kind, digest)}/states.zarr")
     with disk_errors(store.folder(kind, digest)):
-        group: Any = zarr.open_group(zarr_store, mode="a")
+        group = _open_group(zarr_store)
         shape = (layout.num_shards, layout.shard_rows, layout.hidden_size)
-        if "target_ids" not in group:  # created last
-            attributes = {"logical_dtype": "bfloat16", "meaning": "row i predicts target_ids[i]"}
-            _create(group, "hidden", shape, layout.chunk_rows, "uint16", attributes)
-            _create(group, "target_ids", shape[:2], layout.chunk_rows, "int32", {})
+        attributes = {"logical_dtype": "bfloat16", "meaning": "row i predicts target_ids[i]"}
+        _create(group, "hidden", shape, layout.chunk_rows, "uint16", attributes)
+        _create(group, "target_ids", shape[:2], layout.chunk_rows, "int32", {})
     if group["hidden"].shape != shape:
         raise StoreCorruptError(
             f"{store.uri(kind, digest)} holds an array of {group['hidden'].shape}, expected "
             f"{shape}; delete that folder and run again"
         )
     return group["hidden"], group["target_ids"]
+
+
+def _open_group(zarr_store: Any) -> Any:
+    with contextlib.suppress(zarr.errors.ContainsGroupError):  # another process was faster
+        return zarr.open_group(zarr_store, mode="a")
+    return zarr.open_group(zarr_store, mode="r+")
 
 
 def _create(
@@ -326,15 +335,18 @@ def _create(
     dtype: str,
     attrs: dict[str, str],
 ) -> None:
-    group.create_array(
-        name,
-        shape=shape,
-        chunks=(1, chunk_rows, *shape[2:]),
-        shards=(1, *shape[1:]),
-        dtype=dtype,
-        compressors=[zarr.codecs.Crc32cCodec()],  # raw values; a flipped bit raises on read
-        filters=None,
-        serializer="auto",
-        attributes=attrs,
-        overwrite=True,
-    )
+    """Create an array, unless it or another process's is there: their metadata are the same."""
+    if name in group:
+        return
+    with contextlib.suppress(zarr.errors.ContainsArrayError):
+        group.create_array(
+            name,
+            shape=shape,
+            chunks=(1, chunk_rows, *shape[2:]),
+            shards=(1, *shape[1:]),
+            dtype=dtype,
+            compressors=[zarr.codecs.Crc32cCodec()],  # raw values; a flipped bit raises on read
+            filters=None,
+            serializer="auto",
+            attributes=attrs,
+        )

@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdflow_core.contracts import Example, Examples, HiddenStateSource, TokenSequence
+from kdflow_core.contracts import (
+    Example,
+    Examples,
+    HiddenStateSource,
+    TeacherRows,
+    TokenSequence,
+)
 from storage.errors import RowsMismatchError
 from storage.hidden_states import HiddenStateReader
 from storage.tokens import TokenTable
@@ -77,10 +83,19 @@ class StoredStates:
     def __init__(self, reader: HiddenStateReader) -> None:
         self._reader = reader
 
-    def rows_NH(self, sequence: TokenSequence) -> torch.Tensor:
+    @property
+    def hidden_size(self) -> int:
+        """See `HiddenStateSource`."""
+        return self._reader.layout.hidden_size
+
+    def begin_step(self, step: int) -> None:
+        """Nothing to get ready: rows are read when they are asked for."""
+
+    def rows(self, sequence: TokenSequence) -> TeacherRows:
         """See `HiddenStateSource`."""
         bits_NH = self._reader.rows(sequence.digest, sequence.target_ids_N)
-        return torch.from_numpy(bits_NH.view(np.int16)).view(torch.bfloat16)
+        states_NH = torch.from_numpy(bits_NH.view(np.int16)).view(torch.bfloat16)
+        return TeacherRows(buffer_RH=states_NH, index_N=torch.arange(len(states_NH)))
 
 
 def bfloat16_bits(states_NH: torch.Tensor) -> np.ndarray:

@@ -48,6 +48,7 @@ def launch_stage(spec: StageSpec, logger: Logger) -> ArtifactRef:
 def _run_workers(spec: StageSpec, logger: Logger) -> None:
     progress = ProgressLog(logger)
     training = spec.identity.stage == "train"
+    ranks = {"train": spec.run.student.num_ranks, "extract": spec.run.teacher.num_ranks}
 
     def line(rank: int, text: str) -> None:
         logger.warning("[%s rank %d] %s", spec.identity.stage, rank, text)
@@ -56,7 +57,7 @@ def _run_workers(spec: StageSpec, logger: Logger) -> None:
         run_ranks(
             module="tasks.worker",
             request=spec.model_dump_json(),
-            num_ranks=spec.run.student.num_ranks if training else 1,
+            num_ranks=ranks.get(spec.identity.stage, 1),
             env=KEEP_BUFFERS if training else {},
             on_event=progress.event,
             on_line=line,

@@ -15,6 +15,7 @@ class ProgressLog:
         self._series: tuple[str, int] | None = None
         self._first = (0.0, 0)
         self._last_line = 0.0
+        self._shares: dict[int, tuple[int, int]] = {}
 
     def event(self, event: dict[str, Any]) -> None:
         """Log a `message` or `progress` event."""
@@ -24,8 +25,11 @@ class ProgressLog:
             self._progress(event)
 
     def _progress(self, event: dict[str, Any]) -> None:
-        now, done, total = time.monotonic(), event["done"], event["total"]
-        series = (event["unit"], total)
+        if self._series is None or event["unit"] != self._series[0]:
+            self._shares = {}
+        self._shares[event["rank"]] = (event["done"], event["total"])
+        done, total = (sum(part) for part in zip(*self._shares.values(), strict=True))
+        now, series = time.monotonic(), (event["unit"], total)
         if series != self._series or done < self._first[1]:
             self._series, self._first = series, (now, done)
             self._last_line = 0.0

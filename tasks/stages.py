@@ -7,7 +7,7 @@ output, and the digests of its inputs. Sizes of batches, numbers of ranks and pa
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -25,7 +25,7 @@ from storage.store import ArtifactStore
 CODE_VERSIONS = {
     "model": 1,
     "tokens": 1,
-    "states": 1,
+    "states": 2,
     "student": 1,
     "evaluation": 1,
     "report": 1,
@@ -40,6 +40,9 @@ OPERATIONAL_STUDENT_FIELDS = {
     "keep_checkpoints",
 }
 
+
+Split = Literal["train", "heldout"]
+SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 # Under which name later stages find a stage's artifact.
 OUTPUTS = {
@@ -160,7 +163,8 @@ def plan_stages(run: RunConfig) -> dict[str, StageIdentity]:
         "teacher_model": teacher_id,
         "student_model": student_id,
     }
-    trained = add("train", "student", _training_slice(run), upstream)
+    before_training = {k: v for k, v in upstream.items() if k != "states" or run.source == "replay"}
+    trained = add("train", "student", _training_slice(run), before_training)
     upstream["student"] = trained.digest
     evaluated = add("evaluate", "evaluation", _evaluation_slice(run), upstream)
     add(
@@ -322,10 +326,20 @@ def _length_limit(run: RunConfig, model: PretrainedModel | GgufModel | LayerDrop
     return min(run.data.max_length, context_length(folder))
 
 
+def _teacher_slice(run: RunConfig) -> dict[str, Any]:
+    """What of the teacher's settings can change its states."""
+    return run.teacher.model_dump(mode="json", include=set(run.teacher.RESULT_FIELDS))
+
+
+def state_splits(run: RunConfig) -> tuple[Split, ...]:
+    """The splits whose states are stored. A live run stores those that evaluation needs."""
+    return SPLITS if run.source == "replay" else ("heldout",)
+
+
 def _states_slice(run: RunConfig) -> dict[str, Any]:
     return {
-        "dtype": run.teacher.dtype,
-        "attention": run.teacher.attention,
+        "teacher": _teacher_slice(run),
+        "splits": list(state_splits(run)),
         "shard_rows": run.storage.shard_rows,
         "chunk_rows": run.storage.chunk_rows,
     }
@@ -340,8 +354,9 @@ def _evaluation_slice(run: RunConfig) -> dict[str, Any]:
 
 
 def _training_slice(run: RunConfig) -> dict[str, Any]:
-    return {
+    fields = {
         "student": run.student.model_dump(mode="json", exclude=OPERATIONAL_STUDENT_FIELDS),
         "loss": run.loss.model_dump(mode="json", exclude={"chunk_tokens"}),
         "seed": run.seed,
     }
+    return fields if run.source == "replay" else fields | {"live_teacher": _teacher_slice(run)}

@@ -23,27 +23,31 @@ from tasks.wiring import STAGES
 from tasks.wiring.stage_run import StageRun, default_device
 
 PROGRESS_INTERVAL_S = 1.0
+PARALLEL_STAGES = ("extract", "train")
 EXPECTED = (KdflowError, StoreError, ConfigError)
 
 
 class EventReporter:
-    """Progress and messages of rank 0 as events; other ranks stay silent."""
+    """Progress and messages as events. Messages are rank 0's; progress is every rank's own share,
+    which the receiver adds up.
+    """
 
     def __init__(self, rank: int) -> None:
-        self._silent = rank != 0
+        self._rank = rank
         self._last = 0.0
 
     def progress(self, *, done: int, total: int, unit: str, detail: str = "") -> None:
         """See `Reporter`; at most one event a second, and the last one always."""
         now = time.monotonic()
-        if self._silent or (now - self._last < PROGRESS_INTERVAL_S and done != total):
+        if now - self._last < PROGRESS_INTERVAL_S and done != total:
             return
         self._last = now
-        emit({"event": "progress", "done": done, "total": total, "unit": unit, "detail": detail})
+        event = {"event": "progress", "rank": self._rank, "done": done, "total": total}
+        emit(event | {"unit": unit, "detail": detail})
 
     def message(self, text: str) -> None:
         """See `Reporter`."""
-        if not self._silent:
+        if self._rank == 0:
             emit({"event": "message", "text": text})
 
 
@@ -57,7 +61,7 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
     try:
-        if spec.identity.stage == "train":
+        if spec.identity.stage in PARALLEL_STAGES:
             _join(rank, num_ranks)
         ref = STAGES[spec.identity.stage](StageRun(spec, EventReporter(rank)))
     except Exception as error:  # noqa: BLE001 - the process boundary: all must reach the launcher

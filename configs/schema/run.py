@@ -7,21 +7,8 @@ from pydantic import Field, model_validator
 from configs.schema.base import StrictModel
 from configs.schema.data import DataConfig
 from configs.schema.loss import LossConfig
-from configs.schema.models import Attention, ChatTemplate, Dtype, StudentModel, TeacherModel
-
-
-class TransformersTeacher(StrictModel):
-    """The teacher, run by Hugging Face transformers.
-
-    `tokens_per_batch` bounds a batch's padded area, in tokens.
-    """
-
-    type: Literal["transformers"] = "transformers"
-    model: TeacherModel
-    dtype: Dtype = "bfloat16"
-    attention: Attention = "sdpa"
-    tokens_per_batch: int = Field(default=8192, gt=0)
-    chat_template: ChatTemplate = Field(default_factory=ChatTemplate)
+from configs.schema.models import Attention, ChatTemplate, Dtype, StudentModel
+from configs.schema.teacher import Teacher
 
 
 class StudentConfig(StrictModel):
@@ -99,14 +86,33 @@ class TrackingConfig(StrictModel):
 
 
 class RunConfig(StrictModel):
-    """One complete run."""
+    """One complete run.
+
+    With `source: replay` the teacher runs once and training reads its stored states; with `live` it
+    runs inside the training ranks, and only held-out states are stored.
+    """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     seed: int = Field(default=0, ge=0)
     data: DataConfig
-    teacher: TransformersTeacher
+    source: Literal["replay", "live"] = "replay"
+    teacher: Teacher
     student: StudentConfig
     loss: LossConfig = Field(default_factory=LossConfig)
     storage: StorageConfig = Field(default_factory=StorageConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+    @model_validator(mode="after")
+    def _live_teacher_fits(self) -> "RunConfig":
+        width = self.teacher.ranks_per_replica
+        if self.source == "live" and self.student.num_ranks % width:
+            raise ValueError(
+                f"source: live runs the teacher in the student's ranks, and student.num_ranks="
+                f"{self.student.num_ranks} is not a multiple of teacher.tensor_parallel={width}"
+            )
+        if self.source == "replay" and (self.teacher.sleep or self.teacher.forward_batches > 1):
+            raise ValueError(
+                "teacher.sleep and teacher.forward_batches are for `source: live`; this run replays"
+            )
+        return self

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from kdflow_core.batching import batch_by_tokens, pad_right, teacher_rows
+from kdflow_core.batching import batch_by_tokens, pad_right, select_rows, teacher_rows
 from kdflow_core.contracts import Examples, HiddenStateSource, OutputHead, Reporter
 from kdflow_core.losses.chunked import LogitProducer
 from kdflow_core.losses.forward_kl import ForwardKL
@@ -66,7 +66,11 @@ def score_distributions(
         hidden_BTH = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
         for row, (example, sequence) in enumerate(zip(chosen, sequences, strict=True)):
             positions_N = torch.from_numpy(sequence.target_positions_N - 1)
-            teacher_NG = teacher_rows(example, states).to(model.device)
+            teacher_NG = select_rows(
+                [teacher_rows(example, states)],
+                hidden_size=states.hidden_size,
+                device=model.device,
+            )
             targets_N = torch.from_numpy(sequence.target_ids_N).long().to(model.device)
             terms = _token_sums(hidden_BTH[row, positions_N], teacher_NG, targets_N, producers)
             for name in ("all", example.source):

@@ -46,6 +46,7 @@ def train_offpolicy(
         # Dropout, where a model has it, depends on step and rank alone: a resumed run repeats it.
         torch.manual_seed((plan.seed << 40) + (step << 16) + rank)
         batches = plan.step(step)
+        states.begin_step(step)
         result = training_step(
             module=module,
             optimizer=optimizer,
@@ -62,12 +63,13 @@ def train_offpolicy(
         rate = batches.num_input_tokens / seconds
         record["tokens_per_s"] = rate
         metrics.write(record)
-        reporter.progress(
-            done=step + 1,
-            total=plan.num_steps,
-            unit="steps",
-            detail=f"loss {result.loss:.4f}, kd {result.kd:.4f}, {rate:,.0f} tokens/s",
-        )
+        if rank == 0:  # a step is one for all ranks
+            reporter.progress(
+                done=step + 1,
+                total=plan.num_steps,
+                unit="steps",
+                detail=f"loss {result.loss:.4f}, kd {result.kd:.4f}, {rate:,.0f} tokens/s",
+            )
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == plan.num_steps:
             save_checkpoint(checkpoints, step + 1, module, optimizer, keep=config.keep_checkpoints)
     return first

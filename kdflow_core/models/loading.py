@@ -14,6 +14,8 @@ from transformers import (
 
 from kdflow_core.errors import ModelError
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder. Raises ModelError."""
@@ -36,6 +38,13 @@ def load_causal_lm(
     folder: Path, *, dtype: torch.dtype, attention: str, device: torch.device | None = None
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode, on the CPU by default. Raises ModelError."""
+    config = load_config(folder)
+    if attention == "sdpa" and getattr(config, "attn_logit_softcapping", None):
+        raise ModelError(
+            f"{(config.architectures or ['the model'])[0]} caps its attention scores, which "
+            "attention=sdpa leaves out without a word; set attention=eager (or flash_attention_2) "
+            "for this model"
+        )
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation=attention

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from kdflow_core.batching import pad_right, teacher_rows
+from kdflow_core.batching import pad_right, select_rows, teacher_rows
 from kdflow_core.contracts import Example, Examples, HiddenStateSource
 from kdflow_core.errors import TrainingError
 from kdflow_core.student.module import DistillationModule, MicroBatch
@@ -102,18 +102,23 @@ def collate(
     Raises AlignmentError when rows and tokens differ in number.
     """
     sequences = [example.student for example in examples]
-    rows, positions, targets, hidden = [], [], [], []
-    for row, example in enumerate(examples):
-        target_positions_N = example.student.target_positions_N[: 0 if empty else None]
+    supervised = [] if empty else list(examples)
+    rows, positions, targets = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], []
+    for row, example in enumerate(supervised):
+        target_positions_N = example.student.target_positions_N
         rows.append(np.full(len(target_positions_N), row))
         positions.append(target_positions_N - 1)  # the state before a token predicts it
-        targets.append(example.student.ids_T[target_positions_N])
-        hidden.append(teacher_rows(example, states)[: 0 if empty else None])
+        targets.append(example.student.target_ids_N)
+    target_ids_N = np.concatenate([np.zeros(0, np.int64), *targets]).astype(np.int64)
     return MicroBatch(
         ids_BT=pad_right([s.ids_T for s in sequences]).to(device),
         row_N=torch.from_numpy(np.concatenate(rows)).to(device),
         position_N=torch.from_numpy(np.concatenate(positions)).to(device),
-        target_ids_N=torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(device),
-        teacher_hidden_NG=torch.cat(hidden).to(device),
+        target_ids_N=torch.from_numpy(target_ids_N).to(device),
+        teacher_hidden_NG=select_rows(
+            [teacher_rows(example, states) for example in supervised],
+            hidden_size=states.hidden_size,
+            device=device,
+        ),
         weight=weight,
     )

@@ -10,11 +10,11 @@ import numpy as np
 from kdflow_core.contracts import Example, OutputHead
 from kdflow_core.eval.distribution import score_distributions
 from kdflow_core.eval.generation import exact_match, generate_greedily
-from kdflow_core.models.loading import load_causal_lm, load_tokenizer
+from kdflow_core.models.loading import DTYPES, load_causal_lm, load_tokenizer
 from storage.artifact import ArtifactRef
 from tasks.adapters import StoredStates, TokenExamples
 from tasks.report_page import write_report
-from tasks.wiring.stage_run import DTYPES, StageRun, default_device
+from tasks.wiring.stage_run import StageRun, default_device
 
 
 def evaluate_student(stage: StageRun) -> ArtifactRef:
@@ -63,7 +63,7 @@ def _judge(
     model = load_causal_lm(
         folder,
         dtype=DTYPES[teacher.dtype if side == "teacher" else student.compute_dtype],
-        attention=teacher.attention if side == "teacher" else student.attention,
+        attention=student.attention,
         device=default_device(),
     )
     states, head = signal

@@ -1,53 +1,83 @@
-"""The stage that runs the teacher."""
+"""The stage that runs the teacher.
 
-from collections import deque
+Ranks share the work by whole shards: each replica of the teacher takes its share of the missing
+ones, and the replica's first rank writes them.
+"""
+
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 
+import numpy as np
 import torch
 
+from kdflow_core.bounded import BoundedWorker
 from kdflow_core.contracts import OutputHead, TokenSequence
-from kdflow_core.models.folders import context_length
 from kdflow_core.models.heads import head_digest
 from kdflow_core.models.loading import load_config
-from kdflow_core.teacher.hf import TransformersTeacherEngine
+from kdflow_core.teacher import build_engine, longest_allowed
+from kdflow_core.teacher.streaming import check_lengths, stream_states
 from storage.artifact import ArtifactRef
 from storage.hidden_states import HiddenStateWriter, StoredSequence, plan_layout
 from storage.tokens import TokenTable
 from tasks.adapters import TeacherSequences, bfloat16_bits
-from tasks.wiring.stage_run import DTYPES, StageRun, default_device
+from tasks.stages import state_splits
+from tasks.wiring.stage_run import StageRun, barrier, default_device, rank_and_size
+
+WINDOW_BATCHES = 8
+SHARDS_BEHIND = 2
 
 
-def extract_states(stage: StageRun) -> ArtifactRef:
-    """Run the teacher once over all sequences and stream its hidden states into the store."""
-    tables = list(stage.tables().values())
-    places, sequences = _planned_sequences(tables)
-    config = load_config(stage.model_folder("teacher"))
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """What is to be stored: every distinct teacher sequence, where its ids lie, and its length."""
+
+    tables: list[TokenTable]
+    places: list[tuple[int, int]]
+    lengths: np.ndarray
+    sequences: list[StoredSequence]
+
+
+def extract_states(stage: StageRun) -> ArtifactRef | None:
+    """Run the teacher once over all sequences and stream its hidden states into the store.
+
+    Every rank runs this, rank 0 returns the artifact's reference.
+    """
+    rank, _ = rank_and_size()
+    work = _plan(stage)
+    folder = stage.model_folder("teacher")
+    check_lengths(int(work.lengths.max()), longest_allowed(stage.run.teacher, folder))
     head = stage.teacher_head(torch.device("cpu"))
     layout = plan_layout(
         hidden_size=head.weight_VH.shape[1],
-        num_rows=sum(s.num_rows for s in sequences),
+        sequences=work.sequences,
         shard_rows=stage.run.storage.shard_rows,
         chunk_rows=stage.run.storage.chunk_rows,
     )
-    stage.store.require_room(layout.num_bytes, f"the teacher's {layout.num_rows} hidden states")
+    if rank == 0:
+        stage.store.require_room(layout.num_bytes, f"the teacher's {layout.num_rows} hidden states")
     writer = HiddenStateWriter(
         store=stage.store,
         kind=stage.kind,
         digest=stage.digest,
         layout=layout,
-        sequences=sequences,
+        sequences=work.sequences,
     )
-    if writer.num_committed:
+    missing = writer.missing_shards()
+    barrier()  # every rank has seen the same shards before one of them writes
+    if len(missing) < layout.num_shards:
         stage.reporter.message(
-            f"{writer.num_committed} of {layout.num_shards} shards are there already; going on "
-            f"with sequence {writer.next_sequence} of {len(sequences)}"
+            f"{layout.num_shards - len(missing)} of {layout.num_shards} shards are there already"
         )
-    if writer.next_sequence < len(sequences):
-        _run_teacher(stage, head, tables, places, writer)
+    if missing:
+        _run_teacher(stage, head, work, writer, missing)
+    barrier()
+    if rank != 0:
+        return None
     writer.close()
+    config = load_config(folder)
     return stage.commit(
-        counts={"sequences": len(sequences), "rows": layout.num_rows},
+        counts={"sequences": len(work.sequences), "rows": layout.num_rows},
         info={
             "layout": asdict(layout),
             "teacher": stage.spec.identity.inputs["teacher_model"],
@@ -68,52 +98,62 @@ def extract_states(stage: StageRun) -> ArtifactRef:
     )
 
 
-def _planned_sequences(
-    tables: list[TokenTable],
-) -> tuple[list[tuple[int, int]], list[StoredSequence]]:
-    """Every distinct teacher sequence once, in a fixed random order, and where it lies."""
+def _plan(stage: StageRun) -> _Work:
+    """Every distinct teacher sequence once, in a fixed random order."""
+    by_split = stage.tables()
+    tables = [by_split[split] for split in state_splits(stage.run)]
     places: dict[bytes, tuple[int, int]] = {}
-    counts: dict[bytes, int] = {}
     for number, table in enumerate(tables):
-        supervised = table.supervised_counts("teacher")
         for index, key in enumerate(table.digests()):
             places.setdefault(key, (number, index))
-            counts[key] = int(supervised[index])
     keys = sorted(places)  # digests are uniform: their order is a random permutation
-    return [places[k] for k in keys], [StoredSequence(digest=k, num_rows=counts[k]) for k in keys]
+    supervised = [table.supervised_counts("teacher") for table in tables]
+    lengths = [table.lengths("teacher") for table in tables]
+    return _Work(
+        tables=tables,
+        places=[places[k] for k in keys],
+        lengths=np.array([lengths[t][i] for t, i in (places[k] for k in keys)]),
+        sequences=[
+            StoredSequence(digest=k, num_rows=int(supervised[places[k][0]][places[k][1]]))
+            for k in keys
+        ],
+    )
 
 
 def _run_teacher(
-    stage: StageRun,
-    head: OutputHead,
-    tables: list[TokenTable],
-    places: list[tuple[int, int]],
-    writer: HiddenStateWriter,
+    stage: StageRun, head: OutputHead, work: _Work, writer: HiddenStateWriter, missing: list[int]
 ) -> None:
-    folder, teacher = stage.model_folder("teacher"), stage.run.teacher
-    engine = TransformersTeacherEngine(
-        folder=folder,
+    teacher = stage.run.teacher
+    rank, size = rank_and_size()
+    replica, place_in_replica = divmod(rank, teacher.ranks_per_replica)
+    shards = missing[replica :: size // teacher.ranks_per_replica]
+    engine = build_engine(
+        teacher,
+        folder=stage.model_folder("teacher"),
         head=head,
-        dtype=DTYPES[teacher.dtype],
-        attention=teacher.attention,
-        tokens_per_batch=teacher.tokens_per_batch,
-        max_length=context_length(folder),
+        longest=int(work.lengths.max()),
         device=default_device(),
     )
-    lengths = [table.lengths("teacher") for table in tables]
-    waiting: deque[TokenSequence] = deque()
-    remaining = places[writer.next_sequence :]
+    numbers = [number for shard in shards for number in writer.sequences_of(shard)]
+    total, done = int(work.lengths[numbers].sum()), 0
+    targets: list[np.ndarray] = []
 
-    def remember(sequences: TeacherSequences) -> Iterator[TokenSequence]:
-        for sequence in sequences:
-            waiting.append(sequence)
+    def remember() -> Iterator[TokenSequence]:
+        for sequence in TeacherSequences(work.tables, [work.places[i] for i in numbers]):
+            targets.append(sequence.target_ids_N)
             yield sequence
 
-    states = engine.hidden_states(remember(TeacherSequences(tables, remaining)))
-    total = int(sum(lengths[t][i] for t, i in remaining))
-    done = 0
-    for (table, index), states_NH in zip(remaining, states, strict=True):
-        writer.add(bfloat16_bits(states_NH), waiting.popleft().target_ids_N)
-        done += int(lengths[table][index])
-        stage.reporter.progress(done=done, total=total, unit="tokens")
+    window = WINDOW_BATCHES * teacher.tokens_per_batch
+    states = stream_states(engine, remember(), window_tokens=window)
+    with BoundedWorker(SHARDS_BEHIND) as background:
+        for shard in shards:
+            rows = []
+            for number in writer.sequences_of(shard):
+                rows.append(bfloat16_bits(next(states)))
+                done += int(work.lengths[number])
+                if place_in_replica == 0:
+                    stage.reporter.progress(done=done, total=total, unit="tokens")
+            ids, targets[: len(rows)] = targets[: len(rows)], []
+            if place_in_replica == 0:
+                background.submit(partial(writer.write_shard, shard, rows, ids))
     engine.close()

@@ -11,11 +11,11 @@ from kdflow_core.data.tokenization import Split, Tally, tokenize
 from kdflow_core.errors import ModelError
 from kdflow_core.models.conversion import convert_gguf, drop_layers
 from kdflow_core.models.folders import context_length
-from kdflow_core.models.loading import check_same_vocabulary, load_tokenizer
+from kdflow_core.models.loading import DTYPES, check_same_vocabulary, load_tokenizer
 from storage.artifact import ArtifactRef
 from storage.tokens import TokenTable, TokenWriter
-from tasks.stages import gguf_path
-from tasks.wiring.stage_run import DTYPES, SPLITS, StageRun
+from tasks.stages import SPLITS, gguf_path
+from tasks.wiring.stage_run import StageRun
 
 
 def prepare_model(stage: StageRun) -> ArtifactRef:

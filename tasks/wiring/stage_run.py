@@ -4,9 +4,10 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from configs.schema.models import PretrainedModel
 from kdflow_core.contracts import OutputHead, Reporter
@@ -19,10 +20,7 @@ from storage.hidden_states import HiddenStateReader
 from storage.store import ArtifactStore
 from storage.tokens import TokenTable
 from tasks.adapters import StoredStates
-from tasks.stages import StageSpec, open_store
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SPLITS: tuple[Literal["train", "heldout"], ...] = ("train", "heldout")
+from tasks.stages import SPLITS, Split, StageSpec, open_store
 
 
 class StageRun:
@@ -69,7 +67,7 @@ class StageRun:
         assert isinstance(model, PretrainedModel)
         return resolve_folder(model.path, model.revision)
 
-    def tables(self) -> dict[Literal["train", "heldout"], TokenTable]:
+    def tables(self) -> dict[Split, TokenTable]:
         """The token tables by split."""
         folder = self.store.local_copy(self.spec.inputs["tokens"])
         return {split: TokenTable(folder / f"{split}.arrow") for split in SPLITS}
@@ -100,6 +98,19 @@ class StageRun:
             logit_scale=head.logit_scale,
             softcap=head.softcap,
         )
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's rank and the number of ranks; (0, 1) outside a process group."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def default_device() -> torch.device:

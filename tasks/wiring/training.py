@@ -6,21 +6,23 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from kdflow_core.contracts import OutputHead
+from kdflow_core.contracts import HiddenStateSource, OutputHead, TokenSequence
 from kdflow_core.loops.offpolicy import train_offpolicy
 from kdflow_core.losses import build_divergence
 from kdflow_core.losses.chunked import LossSpec
-from kdflow_core.models.loading import load_causal_lm, load_tokenizer
+from kdflow_core.models.loading import DTYPES, load_causal_lm, load_tokenizer
 from kdflow_core.student.checkpoint import completed_steps
 from kdflow_core.student.export import export_student
 from kdflow_core.student.module import DistillationModule, shard
 from kdflow_core.student.plan import TrainingPlan
+from kdflow_core.teacher import build_engine
+from kdflow_core.teacher.live import LiveStates
 from storage.artifact import ArtifactRef
 from storage.tokens import TokenTable
 from tasks.adapters import TokenExamples
 from tasks.model_card import model_card
 from tasks.tracking import MetricsLog, NoMetrics
-from tasks.wiring.stage_run import DTYPES, StageRun, default_device
+from tasks.wiring.stage_run import StageRun, default_device
 
 
 def train_student(stage: StageRun) -> ArtifactRef | None:
@@ -29,9 +31,9 @@ def train_student(stage: StageRun) -> ArtifactRef | None:
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     device = default_device()
     table = stage.tables()["train"]
-    states, head = stage.teacher_signal(device)
-    module = _build_module(stage, head, device)
     plan = _plan(stage, table, num_ranks)
+    states, head = _teacher_signal(stage, table, plan, device)
+    module = _build_module(stage, head, device)
     checkpoints = stage.workdir / "checkpoints"
     output = stage.workdir / "artifact"
     metrics: MetricsLog | NoMetrics = NoMetrics()
@@ -67,6 +69,42 @@ def train_student(stage: StageRun) -> ArtifactRef | None:
     )
     shutil.rmtree(stage.workdir)  # the checkpoints have served
     return ref
+
+
+def _teacher_signal(
+    stage: StageRun, table: TokenTable, plan: TrainingPlan, device: torch.device
+) -> tuple[HiddenStateSource, OutputHead]:
+    """Stored states, or a teacher in these ranks; and the teacher's head."""
+    if stage.run.source == "replay":
+        return stage.teacher_signal(device)
+    teacher, rank = stage.run.teacher, dist.get_rank()
+    head = stage.teacher_head(device)
+    engine = build_engine(
+        teacher,
+        folder=stage.model_folder("teacher"),
+        head=head,
+        longest=int(table.lengths("teacher").max()),
+        device=device,
+    )
+    examples = TokenExamples(table)
+
+    def sequences_of(step: int, rank: int) -> list[TokenSequence]:
+        batches = plan.step(step).micro_batches[rank]
+        return [examples[i].teacher for batch in batches for i in batch]
+
+    width = teacher.ranks_per_replica
+    first = rank // width * width
+    states = LiveStates(
+        engine=engine,
+        hidden_size=head.weight_VH.shape[1],
+        sequences_of=sequences_of,
+        rank=rank,
+        ranks=range(first, first + width),
+        num_steps=plan.num_steps,
+        steps_at_once=teacher.forward_batches,
+        sleep=teacher.sleep,
+    )
+    return states, head
 
 
 def _build_module(

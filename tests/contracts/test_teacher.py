@@ -1,41 +1,81 @@
-"""What every teacher engine must do. A backend is added to `ENGINES`."""
+"""What every teacher engine must do. A backend is added to `BACKENDS`."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from pydantic import TypeAdapter
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
+from configs.schema.teacher import Teacher
 from kdflow_core.contracts import TeacherEngine, TokenSequence
 from kdflow_core.errors import ModelError
-from kdflow_core.models.heads import load_head
-from kdflow_core.models.loading import load_config
-from kdflow_core.teacher.hf import TransformersTeacherEngine
+from kdflow_core.models.heads import apply_head, load_head
+from kdflow_core.models.loading import load_causal_lm, load_config
+from kdflow_core.teacher import ENGINES, build_engine
+from kdflow_core.teacher.streaming import stream_states
 from tests.conftest import VOCABULARY
 
 LENGTHS = (2, 17, 64, 3, 40, 17, 9)
+CPU = torch.device("cpu")
+BACKENDS: dict[str, dict[str, object]] = {"transformers": {}, "sglang": {}}
+Build = Callable[..., TeacherEngine]
 
 
-def transformers_engine(folder: Path, *, tokens: int, max_length: int = 64) -> TeacherEngine:
-    return TransformersTeacherEngine(
+def test_every_backend_is_in_the_suite() -> None:
+    assert BACKENDS.keys() == ENGINES.keys()
+
+
+def make_engine(backend: str, folder: Path, **options: object) -> TeacherEngine:
+    if backend == "transformers" and "Gemma2" in (folder / "config.json").read_text():
+        options["attention"] = "eager"  # the others have no soft-cap
+    config = {
+        "type": backend,
+        "model": {"type": "pretrained", "path": str(folder)},
+        "dtype": "float32",
+        "tokens_per_batch": 64,
+    }
+    return build_engine(
+        TypeAdapter(Teacher).validate_python(config | BACKENDS[backend] | options),
         folder=folder,
         head=load_head(folder, load_config(folder), VOCABULARY),
-        dtype=torch.float32,
-        attention="sdpa",
-        tokens_per_batch=tokens,
-        max_length=max_length,
-        device=torch.device("cpu"),
+        longest=max(LENGTHS),
+        device=CPU,
     )
 
 
-ENGINES = {"transformers": transformers_engine}
+@pytest.fixture(params=list(BACKENDS))
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
-@pytest.fixture(params=list(ENGINES))
-def build(request: pytest.FixtureRequest, teacher_folder: Path) -> Callable[..., TeacherEngine]:
-    return lambda **options: ENGINES[request.param](teacher_folder, **options)
+@pytest.fixture
+def build(backend: str, teacher_folder: Path) -> Iterator[Build]:
+    """Engines over the tiny Llama, closed at the end: SGLang has room for one in a process."""
+    engines: list[TeacherEngine] = []
+
+    def make(folder: Path = teacher_folder, **options: object) -> TeacherEngine:
+        for engine in engines:
+            engine.close()
+        engines.append(make_engine(backend, folder, **options))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
 
 
 def sequences() -> list[TokenSequence]:
@@ -52,54 +92,157 @@ def sequences() -> list[TokenSequence]:
     return result
 
 
+def states_of(engine: TeacherEngine, window_tokens: int = 100) -> list[torch.Tensor]:
+    return list(stream_states(engine, sequences(), window_tokens=window_tokens))
+
+
+def reference(folder: Path, dtype: torch.dtype) -> list[torch.Tensor]:
+    """transformers on one sequence at a time, unpadded: all states [T, H] and logits [T, V]."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    states = []
+    for sequence in sequences():
+        with torch.no_grad():
+            output = model(
+                input_ids=torch.from_numpy(sequence.ids_T).long()[None], output_hidden_states=True
+            )
+        states.append((output.hidden_states[-1][0].float(), output.logits[0].float()))
+    return states
+
+
+def relative_error(given: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    difference = torch.cat(
+        [(g.float() - e).flatten() for g, e in zip(given, expected, strict=True)]
+    )
+    return (difference.norm() / torch.cat([e.flatten() for e in expected]).norm()).item()
+
+
 @pytest.mark.parametrize("tokens", [1, 64, 100_000])
 def test_states_are_the_models_own_in_order_whatever_the_batches(
-    build: Callable[..., TeacherEngine], teacher_folder: Path, tokens: int
+    build: Build, teacher_folder: Path, tokens: int
 ) -> None:
-    """Against transformers run on one sequence at a time, unpadded."""
-    engine = build(tokens=tokens)
-    states = list(engine.hidden_states(sequences()))
-    engine.close()
-    model = AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=torch.float32)
-    for sequence, states_NH in zip(sequences(), states, strict=True):
-        ids_BT = torch.from_numpy(sequence.ids_T).long().unsqueeze(0)
-        with torch.no_grad():
-            output = model(input_ids=ids_BT, output_hidden_states=True)
-        expected_NH = output.hidden_states[-1][0, sequence.target_positions_N - 1]
+    given = states_of(build(tokens_per_batch=tokens))
+    for sequence, states_NH, (expected_TH, _) in zip(
+        sequences(), given, reference(teacher_folder, torch.float32), strict=True
+    ):
         assert states_NH.dtype == torch.bfloat16
-        error = (states_NH.float() - expected_NH).norm() / expected_NH.norm()
-        assert error < 2**-8  # rounding to bfloat16
+        expected_NH = expected_TH[sequence.target_positions_N - 1]
+        assert relative_error([states_NH], [expected_NH]) < 2**-8  # rounding to bfloat16
 
 
-def test_rows_predict_the_supervised_tokens(
-    build: Callable[..., TeacherEngine], teacher_folder: Path
-) -> None:
-    """The stored row's argmax is the model's prediction of that token: no off-by-one."""
-    engine = build(tokens=64)
-    (states_NH,) = engine.hidden_states(sequences()[2:3])
-    engine.close()
-    model = AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=torch.float32)
-    sequence = sequences()[2]
-    with torch.no_grad():
-        logits_TV = model(torch.from_numpy(sequence.ids_T).long()[None]).logits[0, :, :VOCABULARY]
-        rebuilt_NV = model.lm_head(states_NH.float())[:, :VOCABULARY]
-    expected_N = logits_TV.argmax(-1)[sequence.target_positions_N - 1]
-    assert (rebuilt_NV.argmax(-1) == expected_N).float().mean() > 0.95
+FAMILY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 448,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,
+}
+MOE = {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}
+GEMMA = {"sliding_window": 16, "query_pre_attn_scalar": 16}
+MODELS = {
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**FAMILY)),
+    "qwen3-moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**FAMILY, **MOE)),
+    # Caps so low that a forgotten one shows.
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**FAMILY, **GEMMA, attn_logit_softcapping=0.5, final_logit_softcapping=3.0)
+    ),
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**FAMILY, **GEMMA)),
+}
 
 
-def test_a_sequence_beyond_the_context_is_refused(build: Callable[..., TeacherEngine]) -> None:
-    engine = build(tokens=64, max_length=63)
-    with pytest.raises(ModelError, match="a sequence has 64 tokens, the teacher's context is 63"):
-        list(engine.hidden_states(sequences()))
+@pytest.fixture(scope="module", params=list(MODELS))
+def family_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(3)
+    MODELS[request.param]().save_pretrained(folder)
+    if request.param == "gemma2":  # as in the published checkpoints, which SGLang reads it from
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps(config | {"hidden_act": config["hidden_activation"]}))
+    return folder
 
 
-def test_close_twice_and_use_after_close(build: Callable[..., TeacherEngine]) -> None:
-    engine = build(tokens=64)
+def test_families_in_float32_and_their_logits(build: Build, family_folder: Path) -> None:
+    """Dense, mixture of experts, soft-capped and windowed: states, and logits rebuilt from them."""
+    given = states_of(build(family_folder))
+    head = load_head(family_folder, load_config(family_folder), VOCABULARY)
+    expected, logits, rebuilt = [], [], []
+    for sequence, states_NH, (states_TH, logits_TV) in zip(
+        sequences(), given, reference(family_folder, torch.float32), strict=True
+    ):
+        expected.append(states_TH[sequence.target_positions_N - 1])
+        logits.append(logits_TV[sequence.target_positions_N - 1, :VOCABULARY])
+        rebuilt.append(apply_head(states_NH, head))
+    assert relative_error(given, expected) < 2**-8
+    assert relative_error(rebuilt, logits) < 2**-7
+
+
+def test_bfloat16_is_as_exact_as_that_of_transformers(build: Build, family_folder: Path) -> None:
+    given = states_of(build(family_folder, dtype="bfloat16"))
+    expected, theirs = [], []
+    for sequence, (exact_TH, _), (bf16_TH, _) in zip(
+        sequences(),
+        reference(family_folder, torch.float32),
+        reference(family_folder, torch.bfloat16),
+        strict=True,
+    ):
+        expected.append(exact_TH[sequence.target_positions_N - 1])
+        theirs.append(bf16_TH[sequence.target_positions_N - 1])
+    assert relative_error(given, expected) <= 1.25 * relative_error(theirs, expected)
+
+
+def test_a_sequence_of_the_context_limit_and_one_beyond(build: Build, teacher_folder: Path) -> None:
+    """The tiny Llama has 256 positions."""
+    engine = build()
+    assert engine.max_length == 256
+    long = TokenSequence(ids_T=np.arange(257, dtype=np.int32), supervised_T=np.arange(257) == 256)
+    with pytest.raises(ModelError, match="a sequence has 257 tokens, the teacher's context is 256"):
+        list(stream_states(engine, [long], window_tokens=64))
+
+
+def test_sleep_and_wake(build: Build) -> None:
+    engine = build()
+    before = states_of(engine)
+    for _ in range(2):
+        engine.sleep()
+        engine.sleep()
+        engine.wake()
+        engine.wake()
+        for one, two in zip(before, states_of(engine), strict=True):
+            torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+def test_close_twice_and_use_after_close(build: Build) -> None:
+    engine = build()
     engine.close()
     engine.close()
     with pytest.raises(ModelError, match="closed"):
-        list(engine.hidden_states(sequences()))
+        engine.forward(sequences()[:1])
 
 
-def test_no_sequences_no_states(build: Callable[..., TeacherEngine]) -> None:
-    assert list(build(tokens=64).hidden_states([])) == []
+def test_no_sequences_no_states(build: Build) -> None:
+    assert list(stream_states(build(), [], window_tokens=64)) == []
+
+
+def test_a_head_that_is_not_the_models_is_refused(backend: str, teacher_folder: Path) -> None:
+    head = load_head(teacher_folder, load_config(teacher_folder), VOCABULARY)
+    wrong = type(head)(weight_VH=head.weight_VH.roll(1, 0))
+    config = {"type": backend, "model": {"type": "pretrained", "path": "x"}, "dtype": "float32"}
+    with pytest.raises(ModelError, match="relative error"):
+        build_engine(
+            TypeAdapter(Teacher).validate_python(config),
+            folder=teacher_folder,
+            head=wrong,
+            longest=64,
+            device=CPU,
+        )
+
+
+def test_an_attention_that_would_forget_the_soft_cap_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    MODELS["gemma2"]().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="attention=sdpa leaves out without a word; set attention"):
+        load_causal_lm(tmp_path, dtype=torch.float32, attention="sdpa")

@@ -7,13 +7,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig
 
-from configs.load import load_run
+from configs.load import ConfigError, load_run
 from kdflow_core.errors import AlignmentError, ModelError, WorkerError
+from kdflow_core.sglang_runtime.versions import require_sglang
 from storage.errors import RowsMismatchError
 from storage.tokens import TokenTable, TokenWriter
 from tasks.adapters import StoredStates, TeacherSequences
@@ -184,3 +186,48 @@ def test_diverging_training_is_stopped_with_a_remedy(make_recipe: Callable[..., 
     spec = StageSpec(identity=plan_stages(run)["train"], run=run, inputs=refs)
     with pytest.raises(WorkerError, match=r"not both finite; lower student\.lr"):
         launch_stage(spec, logging.getLogger("test"))
+
+
+def test_an_untested_sglang_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: "0.5.99")
+    with pytest.raises(ModelError, match=r"SGLang 0\.5\.99 is installed; .* tested with 0\.5\.21"):
+        require_sglang()
+
+
+def test_a_missing_sglang_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", absent)
+    with pytest.raises(ModelError, match=r"not installed: .*\.\[sglang\].* or set teacher\.type"):
+        require_sglang()
+
+
+def test_a_sequence_over_the_teachers_context_is_refused_before_the_teacher_starts(
+    make_recipe: Callable[..., Path],
+) -> None:
+    run = load_run(str(make_recipe()), {"teacher.type": "sglang", "teacher.context_length": 20})
+    with pytest.raises(ModelError, match=r"the teacher's context is 20; .*teacher\.context_length"):
+        run_inline(run, until="extract")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"teacher.num_ranks": 3, "teacher.tensor_parallel": 2}, "num_ranks=3 is not a multiple"),
+        (
+            {"teacher.tensor_parallel": 2, "teacher.num_ranks": 2, "teacher.expert_parallel": 4},
+            "expert_parallel=4 does not divide",
+        ),
+        (
+            {"source": "live", "teacher.tensor_parallel": 2, "teacher.num_ranks": 2},
+            "student.num_ranks=1 is not a multiple of teacher.tensor_parallel=2",
+        ),
+        ({"teacher.sleep": True}, "are for `source: live`"),
+    ],
+)
+def test_ranks_that_do_not_fit_are_refused(
+    make_recipe: Callable[..., Path], overrides: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_run(str(make_recipe()), {"teacher.type": "sglang"} | overrides)

@@ -1,4 +1,6 @@
-"""Training killed mid-way goes on from its checkpoint, to the same weights bit for bit."""
+"""A stage killed mid-way goes on where it was: training from its checkpoint, to the same weights
+bit for bit, and extraction behind its finished shards.
+"""
 
 import logging
 import os
@@ -67,3 +69,53 @@ def test_killed_training_ends_in_the_same_weights(
     assert [r["step"] for r in records[0]] == list(range(1, 41))
     assert [r["loss"] for r in records[0]] == [r["loss"] for r in records[1]]
     assert not checkpoints.exists()
+
+
+def kill_a_teacher_after(commits: Path, shards: int) -> None:
+    """Wait for committed shards, then SIGKILL one of this process's ranks."""
+    deadline = time.monotonic() + 240
+    while len(list(commits.glob("*.json"))) < shards:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    ranks = [p for p in psutil.Process().children() if "tasks.worker" in p.cmdline()]
+    os.kill(max(p.pid for p in ranks), signal.SIGKILL)
+
+
+def test_a_teacher_killed_mid_extraction_leaves_its_shards_to_the_next(
+    make_recipe: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two SGLang ranks; afterwards the states are those of an uninterrupted extraction by one."""
+    overrides = {
+        "teacher.type": "sglang",
+        "teacher.num_ranks": 2,
+        "teacher.deterministic": True,
+        "storage.shard_rows": 32,
+    }
+    run = load_run(str(make_recipe()), overrides)
+    refs = run_inline(run, until="tokenize")
+    whole = {"storage.root": str(tmp_path / "whole"), "storage.scratch": str(tmp_path / "s")}
+    shutil.copytree(tmp_path / "store", tmp_path / "whole")
+    spec = StageSpec(identity=plan_stages(run)["extract"], run=run, inputs=refs)
+    alone = load_run(str(make_recipe()), overrides | whole | {"teacher.num_ranks": 1})
+    whole_spec = StageSpec(identity=spec.identity, run=alone, inputs=refs)
+    log = logging.getLogger("test")
+
+    folder = tmp_path / "store/artifacts/states" / spec.identity.digest
+    killer = threading.Thread(target=kill_a_teacher_after, args=(folder / "commits", 3))
+    killer.start()
+    with pytest.raises(WorkerError, match="ended by signal SIGKILL"):
+        launch_stage(spec, log)
+    killer.join()
+    finished = {path: path.stat().st_mtime_ns for path in (folder / "commits").glob("*.json")}
+    assert len(finished) >= 3
+    assert not (folder / "index.parquet").exists()
+
+    with caplog.at_level(logging.INFO):
+        resumed = Path(launch_stage(spec, log).uri)
+    assert f"{len(finished)} of " in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    uninterrupted = Path(launch_stage(whole_spec, log).uri)
+    shards = [path.relative_to(uninterrupted) for path in uninterrupted.rglob("hidden/c/*/0/0")]
+    assert len(shards) > len(finished)
+    for shard in shards:
+        assert (resumed / shard).read_bytes() == (uninterrupted / shard).read_bytes()

@@ -39,7 +39,7 @@ def test_commands_for_own_models(tmp_path: Path) -> None:
     """All of them; the one that trains the real quick start is cut to a few samples and steps."""
     short = ["data.max_samples=120", "student.max_steps=4", "eval.max_generations=2"]
     shown = commands("Your own models")
-    assert {words[1] for words in shown} == {"recipes", "config", "plan", "run"}
+    assert {words[1] for words in shown} == {"doctor", "recipes", "config", "plan", "run"}
     for words in shown:
         extra = short if words[1] == "run" else []
         output = run([*words, *extra], tmp_path, tmp_path / "prefect")

@@ -39,7 +39,7 @@ def test_progress_has_rate_and_time_left(
     with caplog.at_level(logging.INFO):
         for done in (0, 10, 20):
             event = {"done": done, "total": 100, "unit": "steps", "detail": "loss 1"}
-            log.event({"event": "progress"} | event)
+            log.event({"event": "progress", "rank": 0} | event)
             now += 20.0
     assert caplog.messages[-1] == "20 of 100 steps | 2.0 s per step | 2:40 left | loss 1"
 

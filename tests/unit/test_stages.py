@@ -99,7 +99,7 @@ def test_plan_says_what_is_cached_and_what_changed(make_recipe: Callable[..., Pa
     longer = stage_status(load_run(recipe, {"data.max_length": 100, "teacher.attention": "eager"}))
     reasons = {s.identity.stage: s.reasons for s in longer}
     assert "student_limit: 128 -> 100" in reasons["tokenize"]
-    assert "attention: sdpa -> eager" in reasons["extract"]
+    assert "teacher.attention: sdpa -> eager" in reasons["extract"]
     assert any(r.startswith("input tokens: ") for r in reasons["extract"])
 
 

@@ -1,0 +1,43 @@
+"""Whether an SGLang is installed that we know."""
+
+import logging
+from importlib import import_module, metadata
+
+from kdflow_core.errors import ModelError
+from kdflow_core.sglang_runtime.plugin import replace_image_processor
+
+TESTED = ("0.5.21",)
+
+
+def require_sglang() -> None:
+    """Raises ModelError unless a tested version of SGLang is installed. Call it before SGLang's
+    other modules are imported: some of them need the platform to be chosen.
+    """
+    try:
+        installed = metadata.version("sglang")
+    except metadata.PackageNotFoundError:
+        raise ModelError(
+            "SGLang is not installed: `pip install -e '.[sglang]'` on a machine with a GPU, "
+            "`make install` on a CPU, or set teacher.type=transformers"
+        ) from None
+    if installed not in TESTED:
+        raise ModelError(
+            f"SGLang {installed} is installed; kdflow uses SGLang's inner parts and is tested with "
+            f"{', '.join(TESTED)}. Install `sglang=={TESTED[-1]}`, or set teacher.type=transformers"
+        )
+    _show_errors_only()
+    platforms = import_module("sglang.srt.platforms")
+    if platforms.current_platform.is_out_of_tree():  # looking it up chooses it
+        replace_image_processor()
+
+
+def _show_errors_only() -> None:
+    """SGLang warns of everything that this machine or model does without, and sets its own level;
+    so the limit is on a handler.
+    """
+    logger = logging.getLogger("sglang")
+    if logger.propagate:
+        handler = logging.StreamHandler()
+        handler.setLevel(logging.ERROR)
+        logger.addHandler(handler)
+        logger.propagate = False
