@@ -4,6 +4,7 @@ SGLang calls `activate` in each of its processes, the spawned scheduler included
 cheap to import: it runs before SGLang's own modules are whole.
 """
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -31,20 +32,14 @@ def _stand_in_for_torchvision() -> None:
     """SGLang imports helpers of vision models even for a text model, and these import torchvision,
     of which there is no CPU wheel beside the pinned torch. Text models never call it.
     """
-    replace_image_processor()
-    sys.meta_path.append(_TorchvisionStandIn())
-
-
-def replace_image_processor() -> None:
-    """A transformers that was loaded before has found torchvision missing; give it a stand-in for
-    the one class that SGLang then misses. To be called again after `import sglang`, which may put
-    another module in the place of transformers.
-    """
-    transformers = sys.modules.get("transformers")
-    if transformers is not None and not transformers.utils.is_torchvision_available():
-        transformers.AutoImageProcessor = _AnyAttribute(  # type: ignore[attr-defined]
+    if "transformers" in sys.modules:
+        # Has found torchvision missing; and this part of it loads the package a second time.
+        importlib.import_module("transformers.processing_utils")
+        transformers: Any = sys.modules["transformers"]
+        transformers.AutoImageProcessor = _AnyAttribute(
             "AutoImageProcessor", (), {"register": staticmethod(lambda *_, **__: None)}
         )
+    sys.meta_path.append(_TorchvisionStandIn())
 
 
 class _AnyAttribute(type):

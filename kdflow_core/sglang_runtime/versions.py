@@ -4,7 +4,6 @@ import logging
 from importlib import import_module, metadata
 
 from kdflow_core.errors import ModelError
-from kdflow_core.sglang_runtime.plugin import replace_image_processor
 
 TESTED = ("0.5.21",)
 
@@ -27,8 +26,7 @@ def require_sglang() -> None:
         )
     _show_errors_only()
     platforms = import_module("sglang.srt.platforms")
-    if platforms.current_platform.is_out_of_tree():  # looking it up chooses it
-        replace_image_processor()
+    _ = platforms.current_platform  # looking it up chooses it
 
 
 def _show_errors_only() -> None:

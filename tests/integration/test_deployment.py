@@ -91,7 +91,11 @@ class Server:
         for process in reversed(self.processes):
             process.terminate()
         for process in reversed(self.processes):
-            process.wait(timeout=60)
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:  # Prefect's worker does not always end when asked to
+                process.kill()
+                process.wait()
 
 
 @pytest.fixture(scope="module")

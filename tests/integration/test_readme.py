@@ -43,7 +43,9 @@ def test_commands_for_own_models(tmp_path: Path) -> None:
     for words in shown:
         extra = short if words[1] == "run" else []
         output = run([*words, *extra], tmp_path, tmp_path / "prefect")
-        if words[1] == "recipes":
+        if words[1] == "doctor":
+            assert "sglang" in output.lower()
+        elif words[1] == "recipes":
             assert "quickstart" in output.split()
         elif words[1] == "config":
             assert "max_grad_norm: 1.0" in output
