@@ -139,6 +139,11 @@ class TeacherEngine(Protocol):
         """The longest sequence it takes, in tokens."""
         ...
 
+    @property
+    def remark(self) -> str:
+        """What a user should be told once about how it runs; mostly nothing."""
+        ...
+
     def pack(self, lengths: Sequence[int]) -> list[list[int]]:
         """Indices of sequences, grouped into batches for `forward`."""
         ...

@@ -37,6 +37,7 @@ def examine(folder: Path) -> list[Finding]:
         Finding(what="disk", detail=f"{shutil.disk_usage(folder).free / GB:,.1f} GB free"),
         _backend("transformers", lambda: import_module("kdflow_core.teacher.hf")),
         _backend("sglang", _import_sglang),
+        _backend("sglang_server", lambda: import_module("kdflow_core.teacher.server")),
     ]
 
 

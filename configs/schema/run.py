@@ -8,7 +8,7 @@ from configs.schema.base import StrictModel
 from configs.schema.data import DataConfig
 from configs.schema.loss import LossConfig
 from configs.schema.models import Attention, ChatTemplate, Dtype, StudentModel
-from configs.schema.teacher import Teacher
+from configs.schema.teacher import InProcessTeacher, Teacher
 
 
 class StudentConfig(StrictModel):
@@ -106,6 +106,13 @@ class RunConfig(StrictModel):
     @model_validator(mode="after")
     def _live_teacher_fits(self) -> "RunConfig":
         width = self.teacher.ranks_per_replica
+        if not isinstance(self.teacher, InProcessTeacher):
+            if self.source == "live":
+                raise ValueError(
+                    f"source: live runs the teacher inside the training ranks, and teacher.type="
+                    f"{self.teacher.type} runs elsewhere; set source=replay or teacher.type=sglang"
+                )
+            return self
         if self.source == "live" and self.student.num_ranks % width:
             raise ValueError(
                 f"source: live runs the teacher in the student's ranks, and student.num_ranks="

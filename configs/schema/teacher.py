@@ -8,13 +8,12 @@ from configs.schema.base import StrictModel
 from configs.schema.models import Attention, ChatTemplate, Dtype, TeacherModel
 
 
-class _InProcessTeacher(StrictModel):
-    """A teacher inside our own processes. `RESULT_FIELDS` can change its states, others cannot.
+class _Teacher(StrictModel):
+    """What all teachers have. `RESULT_FIELDS` can change its states, others cannot.
 
     `tokens_per_batch` bounds a forward pass, in tokens. `context_length` lowers the model's own;
-    longer sequences are refused. `num_ranks` processes run the teacher in
-    the extract stage; in a live run the training ranks do. There, `sleep` moves its weights to host
-    memory while the student trains, and `forward_batches` global batches are scored at a time.
+    longer sequences are refused. `num_ranks` processes run the teacher, or ask for its states, in
+    the extract stage.
     """
 
     RESULT_FIELDS: ClassVar[frozenset[str]] = frozenset()
@@ -25,8 +24,6 @@ class _InProcessTeacher(StrictModel):
     tokens_per_batch: int = Field(default=8192, gt=0)
     context_length: int | None = Field(default=None, gt=1)
     num_ranks: int = Field(default=1, gt=0)
-    sleep: bool = False
-    forward_batches: int = Field(default=1, gt=0)
 
     @property
     def ranks_per_replica(self) -> int:
@@ -34,7 +31,18 @@ class _InProcessTeacher(StrictModel):
         return 1
 
 
-class TransformersTeacher(_InProcessTeacher):
+class InProcessTeacher(_Teacher):
+    """A teacher inside our own processes; in a live run, these are the training ranks.
+
+    There, `sleep` moves its weights to host memory while the student trains, and `forward_batches`
+    global batches are scored at a time.
+    """
+
+    sleep: bool = False
+    forward_batches: int = Field(default=1, gt=0)
+
+
+class TransformersTeacher(InProcessTeacher):
     """The teacher, run by Hugging Face transformers: the reference, on any device.
 
     Here `tokens_per_batch` bounds the padded area.
@@ -46,7 +54,7 @@ class TransformersTeacher(_InProcessTeacher):
     attention: Attention = "sdpa"
 
 
-class SglangTeacher(_InProcessTeacher):
+class SglangTeacher(InProcessTeacher):
     """The teacher, run by SGLang inside our processes, prefill only.
 
     One copy is spread over `tensor_parallel` ranks, the experts over `expert_parallel` of them.
@@ -87,4 +95,22 @@ class SglangTeacher(_InProcessTeacher):
         return self
 
 
-Teacher = Annotated[TransformersTeacher | SglangTeacher, Field(discriminator="type")]
+class SglangServerTeacher(_Teacher):
+    """The teacher, run by an SGLang server that you have started, at `url`. Slow: its states come
+    over HTTP, as text.
+
+    `model` is the served model's files, for its head and tokenizer; `dtype` is the server's.
+    `tokens_per_batch` bounds a request, which may take `timeout_s` seconds.
+    """
+
+    RESULT_FIELDS = frozenset({"type", "dtype"})
+
+    type: Literal["sglang_server"] = "sglang_server"
+    tokens_per_batch: int = Field(default=2048, gt=0)
+    url: str = Field(pattern=r"^https?://")
+    timeout_s: float = Field(default=600, gt=0)
+
+
+Teacher = Annotated[
+    TransformersTeacher | SglangTeacher | SglangServerTeacher, Field(discriminator="type")
+]

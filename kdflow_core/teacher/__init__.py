@@ -16,6 +16,7 @@ ENGINES: Mapping[str, str] = MappingProxyType(
     {
         "transformers": "kdflow_core.teacher.hf:TransformersTeacherEngine",
         "sglang": "kdflow_core.teacher.sglang:SglangTeacherEngine",
+        "sglang_server": "kdflow_core.teacher.server:SglangServerEngine",
     }
 )
 

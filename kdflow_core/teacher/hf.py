@@ -22,6 +22,8 @@ from kdflow_core.teacher import longest_allowed
 class TransformersTeacherEngine:
     """Runs the model without its head, after verifying that `head` rebuilds its logits."""
 
+    remark = ""
+
     def __init__(
         self,
         config: TransformersTeacher,

@@ -29,6 +29,8 @@ MAX_SEQUENCES = 256
 class SglangTeacherEngine:
     """One copy of the model over `tensor_parallel` consecutive ranks of the world."""
 
+    remark = ""
+
     def __init__(
         self,
         config: SglangTeacher,

@@ -134,6 +134,8 @@ def _run_teacher(
         longest=int(work.lengths.max()),
         device=default_device(),
     )
+    if rank == 0 and engine.remark:
+        stage.reporter.message(engine.remark)
     numbers = [number for shard in shards for number in writer.sequences_of(shard)]
     total, done = int(work.lengths[numbers].sum()), 0
     targets: list[np.ndarray] = []

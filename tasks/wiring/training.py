@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from configs.schema.teacher import InProcessTeacher
 from kdflow_core.contracts import HiddenStateSource, OutputHead, TokenSequence
 from kdflow_core.loops.offpolicy import train_offpolicy
 from kdflow_core.losses import build_divergence
@@ -78,6 +79,7 @@ def _teacher_signal(
     if stage.run.source == "replay":
         return stage.teacher_signal(device)
     teacher, rank = stage.run.teacher, dist.get_rank()
+    assert isinstance(teacher, InProcessTeacher)  # RunConfig refuses others for a live run
     head = stage.teacher_head(device)
     engine = build_engine(
         teacher,

@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,18 +13,13 @@ import httpx
 import psutil
 import pytest
 
+from tests.conftest import free_port
 from tests.readme import commands
 
 pytestmark = [pytest.mark.prefect, pytest.mark.ranks]
 
 ROOT = Path(__file__).parents[2]
 PREFECT = str(Path(sys.executable).parent / "prefect")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Server:

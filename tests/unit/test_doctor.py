@@ -16,8 +16,8 @@ def test_it_tells_versions_devices_and_backends() -> None:
     lines = result.stdout.splitlines()
     for what, detail in (("torch", metadata.version("torch")), ("CPU", "cores"), ("disk", "GB")):
         assert any(what in line and detail in line for line in lines)
-    for backend in ("transformers", "sglang"):
-        assert any(f"teacher.type={backend}" in line and "yes" in line for line in lines)
+    for backend in ("transformers", "sglang", "sglang_server"):
+        assert any(f"teacher.type={backend} " in line and "yes" in line for line in lines)
 
 
 def test_it_says_why_a_backend_does_not_work(
