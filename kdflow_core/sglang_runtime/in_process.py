@@ -118,6 +118,13 @@ class PrefillRunner:
                 server_args=args,
             )
             runner.alloc_memory_pool()
+            page = runner.page_size or 1
+            whole_pages = args.max_total_tokens // page * page
+            if runner.max_total_num_tokens < whole_pages:
+                raise MemoryError(
+                    f"memory has room for a batch of {runner.max_total_num_tokens} tokens, not of "
+                    f"{args.max_total_tokens}"
+                )
             runner.init_attention_backends()
             runner.init_cuda_graphs()
         except Exception as error:
@@ -201,7 +208,7 @@ def _server_args(options: RunnerOptions, device: torch.device) -> Any:
         "ep_size": options.expert_parallel,
         "quantization": options.quantization,
         "attention_backend": options.attention_backend,
-        "mem_fraction_static": options.memory_fraction or (0.9 if device.type == "cpu" else None),
+        "mem_fraction_static": options.memory_fraction or (0.8 if device.type == "cpu" else None),
         "context_length": options.context_length,
     }
     try:

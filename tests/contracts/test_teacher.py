@@ -14,6 +14,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GlmConfig,
+    GlmForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -239,6 +241,27 @@ def test_a_head_that_is_not_the_models_is_refused(backend: str, teacher_folder: 
             longest=64,
             device=CPU,
         )
+
+
+def test_sglang_refuses_a_batch_that_memory_has_no_room_for(teacher_folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"short, lower teacher\.tokens_per_batch"):
+        make_engine("sglang", teacher_folder, memory_fraction=0.01, tokens_per_batch=10_000_000)
+
+
+def test_sglang_refuses_an_architecture_that_it_does_not_run(tmp_path: Path) -> None:
+    config = GlmConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        pad_token_id=0,
+    )
+    GlmForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="does not run GlmForCausalLM; set teacher"):
+        make_engine("sglang", tmp_path)
 
 
 def test_an_attention_that_would_forget_the_soft_cap_is_refused(tmp_path: Path) -> None:
