@@ -1,8 +1,9 @@
 """Tokens per second of a teacher's hidden states: same model, same ids, one run.
 
 `python -m tests.benchmarks.teacher MODEL_FOLDER`. Subjects: SGLang in process, transformers a
-sequence at a time, and transformers in padded batches. Every subject runs a warm-up, and then all
-of them in turn, `--rounds` times; the best round counts.
+sequence at a time, transformers in padded batches, and before these, in a process of its own,
+SGLang's `Engine.generate(return_hidden_states=True)`. Every subject runs a warm-up, and then all of
+them in turn, `--rounds` times; the best round counts.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from kdflow_core.models.heads import load_head
 from kdflow_core.models.loading import load_config, load_tokenizer, true_vocabulary_size
 from kdflow_core.teacher import build_engine
 from kdflow_core.teacher.streaming import stream_states
+from tests.benchmarks.generate import best_of
 
 
 def sequences(count: int, longest: int, vocabulary: int) -> list[TokenSequence]:
@@ -90,6 +92,15 @@ def main() -> None:
     batch = sequences(args.count, args.longest, vocabulary)
     tokens = sum(len(s.ids_T) for s in batch)
     packed = {"tokens_per_batch": args.tokens_per_batch}
+    best = {
+        "sglang Engine.generate": best_of(
+            args.folder,
+            [s.ids_T.tolist() for s in batch],
+            dtype=args.dtype,
+            tokens=args.tokens_per_batch,
+            rounds=args.rounds,
+        )
+    }
     ours = teacher(args.folder, args, type="sglang", **packed)
     subjects = {
         "sglang in process": through(ours, batch),
@@ -100,7 +111,6 @@ def main() -> None:
             teacher(args.folder, args, type="transformers", **packed), batch
         ),
     }
-    best: dict[str, float] = {}
     for run in subjects.values():
         run()
     for _ in range(args.rounds):
