@@ -10,7 +10,7 @@ from configs.schema.run import RunConfig
 from storage.artifact import ArtifactRef
 from tasks.caching import run_cached
 from tasks.results import check_run, evaluation_rows, report_path, student_path
-from tasks.stage_tasks import STAGE_TASKS
+from tasks.stage_tasks import STAGE_TASKS, share_out
 from tasks.stages import StageSpec, plan_stages
 
 
@@ -26,6 +26,8 @@ def kd(
     done: dict[str, ArtifactRef] = {}
     for stage, identity in plan_stages(run).items():
         spec = StageSpec(identity=identity, run=run, inputs=done)
+        if stage == "extract":
+            share_out(spec)
         done = done | {identity.output: run_cached(STAGE_TASKS[stage], spec)}
     _publish_to_ui(run, done)
     return done

@@ -116,19 +116,23 @@ class ArtifactStore:
             self.fs.rm_file(path)
 
     @contextmanager
-    def exclusive(self, kind: str, digest: str, on_wait: Callable[[], None]) -> Iterator[None]:
+    def exclusive(
+        self, kind: str, digest: str, on_wait: Callable[[], None], *, shared: bool = False
+    ) -> Iterator[None]:
         """Hold a stage alone among the processes of this machine; the kernel frees a dead holder's.
 
-        `on_wait` is called once when another process holds it.
+        `on_wait` is called once when another process holds it. `shared` holders, who share the
+        stage's work, only keep off those who want it alone.
         """
+        kind_of_lock = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         folder = self.scratch / "locks"
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / f"{kind}-{digest}", "w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, kind_of_lock | fcntl.LOCK_NB)
             except BlockingIOError:
                 on_wait()
-                fcntl.flock(file, fcntl.LOCK_EX)
+                fcntl.flock(file, kind_of_lock)
             yield
 
     def publish(self, kind: str, digest: str, local_folder: Path) -> None:

@@ -45,6 +45,23 @@ def launch_stage(spec: StageSpec, logger: Logger) -> ArtifactRef:
     return ref
 
 
+def launch_share(spec: StageSpec, logger: Logger) -> None:
+    """Do one share of a stage's work; `launch_stage` then finds it done. Raises WorkerError."""
+    identity, share, store = spec.identity, spec.share, open_store(spec.run)
+    assert share is not None
+    logger.info("stage %s, share %d of %d", identity.stage, share.number + 1, share.of)
+
+    def waiting() -> None:
+        logger.info("another process is computing this artifact; waiting for it")
+
+    mine = f"{identity.digest}.{share.number}-of-{share.of}"
+    with (
+        store.exclusive(identity.kind, identity.digest, waiting, shared=True),
+        store.exclusive(identity.kind, mine, waiting),
+    ):
+        _run_workers(spec, logger)
+
+
 def _run_workers(spec: StageSpec, logger: Logger) -> None:
     progress = ProgressLog(logger)
     training = spec.identity.stage == "train"

@@ -5,14 +5,15 @@ from types import MappingProxyType
 from typing import Any
 
 from prefect import Task, task
+from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.logging import get_run_logger
 
 from kdflow_core.errors import WorkerError
 from storage.artifact import ArtifactRef
 from tasks.caching import StageCachePolicy
-from tasks.launch import launch_stage
-from tasks.stages import StageSpec
+from tasks.launch import launch_share, launch_stage
+from tasks.stages import Share, StageSpec, open_store
 
 
 def died_unexpectedly(_task: "Task[..., Any]", _run: TaskRun, state: State[Any]) -> bool:
@@ -35,6 +36,32 @@ def _stage_task(name: str, description: str) -> "Task[[StageSpec], ArtifactRef]"
         retry_condition_fn=died_unexpectedly,
         tags=["kdflow"],
     )(_run)
+
+
+@task(
+    name="extract-share",
+    description="A share of the teacher's hidden states",
+    cache_policy=NO_CACHE,  # what it has stored is the cache
+    retries=1,
+    retry_condition_fn=died_unexpectedly,
+    tags=["kdflow"],
+)
+def extract_share(spec: StageSpec) -> None:
+    """Compute the shards of one share; the stage itself commits them."""
+    launch_share(spec, get_run_logger())
+
+
+def share_out(spec: StageSpec) -> None:
+    """Map a big extraction over `teacher.num_workers` tasks, unless its artifact is there."""
+    identity, workers = spec.identity, spec.run.teacher.num_workers
+    if workers == 1 or open_store(spec.run).find(identity.kind, identity.digest) is not None:
+        return
+    shares = [
+        spec.model_copy(update={"share": Share(number=k, of=workers)}) for k in range(workers)
+    ]
+    futures = extract_share.map(shares)
+    futures.wait()  # all of them: what one has computed is kept when another fails
+    futures.result()
 
 
 STAGE_TASKS: Mapping[str, "Task[[StageSpec], ArtifactRef]"] = MappingProxyType(

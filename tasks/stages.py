@@ -79,14 +79,27 @@ class StageIdentity(BaseModel):
         )
 
 
+class Share(BaseModel):
+    """One of `of` parts of a stage's work, counted from 0."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    number: int
+    of: int
+
+
 class StageSpec(BaseModel):
-    """All that a stage gets: its identity, the run, and the artifacts made so far, by name."""
+    """All that a stage gets: its identity, the run, and the artifacts made so far, by name.
+
+    With a `share`, it does that part of the work, and leaves the artifact uncommitted.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     identity: StageIdentity
     run: RunConfig
     inputs: dict[str, ArtifactRef]
+    share: Share | None = None
 
 
 class StageStatus(BaseModel):

@@ -13,7 +13,8 @@ class _Teacher(StrictModel):
 
     `tokens_per_batch` bounds a forward pass, in tokens. `context_length` lowers the model's own;
     longer sequences are refused. `num_ranks` processes run the teacher, or ask for its states, in
-    the extract stage.
+    the extract stage, in each of `num_workers` tasks that share its work: with a Prefect task
+    runner that spans machines, and a store that they share, on as many machines.
     """
 
     RESULT_FIELDS: ClassVar[frozenset[str]] = frozenset()
@@ -24,6 +25,7 @@ class _Teacher(StrictModel):
     tokens_per_batch: int = Field(default=8192, gt=0)
     context_length: int | None = Field(default=None, gt=1)
     num_ranks: int = Field(default=1, gt=0)
+    num_workers: int = Field(default=1, gt=0)
 
     @property
     def ranks_per_replica(self) -> int:

@@ -41,7 +41,8 @@ class _Work:
 def extract_states(stage: StageRun) -> ArtifactRef | None:
     """Run the teacher once over all sequences and stream its hidden states into the store.
 
-    Every rank runs this, rank 0 returns the artifact's reference.
+    Every rank runs this, rank 0 returns the artifact's reference. Of a share, only every
+    `share.of`-th shard is written.
     """
     rank, _ = rank_and_size()
     work = _plan(stage)
@@ -69,10 +70,13 @@ def extract_states(stage: StageRun) -> ArtifactRef | None:
         stage.reporter.message(
             f"{layout.num_shards - len(missing)} of {layout.num_shards} shards are there already"
         )
+    share = stage.spec.share
+    if share is not None:
+        missing = [k for k in missing if k % share.of == share.number]
     if missing:
         _run_teacher(stage, head, work, writer, missing)
     barrier()
-    if rank != 0:
+    if rank != 0 or share is not None:
         return None
     writer.close()
     config = load_config(folder)

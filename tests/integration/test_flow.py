@@ -16,6 +16,7 @@ import pytest
 from configs.load import load_run
 from kdflow_core.student.checkpoint import completed_steps
 from tasks.stages import plan_stages
+from tests.conftest import run_inline
 
 pytestmark = [pytest.mark.prefect, pytest.mark.ranks]
 
@@ -73,6 +74,28 @@ def test_run_rerun_and_change(make_recipe: Callable[..., Path], tmp_path: Path) 
     mended = run("run", recipe)
     assert cached_stages(mended) == {"tokenize", "train", "evaluate", "report"}
     assert run("plan", recipe).count("be served from cache") == 5
+
+
+def test_extraction_mapped_over_two_workers(
+    make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Each writes its share of the shards, and the whole is that of one worker, byte for byte."""
+    small = {"storage.shard_rows": 32, "teacher.tokens_per_batch": 1}
+    recipe = str(make_recipe(max_steps=1))
+    shared = [f"{name}={value}" for name, value in small.items()]
+    output = run("run", recipe, *shared, "teacher.num_workers=2")
+    assert len(set(re.findall(r"stage extract, share (\d of 2)", output))) == 2
+    there, planned = re.findall(r"(\d+) of (\d+) shards are there already", output)[-1]
+    assert there == planned
+    assert int(planned) > 10
+
+    store = {"storage.root": str(tmp_path / "alone"), "storage.scratch": str(tmp_path / "s")}
+    alone = Path(run_inline(load_run(recipe, small | store), until="extract")["states"].uri)
+    states = tmp_path / "store/artifacts/states" / alone.name
+    shards = [path.relative_to(alone) for path in alone.rglob("hidden/c/*/0/0")]
+    assert len(shards) == int(planned)
+    for shard in shards:
+        assert (states / shard).read_bytes() == (alone / shard).read_bytes()
 
 
 def wait_and_kill(flow: subprocess.Popen[str], checkpoints: Path, *, with_flow: bool) -> None:
