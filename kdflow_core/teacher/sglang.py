@@ -41,6 +41,11 @@ class SglangTeacherEngine:
         device: torch.device,
     ) -> None:
         require_sglang()
+        if config.expert_parallel > 1 and device.type == "cpu":
+            raise ModelError(
+                "SGLang computes experts on a CPU with all of them in each rank; set "
+                "teacher.expert_parallel=1 (teacher.tensor_parallel splits each expert)"
+            )
         self.max_length = longest_allowed(config, folder)
         # Without a kernel that sees to it, only a batch of one does not depend on its company.
         alone = config.deterministic and device.type == "cpu"
