@@ -59,9 +59,8 @@ class TransformersTeacher(InProcessTeacher):
 class SglangTeacher(InProcessTeacher):
     """The teacher, run by SGLang inside our processes, prefill only.
 
-    One copy is spread over `tensor_parallel` ranks, on GPUs the experts
-    over `expert_parallel` of them.
-    `quantization` and `attention_backend` are SGLang's names; by default SGLang chooses.
+    One copy is spread over `tensor_parallel` ranks, on GPUs the experts over `expert_parallel` of
+    them. `quantization` and `attention_backend` are SGLang's names; by default SGLang chooses.
     `memory_fraction` of the device is for weights and cache. With `deterministic`, a sequence's
     states do not depend on the batch it is in.
     """
