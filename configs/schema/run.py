@@ -116,7 +116,8 @@ class RunConfig(StrictModel):
         if self.source == "live" and self.student.num_ranks % width:
             raise ValueError(
                 f"source: live runs the teacher in the student's ranks, and student.num_ranks="
-                f"{self.student.num_ranks} is not a multiple of teacher.tensor_parallel={width}"
+                f"{self.student.num_ranks} is not a multiple of the {width} ranks of one copy "
+                "of it (teacher.tensor_parallel x teacher.pipeline_parallel)"
             )
         if self.source == "replay" and (self.teacher.sleep or self.teacher.forward_batches > 1):
             raise ValueError(

@@ -59,10 +59,10 @@ class TransformersTeacher(InProcessTeacher):
 class SglangTeacher(InProcessTeacher):
     """The teacher, run by SGLang inside our processes, prefill only.
 
-    One copy is spread over `tensor_parallel` ranks, on GPUs the experts over `expert_parallel` of
-    them. `quantization` and `attention_backend` are SGLang's names; by default SGLang chooses.
-    `memory_fraction` of the device is for weights and cache. With `deterministic`, a sequence's
-    states do not depend on the batch it is in.
+    One copy is spread over `pipeline_parallel` stages of `tensor_parallel` ranks; on GPUs, the
+    experts over `expert_parallel` ranks of a stage. `quantization` and `attention_backend` are
+    SGLang's names; by default SGLang chooses. `memory_fraction` of the device is for weights and
+    cache. With `deterministic`, a sequence's states do not depend on the batch it is in.
     """
 
     RESULT_FIELDS = frozenset(
@@ -72,6 +72,7 @@ class SglangTeacher(InProcessTeacher):
     type: Literal["sglang"] = "sglang"
     tensor_parallel: int = Field(default=1, gt=0)
     expert_parallel: int = Field(default=1, gt=0)
+    pipeline_parallel: int = Field(default=1, gt=0)
     quantization: str | None = None
     attention_backend: str | None = None
     memory_fraction: float | None = Field(default=None, gt=0, lt=1)
@@ -80,7 +81,7 @@ class SglangTeacher(InProcessTeacher):
     @property
     def ranks_per_replica(self) -> int:
         """Processes that one copy of the model is spread over."""
-        return self.tensor_parallel
+        return self.tensor_parallel * self.pipeline_parallel
 
     @model_validator(mode="after")
     def _ranks_fit(self) -> "SglangTeacher":
@@ -89,10 +90,11 @@ class SglangTeacher(InProcessTeacher):
                 f"expert_parallel={self.expert_parallel} does not divide "
                 f"tensor_parallel={self.tensor_parallel}, whose ranks share the experts"
             )
-        if self.num_ranks % self.tensor_parallel:
+        if self.num_ranks % self.ranks_per_replica:
             raise ValueError(
-                f"num_ranks={self.num_ranks} is not a multiple of "
-                f"tensor_parallel={self.tensor_parallel}, the ranks of one copy of the teacher"
+                f"num_ranks={self.num_ranks} is not a multiple of tensor_parallel="
+                f"{self.tensor_parallel} x pipeline_parallel={self.pipeline_parallel}, the ranks "
+                "of one copy of the teacher"
             )
         return self
 

@@ -26,11 +26,15 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import bootstrap
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
-from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch
+from sglang.srt.model_executor.forward_batch_info import (
+    CaptureHiddenMode,
+    ForwardBatch,
+    PPProxyTensors,
+)
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.models.registry import ModelRegistry
 from sglang.srt.platforms import current_platform
-from sglang.srt.runtime_context import SpawnRanks, publish
+from sglang.srt.runtime_context import SpawnRanks, get_parallel, publish
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
@@ -51,6 +55,7 @@ class RunnerOptions:
     dtype: str
     tensor_parallel: int
     expert_parallel: int
+    pipeline_parallel: int
     quantization: str | None
     attention_backend: str | None
     memory_fraction: float | None
@@ -88,7 +93,8 @@ class PrefillRunner:
             args,
             role="scheduler",
             ranks=SpawnRanks(
-                world_rank=dist.get_rank() % options.tensor_parallel, gpu_id=device.index or 0
+                world_rank=dist.get_rank() % (options.tensor_parallel * options.pipeline_parallel),
+                gpu_id=device.index or 0,
             ),
         )
         self._config = ModelConfig.from_server_args(args)
@@ -188,10 +194,25 @@ class PrefillRunner:
             return_hidden_states_before_norm=False,
         )
         try:
-            return runner.forward(forward_batch).logits_output
+            return self._through_stages(forward_batch)
         finally:
             runner.req_to_token_pool.clear()
             runner.token_to_kv_pool_allocator.clear()
+
+    def _through_stages(self, forward_batch: ForwardBatch) -> LogitsProcessorOutput:
+        """The last pipeline stage's output, on the ranks of every stage."""
+        stages = get_parallel().pp_group
+        if stages.world_size == 1:
+            return self._runner.forward(forward_batch).logits_output
+        before = None if stages.is_first_rank else PPProxyTensors(stages.recv_tensor_dict())
+        output = self._runner.forward(forward_batch, pp_proxy_tensors=before).logits_output
+        last = stages.world_size - 1
+        if not stages.is_last_rank:
+            stages.send_tensor_dict(output.tensors)
+            return LogitsProcessorOutput(**stages.broadcast_tensor_dict(src=last))
+        names = ("next_token_logits", "hidden_states")
+        stages.broadcast_tensor_dict({name: getattr(output, name) for name in names}, src=last)
+        return output
 
     def close(self) -> None:
         """Free model and groups; another runner may be started then."""
@@ -206,6 +227,7 @@ def _server_args(options: RunnerOptions, device: torch.device) -> Any:
     chosen = {
         "tp_size": options.tensor_parallel,
         "ep_size": options.expert_parallel,
+        "pp_size": options.pipeline_parallel,
         "quantization": options.quantization,
         "attention_backend": options.attention_backend,
         "mem_fraction_static": options.memory_fraction or (0.8 if device.type == "cpu" else None),

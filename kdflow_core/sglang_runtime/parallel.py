@@ -56,7 +56,7 @@ def _init_groups(*, backend: str, dist_init_method: str, server_args: Any, gpu_i
             ranks, gpu_id, backend, use_custom_allreduce=False, group_name=name
         )
 
-    width, experts = parallel.tp_size, parallel.moe_ep_size
+    width, experts, stages = parallel.tp_size, parallel.moe_ep_size, parallel.pp_size
     slices = width // experts
     starts = range(0, world, width)
     tensor = group("tp", [list(range(s, s + width)) for s in starts])
@@ -65,13 +65,21 @@ def _init_groups(*, backend: str, dist_init_method: str, server_args: Any, gpu_i
         [list(range(s + i, s + width, slices)) for s in starts for i in range(slices)],
     )
     expert_slice = group("moe_tp", [list(range(s, s + slices)) for s in range(0, world, slices)])
+    stage = group(
+        "pp",
+        [
+            list(range(first + i, first + stages * width, width))
+            for first in range(0, world, stages * width)
+            for i in range(width)
+        ],
+    )
     alone = group("alone", [[rank] for rank in range(world)])
     groups = {
         "tp_group": tensor,
         "attn_tp_group": tensor,
         "moe_ep_group": expert,
         "moe_tp_group": expert_slice,
-        "pp_group": alone,
+        "pp_group": stage,
         "moe_dp_group": alone,
         "attn_cp_group": alone,
     }

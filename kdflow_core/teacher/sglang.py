@@ -27,7 +27,7 @@ MAX_SEQUENCES = 256
 
 
 class SglangTeacherEngine:
-    """One copy of the model over `tensor_parallel` consecutive ranks of the world."""
+    """One copy of the model over consecutive ranks of the world, each of which gets all states."""
 
     remark = ""
 
@@ -123,6 +123,7 @@ def _start(
             dtype=config.dtype,
             tensor_parallel=config.tensor_parallel,
             expert_parallel=config.expert_parallel,
+            pipeline_parallel=config.pipeline_parallel,
             quantization=config.quantization,
             attention_backend=config.attention_backend,
             memory_fraction=config.memory_fraction,

@@ -1,4 +1,4 @@
-"""One copy of an SGLang teacher with experts over two real ranks."""
+"""One copy of an SGLang teacher over two real ranks."""
 
 import logging
 from collections.abc import Callable
@@ -11,6 +11,7 @@ import torch
 import zarr
 
 from configs.load import load_run
+from configs.schema.run import RunConfig
 from kdflow_core.errors import ModelError
 from kdflow_core.models.heads import load_head
 from kdflow_core.models.loading import load_config
@@ -28,6 +29,25 @@ def stored(ref: ArtifactRef) -> torch.Tensor:
     return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).float()
 
 
+def extracted(run: RunConfig) -> ArtifactRef:
+    """The states, by ranks of their own."""
+    refs = run_inline(run, until="tokenize")
+    spec = StageSpec(identity=plan_stages(run)["extract"], run=run, inputs=refs)
+    return launch_stage(spec, logging.getLogger("test"))
+
+
+@pytest.mark.ranks
+def test_two_pipeline_stages_give_the_states_of_transformers(
+    make_recipe: Callable[..., Path],
+) -> None:
+    recipe = str(make_recipe())
+    expected = run_inline(load_run(recipe), until="extract")["states"]
+    stages = {"teacher.type": "sglang", "teacher.num_ranks": 2, "teacher.pipeline_parallel": 2}
+    given = extracted(load_run(recipe, stages))
+    assert given.digest != expected.digest
+    assert relative_error([stored(given)], [stored(expected)]) < 2**-8
+
+
 @pytest.mark.ranks
 def test_each_expert_over_two_ranks_gives_the_states_of_transformers(
     make_recipe: Callable[..., Path], tmp_path: Path
@@ -40,10 +60,7 @@ def test_each_expert_over_two_ranks_gives_the_states_of_transformers(
     expected = run_inline(load_run(recipe, model), until="extract")["states"]
 
     parallel = {"teacher.type": "sglang", "teacher.num_ranks": 2, "teacher.tensor_parallel": 2}
-    run = load_run(recipe, model | parallel)
-    refs = run_inline(run, until="tokenize")
-    spec = StageSpec(identity=plan_stages(run)["extract"], run=run, inputs=refs)
-    given = launch_stage(spec, logging.getLogger("test"))
+    given = extracted(load_run(recipe, model | parallel))
     assert given.digest != expected.digest
     assert relative_error([stored(given)], [stored(expected)]) < 2**-8
 

@@ -12,7 +12,6 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-import torch
 
 from configs.load import ConfigError, load_run
 from configs.schema.teacher import SglangServerTeacher
@@ -27,7 +26,7 @@ from tasks.stages import StageSpec, plan_stages
 from tests.conftest import VOCABULARY, free_port, run_inline
 from tests.contracts.test_teacher import (
     CPU,
-    reference,
+    exact_and_bfloat16,
     relative_error,
     sequences,
     states_of,
@@ -94,15 +93,7 @@ def make_engine(url: str, folder: Path, **options: object) -> SglangServerEngine
 
 def test_states_are_as_exact_as_those_of_transformers(server: str, teacher_folder: Path) -> None:
     engine: TeacherEngine = make_engine(server, teacher_folder)
-    expected, theirs = [], []
-    for sequence, (exact_TH, _), (bf16_TH, _) in zip(
-        sequences(),
-        reference(teacher_folder, torch.float32),
-        reference(teacher_folder, torch.bfloat16),
-        strict=True,
-    ):
-        expected.append(exact_TH[sequence.target_positions_N - 1])
-        theirs.append(bf16_TH[sequence.target_positions_N - 1])
+    expected, theirs = exact_and_bfloat16(teacher_folder)
     given = states_of(engine)
     assert relative_error(given, expected) <= 1.25 * relative_error(theirs, expected)
     engine.close()

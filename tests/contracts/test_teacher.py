@@ -111,6 +111,20 @@ def reference(folder: Path, dtype: torch.dtype) -> list[torch.Tensor]:
     return states
 
 
+def exact_and_bfloat16(folder: Path) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The states [N, H] that transformers gives in float32, and those in bfloat16."""
+    exact, rounded = [], []
+    for sequence, (exact_TH, _), (bf16_TH, _) in zip(
+        sequences(),
+        reference(folder, torch.float32),
+        reference(folder, torch.bfloat16),
+        strict=True,
+    ):
+        exact.append(exact_TH[sequence.target_positions_N - 1])
+        rounded.append(bf16_TH[sequence.target_positions_N - 1])
+    return exact, rounded
+
+
 def relative_error(given: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
     difference = torch.cat(
         [(g.float() - e).flatten() for g, e in zip(given, expected, strict=True)]
@@ -184,15 +198,7 @@ def test_families_in_float32_and_their_logits(build: Build, family_folder: Path)
 
 def test_bfloat16_is_as_exact_as_that_of_transformers(build: Build, family_folder: Path) -> None:
     given = states_of(build(family_folder, dtype="bfloat16"))
-    expected, theirs = [], []
-    for sequence, (exact_TH, _), (bf16_TH, _) in zip(
-        sequences(),
-        reference(family_folder, torch.float32),
-        reference(family_folder, torch.bfloat16),
-        strict=True,
-    ):
-        expected.append(exact_TH[sequence.target_positions_N - 1])
-        theirs.append(bf16_TH[sequence.target_positions_N - 1])
+    expected, theirs = exact_and_bfloat16(family_folder)
     assert relative_error(given, expected) <= 1.25 * relative_error(theirs, expected)
 
 

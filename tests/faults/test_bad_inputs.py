@@ -221,7 +221,7 @@ def test_a_sequence_over_the_teachers_context_is_refused_before_the_teacher_star
         ),
         (
             {"source": "live", "teacher.tensor_parallel": 2, "teacher.num_ranks": 2},
-            "student.num_ranks=1 is not a multiple of teacher.tensor_parallel=2",
+            "student.num_ranks=1 is not a multiple of the 2 ranks of one copy",
         ),
         ({"teacher.sleep": True}, "are for `source: live`"),
     ],
