@@ -18,7 +18,7 @@ from kdflow_core.models.loading import load_config
 from kdflow_core.teacher import build_engine, longest_allowed
 from kdflow_core.teacher.streaming import check_lengths, stream_states
 from storage.artifact import ArtifactRef
-from storage.hidden_states import HiddenStateWriter, StoredSequence, plan_layout
+from storage.hidden_states import HiddenStateWriter, Layout, StoredSequence, plan_layout
 from storage.tokens import TokenTable
 from tasks.adapters import TeacherSequences, bfloat16_bits
 from tasks.stages import state_splits
@@ -79,27 +79,32 @@ def extract_states(stage: StageRun) -> ArtifactRef | None:
     if rank != 0 or share is not None:
         return None
     writer.close()
-    config = load_config(folder)
     return stage.commit(
         counts={"sequences": len(work.sequences), "rows": layout.num_rows},
-        info={
-            "layout": asdict(layout),
-            "teacher": stage.spec.identity.inputs["teacher_model"],
-            "architecture": (config.architectures or ["unknown"])[0],
-            "engine": stage.run.teacher.type,
-            "dtype": stage.run.teacher.dtype,
-            "final_norm_applied": True,
-            "head": {
-                "digest": head_digest(head),
-                "vocabulary": head.weight_VH.shape[0],
-                "bias": head.bias_V is not None,
-                "logit_scale": head.logit_scale,
-                "softcap": head.softcap,
-            },
-            "codec": "raw bfloat16, crc32c",
-            "meaning": "row i predicts token i+1",
-        },
+        info=_manifest(stage, head, layout),
     )
+
+
+def _manifest(stage: StageRun, head: OutputHead, layout: Layout) -> dict[str, object]:
+    """What a reader of the states must check or wants to know."""
+    config = load_config(stage.model_folder("teacher"))
+    return {
+        "layout": asdict(layout),
+        "teacher": stage.spec.identity.inputs["teacher_model"],
+        "architecture": (config.architectures or ["unknown"])[0],
+        "engine": stage.run.teacher.type,
+        "dtype": stage.run.teacher.dtype,
+        "final_norm_applied": True,
+        "head": {
+            "digest": head_digest(head),
+            "vocabulary": head.weight_VH.shape[0],
+            "bias": head.bias_V is not None,
+            "logit_scale": head.logit_scale,
+            "softcap": head.softcap,
+        },
+        "codec": "raw bfloat16, crc32c",
+        "meaning": "row i predicts token i+1",
+    }
 
 
 def _plan(stage: StageRun) -> _Work:
