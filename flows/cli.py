@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.load import ConfigError, load_run, parse_overrides, recipe_names
+from flows import store_commands
 from kdflow_core.errors import KdflowError
 from storage.errors import StoreError
 from tasks.results import check_run, evaluation_rows, report_path, student_path
@@ -23,6 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(store_commands.app, name="store")
 console = Console()
 EXPECTED = (ConfigError, KdflowError, StoreError)
 RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")]

@@ -8,10 +8,11 @@ from prefect.logging import get_run_logger
 
 from configs.schema.run import RunConfig
 from storage.artifact import ArtifactRef
+from storage.runs import record_run
 from tasks.caching import run_cached
 from tasks.results import check_run, evaluation_rows, report_path, student_path
 from tasks.stage_tasks import STAGE_TASKS, share_out
-from tasks.stages import StageSpec, plan_stages
+from tasks.stages import StageSpec, open_store, plan_stages
 
 
 @flow(name="kd", description="Distill a teacher into a student.", validate_parameters=True)
@@ -23,8 +24,11 @@ def kd(
     Returns the artifact references by name (teacher_model, tokens, states, student ...).
     """
     run = check_run(recipe, overrides or {})
+    plan = plan_stages(run)
+    used = {stage: f"{identity.kind}/{identity.digest}" for stage, identity in plan.items()}
+    record_run(open_store(run), run.name, used)
     done: dict[str, ArtifactRef] = {}
-    for stage, identity in plan_stages(run).items():
+    for stage, identity in plan.items():
         spec = StageSpec(identity=identity, run=run, inputs=done)
         if stage == "extract":
             share_out(spec)

@@ -1,10 +1,13 @@
 """The reference that crosses task boundaries, and the manifest that makes an artifact exist."""
 
+import json
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = 1
+from storage.digest import digest
+
+SCHEMA_VERSION = 2
 
 
 class ArtifactRef(BaseModel):
@@ -24,16 +27,17 @@ class ArtifactRef(BaseModel):
 
 
 class FileRecord(BaseModel):
-    """One file of an artifact: its path inside the folder and its size in bytes."""
+    """One file of an artifact: its path inside the folder, its size in bytes, its XXH3-128."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str
     num_bytes: int
+    xxh3: str
 
 
 class Manifest(BaseModel):
-    """Everything a consumer must know about an artifact; written last.
+    """Everything a consumer must know about an artifact; written last, with a checksum of its own.
 
     `config` and `inputs` are what the digest was made of; `info` is for consumers and readers
     (JSON); `seconds` is how long the stage ran; `versions` are those of the producing packages.
@@ -58,3 +62,21 @@ class Manifest(BaseModel):
     def num_bytes(self) -> int:
         """The size of all files, in bytes."""
         return sum(record.num_bytes for record in self.files)
+
+    def to_bytes(self) -> bytes:
+        """As JSON, with the digest of the rest as `checksum`."""
+        fields = self.model_dump(mode="json")
+        return json.dumps({"checksum": digest(fields)} | fields, indent=1).encode()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> "Manifest":
+        """Raises ValueError for what is not a manifest, or not as it was written."""
+        fields = json.loads(content)
+        if not isinstance(fields, dict):
+            raise ValueError("it is no JSON object")
+        version = fields.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise ValueError(f"schema version {version}, this kdflow writes {SCHEMA_VERSION}")
+        if fields.pop("checksum", None) != digest(fields):
+            raise ValueError("it does not have its checksum")
+        return cls.model_validate_json(json.dumps(fields))

@@ -3,7 +3,12 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import xxhash
+
+BLOCK_BYTES = 1 << 22
 
 
 def canonical_json(value: Any) -> str:
@@ -23,3 +28,12 @@ def artifact_digest(
     return digest(
         {"kind": kind, "code_version": code_version, "config": config, "inputs": dict(inputs)}
     )
+
+
+def hash_file(path: Path) -> str:
+    """XXH3-128 of a local file's content, as hex."""
+    hasher = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            hasher.update(block)
+    return hasher.hexdigest()

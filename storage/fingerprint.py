@@ -9,13 +9,10 @@ import os
 from pathlib import Path
 
 import fsspec
-import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
-from storage.digest import digest
+from storage.digest import digest, hash_file
 from storage.errors import StoreError
-
-BLOCK_BYTES = 1 << 22
 
 
 class Fingerprints:
@@ -58,11 +55,7 @@ class Fingerprints:
         stat = os.stat(path)
         memo_key = f"{os.path.realpath(path)}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
         if memo_key not in self._memo:
-            hasher = xxhash.xxh3_128()
-            with open(path, "rb") as file:
-                while block := file.read(BLOCK_BYTES):
-                    hasher.update(block)
-            self._memo[memo_key] = hasher.hexdigest()
+            self._memo[memo_key] = hash_file(Path(path))
             self._save()
         return self._memo[memo_key]
 

@@ -5,12 +5,11 @@ left there, and then commits. No manifest, no artifact: readers never see a half
 """
 
 import errno
-import fcntl
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -18,9 +17,9 @@ from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
-from pydantic import ValidationError
 
-from storage.artifact import SCHEMA_VERSION, ArtifactRef, FileRecord, Manifest
+from storage.artifact import ArtifactRef, FileRecord, Manifest
+from storage.digest import hash_file
 from storage.errors import ArtifactMissingError, StoreCorruptError, StoreFullError
 
 MANIFEST = "manifest.json"
@@ -56,12 +55,12 @@ class ArtifactStore:
         """Read a manifest. Raises ArtifactMissingError, or StoreCorruptError if unreadable."""
         path = f"{self.folder(kind, digest)}/{MANIFEST}"
         try:
-            text = self.fs.cat_file(path)
+            content = self.fs.cat_file(path)
         except FileNotFoundError as error:
             raise ArtifactMissingError(f"no artifact {kind}/{digest} in {self.root}") from error
         try:
-            return Manifest.model_validate_json(text)
-        except ValidationError as error:
+            return Manifest.from_bytes(content)
+        except ValueError as error:
             raise StoreCorruptError(f"{path} is not a manifest: {error}") from error
 
     def manifests(self, kind: str) -> list[Manifest]:
@@ -86,18 +85,23 @@ class ArtifactStore:
             return "never finished"
         except StoreCorruptError as error:
             return str(error)
-        if manifest.schema_version != SCHEMA_VERSION:
-            return f"schema version {manifest.schema_version}, this kdflow writes {SCHEMA_VERSION}"
-        folder = self.folder(kind, digest)
-        self.fs.invalidate_cache(folder)
+        sizes = self.sizes(self.folder(kind, digest))
         for record in manifest.files:
-            try:
-                size = self.fs.info(f"{folder}/{record.path}")["size"]
-            except FileNotFoundError:
+            size = sizes.get(record.path)
+            if size is None:
                 return f"file {record.path} is gone"
             if size != record.num_bytes:
                 return f"file {record.path} has {size} bytes, recorded were {record.num_bytes}"
         return None
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """The size in bytes of every file below a folder, by its path relative to it."""
+        self.fs.invalidate_cache(folder)
+        try:
+            found = self.fs.find(folder, detail=True)
+        except FileNotFoundError:
+            return {}
+        return {path[len(folder) + 1 :]: int(entry["size"]) for path, entry in found.items()}
 
     def ref(self, manifest: Manifest) -> ArtifactRef:
         """The reference to a finished artifact."""
@@ -115,28 +119,16 @@ class ArtifactStore:
         if self.fs.exists(path):
             self.fs.rm_file(path)
 
-    @contextmanager
-    def exclusive(
-        self, kind: str, digest: str, on_wait: Callable[[], None], *, shared: bool = False
-    ) -> Iterator[None]:
-        """Hold a stage alone among the processes of this machine; the kernel frees a dead holder's.
+    def publish(self, kind: str, digest: str, local_folder: Path) -> list[FileRecord]:
+        """Make a local folder the artifact's folder; what was there before goes.
 
-        `on_wait` is called once when another process holds it. `shared` holders, who share the
-        stage's work, only keep off those who want it alone.
+        Returns the records of its files, for the commit.
         """
-        kind_of_lock = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-        folder = self.scratch / "locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f"{kind}-{digest}", "w") as file:
-            try:
-                fcntl.flock(file, kind_of_lock | fcntl.LOCK_NB)
-            except BlockingIOError:
-                on_wait()
-                fcntl.flock(file, kind_of_lock)
-            yield
-
-    def publish(self, kind: str, digest: str, local_folder: Path) -> None:
-        """Make a local folder the artifact's folder; what was there before goes."""
+        records = [
+            file_record(path, path.relative_to(local_folder).as_posix())
+            for path in sorted(local_folder.rglob("*"))
+            if path.is_file()
+        ]
         target = self.folder(kind, digest)
         with disk_errors(target):
             if self.fs.exists(target):
@@ -144,14 +136,14 @@ class ArtifactStore:
             if self.is_local:
                 Path(target).parent.mkdir(parents=True, exist_ok=True)
                 shutil.move(local_folder, target)
-                return
+                return records
             self.fs.makedirs(target, exist_ok=True)
-            for path in sorted(local_folder.rglob("*")):
-                if path.is_file():
-                    name = path.relative_to(local_folder).as_posix()
-                    self.fs.makedirs(f"{target}/{name}".rsplit("/", 1)[0], exist_ok=True)
-                    self.fs.put_file(str(path), f"{target}/{name}")
+            for record in records:
+                path = f"{target}/{record.path}"
+                self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+                self.fs.put_file(str(local_folder / record.path), path)
         shutil.rmtree(local_folder)
+        return records
 
     def commit(
         self,
@@ -161,32 +153,26 @@ class ArtifactStore:
         code_version: int,
         config: Mapping[str, Any],
         inputs: Mapping[str, str],
+        files: Sequence[FileRecord],
         counts: Mapping[str, int],
         info: Mapping[str, Any],
         seconds: float,
     ) -> ArtifactRef:
-        """Record all files in the artifact's folder and write the manifest: now it exists."""
-        folder = self.folder(kind, digest)
-        self.fs.invalidate_cache(folder)
-        sizes = self.fs.find(folder, detail=True)
-        records = [
-            FileRecord(path=path[len(folder) + 1 :], num_bytes=entry["size"])
-            for path, entry in sorted(sizes.items())
-        ]
+        """Write the manifest: now the artifact exists."""
         manifest = Manifest(
             kind=kind,
             digest=digest,
             code_version=code_version,
             config=dict(config),
             inputs=dict(inputs),
-            files=tuple(r for r in records if not r.path.startswith(MANIFEST)),
+            files=tuple(files),
             counts=dict(counts),
             info=dict(info),
             seconds=seconds,
             created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
             versions={name: version(name) for name in PRODUCERS},
         )
-        self.write_whole(f"{folder}/{MANIFEST}", manifest.model_dump_json(indent=1).encode())
+        self.write_whole(f"{self.folder(kind, digest)}/{MANIFEST}", manifest.to_bytes())
         return self.ref(manifest)
 
     def write_whole(self, path: str, content: bytes) -> None:
@@ -196,12 +182,51 @@ class ArtifactStore:
             if not self.is_local:
                 self.fs.pipe_file(path, content)  # an object store shows an object only when whole
                 return
-            temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            temporary = _write_temporary(path, content)
             os.replace(temporary, path)
+            _sync_folder(path)
+
+    def create(self, path: str, content: bytes) -> bool:
+        """Write a file of `self.fs` whole unless there is one; False when there is.
+
+        Of several at once one succeeds, on local disks and on object stores with conditional
+        writes (S3 is one).
+        """
+        self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        with disk_errors(path):
+            if not self.is_local:
+                try:
+                    self.fs.pipe_file(path, content, mode="create")
+                except FileExistsError:
+                    return False
+                return True
+            temporary = _write_temporary(path, content)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+            finally:
+                os.unlink(temporary)
+            _sync_folder(path)
+            return True
+
+    def read_many(self, paths: Sequence[str]) -> dict[str, bytes]:
+        """The contents of files by path; one that is not there is left out."""
+        if not paths:
+            return {}
+        found = self.fs.cat(list(paths), on_error="return")
+        contents = {}
+        for path, content in found.items():
+            if isinstance(content, bytes):
+                contents[path] = content
+            elif not isinstance(content, FileNotFoundError):
+                raise content
+        return contents
+
+    def remove(self, path: str) -> None:
+        """Remove a file that may be gone already."""
+        with suppress(FileNotFoundError):
+            self.fs.rm_file(path)
 
     def local_copy(self, ref: ArtifactRef) -> Path:
         """A local folder with the artifact's files; remote ones are downloaded once."""
@@ -230,6 +255,35 @@ class ArtifactStore:
                 f"{what} needs {num_bytes / 1e9:.3f} GB, but {self.root} has {free / 1e9:.3f} GB "
                 "free; point storage.root to a larger disk, or lower data.max_samples"
             )
+
+
+def file_record(path: Path, name: str) -> FileRecord:
+    """The record of a local file under another name."""
+    return FileRecord(path=name, num_bytes=path.stat().st_size, xxh3=hash_file(path))
+
+
+def _write_temporary(path: str, content: bytes) -> str:
+    """A file beside `path` with the content, safe on the disk."""
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    return temporary
+
+
+def _sync_folder(path: str) -> None:
+    """Make a new name safe on the disk."""
+    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 @contextmanager

@@ -100,6 +100,17 @@ class TokenTable(Sequence[Mapping[str, Any]]):
         ends = np.cumsum(lengths)
         return np.asarray(running[ends] - running[ends - lengths], dtype=np.int64)
 
-    def digests(self) -> list[bytes]:
-        """The digest of each row's teacher sequence."""
-        return [bytes(value) for value in self._table.column("digest").to_pylist()]
+    def digests(self) -> np.ndarray:
+        """The digest of each row's teacher sequence: uint8 [num_sequences, 16]."""
+        chunks = [
+            np.frombuffer(chunk.buffers()[1], np.uint8).reshape(-1, 16)[
+                chunk.offset : chunk.offset + len(chunk)
+            ]
+            for chunk in self._table.column("digest").chunks
+        ]
+        return np.concatenate([np.empty((0, 16), np.uint8), *chunks])
+
+    def sources(self) -> tuple[np.ndarray, tuple[str, ...]]:
+        """The number of each row's data source (int16), and the sources' names by number."""
+        column = self._table.column("source").combine_chunks().dictionary_encode()
+        return column.indices.to_numpy().astype(np.int16), tuple(column.dictionary.to_pylist())

@@ -17,7 +17,7 @@ from kdflow_core.contracts import (
     TokenSequence,
 )
 from storage.errors import RowsMismatchError
-from storage.hidden_states import HiddenStateReader
+from storage.states.reader import HiddenStateReader
 from storage.tokens import TokenTable
 
 
@@ -88,19 +88,28 @@ class StoredStates:
         """See `HiddenStateSource`."""
         return self._reader.layout.hidden_size
 
+    def shard_of(self, digests: np.ndarray) -> np.ndarray:
+        """In which shard each sequence lies, by digests uint8 [N, 16]."""
+        return self._reader.shard_of(digests)
+
     def begin_step(self, step: int) -> None:
         """Nothing to get ready: rows are read when they are asked for."""
 
     def rows(self, sequence: TokenSequence) -> TeacherRows:
         """See `HiddenStateSource`."""
         bits_NH = self._reader.rows(sequence.digest, sequence.target_ids_N)
-        states_NH = torch.from_numpy(bits_NH.view(np.int16)).view(torch.bfloat16)
+        states_NH = bfloat16_tensor(bits_NH)
         return TeacherRows(buffer_RH=states_NH, index_N=torch.arange(len(states_NH)))
 
 
 def bfloat16_bits(states_NH: torch.Tensor) -> np.ndarray:
     """The bits of bfloat16 states as uint16 [N, H], sharing memory."""
     return states_NH.contiguous().view(torch.int16).numpy().view(np.uint16)
+
+
+def bfloat16_tensor(bits_NH: np.ndarray) -> torch.Tensor:
+    """Bfloat16 states [N, H] from their bits, sharing memory."""
+    return torch.from_numpy(bits_NH.view(np.int16)).view(torch.bfloat16)
 
 
 def _protocols(examples: TokenExamples, states: StoredStates) -> None:

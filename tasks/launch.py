@@ -1,11 +1,13 @@
 """Run one stage in worker processes, unless its artifact is there already."""
 
 import logging
+from functools import partial
 from typing import Any
 
 from kdflow_core.errors import WorkerError
 from kdflow_core.workers.local import run_ranks
 from storage.artifact import ArtifactRef
+from storage.lease import exclusive, lease_name
 from tasks.progress import ProgressLog
 from tasks.stages import StageSpec, open_store
 
@@ -29,16 +31,17 @@ def launch_stage(spec: StageSpec, logger: Logger) -> ArtifactRef:
     store = open_store(spec.run)
     logger.info("stage %s, artifact %s/%s", identity.stage, identity.kind, identity.digest)
 
-    def waiting() -> None:
-        logger.info("another process is computing this artifact; waiting for it")
-
-    with store.exclusive(identity.kind, identity.digest, waiting):
-        absent = store.why_absent(identity.kind, identity.digest)
-        if absent is None:
-            logger.info("the artifact is there and intact")
-        else:
-            store.retract(identity.kind, identity.digest)
-            _run_workers(spec, logger)
+    ref = store.find(identity.kind, identity.digest)  # needs no lease: the store may be read-only
+    if ref is not None:
+        logger.info("the artifact is there and intact")
+        return ref
+    with exclusive(store, lease_name(identity.kind, identity.digest), partial(_waiting, logger)):
+        ref = store.find(identity.kind, identity.digest)
+        if ref is not None:
+            logger.info("the artifact is there by now")
+            return ref
+        store.retract(identity.kind, identity.digest)
+        _run_workers(spec, logger)
         ref = store.find(identity.kind, identity.digest)
     if ref is None:
         raise WorkerError(f"stage {identity.stage} ended without its artifact")
@@ -50,16 +53,13 @@ def launch_share(spec: StageSpec, logger: Logger) -> None:
     identity, share, store = spec.identity, spec.share, open_store(spec.run)
     assert share is not None
     logger.info("stage %s, share %d of %d", identity.stage, share.number + 1, share.of)
-
-    def waiting() -> None:
-        logger.info("another process is computing this artifact; waiting for it")
-
-    mine = f"{identity.digest}.{share.number}-of-{share.of}"
-    with (
-        store.exclusive(identity.kind, identity.digest, waiting, shared=True),
-        store.exclusive(identity.kind, mine, waiting),
-    ):
+    mine = f"{lease_name(identity.kind, identity.digest)}-share-{share.number}-of-{share.of}"
+    with exclusive(store, mine, partial(_waiting, logger)):
         _run_workers(spec, logger)
+
+
+def _waiting(logger: Logger, holder: str) -> None:
+    logger.info("%s is computing this artifact; waiting for it", holder)
 
 
 def _run_workers(spec: StageSpec, logger: Logger) -> None:

@@ -25,7 +25,7 @@ from storage.store import ArtifactStore
 CODE_VERSIONS = {
     "model": 1,
     "tokens": 1,
-    "states": 2,
+    "states": 3,
     "student": 1,
     "evaluation": 1,
     "report": 1,
@@ -355,6 +355,7 @@ def _states_slice(run: RunConfig) -> dict[str, Any]:
         "splits": list(state_splits(run)),
         "shard_rows": run.storage.shard_rows,
         "chunk_rows": run.storage.chunk_rows,
+        "codec": run.storage.codec,
     }
 
 

@@ -17,6 +17,8 @@ class StudentConfig(StrictModel):
     `global_batch_size` counts sequences per optimizer step over all ranks; `micro_batch_tokens`
     bounds the padded area of one forward pass of one rank. Weights and optimizer states are
     float32; `compute_dtype` is what the layers compute in. Train for `epochs`, or for `max_steps`.
+    An epoch is shuffled as a whole, or with `shuffle_window_shards` within so many shards of the
+    stored states at a time: for a store that is larger than memory or far away.
     """
 
     model: StudentModel
@@ -34,6 +36,7 @@ class StudentConfig(StrictModel):
     epochs: int | None = Field(default=None, gt=0)
     max_steps: int | None = Field(default=None, gt=0)
     global_batch_size: int = Field(default=64, gt=0)
+    shuffle_window_shards: int | None = Field(default=None, gt=0)
     micro_batch_tokens: int = Field(default=8192, gt=0)
     num_ranks: int = Field(default=1, gt=0)
     checkpoint_every: int = Field(default=100, gt=0)
@@ -49,13 +52,18 @@ class StudentConfig(StrictModel):
 class StorageConfig(StrictModel):
     """`root` holds finished artifacts (a folder or an fsspec URL); `scratch` is a local folder for
     checkpoints and for copies of remote artifacts. Relative paths start at the current directory.
-    `shard_rows` and `chunk_rows` override the sizes derived from the row width.
+    `shard_rows` and `chunk_rows` override the sizes derived from the row width. `codec` is the form
+    of stored states: `raw` bfloat16 (read without a copy), `planes` (lossless, about 30 % smaller)
+    or `int8` (lossy, half the size; what it costs is measured and recorded). Shards of a remote
+    store are copied to `scratch` as they are read, `read_cache_gb` of them at most.
     """
 
     root: str = Field(default=".kdflow/store", min_length=1)
     scratch: str = Field(default=".kdflow/scratch", min_length=1)
     shard_rows: int | None = Field(default=None, gt=0)
     chunk_rows: int | None = Field(default=None, gt=0)
+    codec: Literal["raw", "planes", "int8"] = "raw"
+    read_cache_gb: float = Field(default=100.0, gt=0)
 
     @model_validator(mode="after")
     def _whole_chunks(self) -> "StorageConfig":
@@ -118,6 +126,10 @@ class RunConfig(StrictModel):
                 f"source: live runs the teacher in the student's ranks, and student.num_ranks="
                 f"{self.student.num_ranks} is not a multiple of the {width} ranks of one copy "
                 "of it (teacher.tensor_parallel x teacher.pipeline_parallel)"
+            )
+        if self.source == "live" and self.student.shuffle_window_shards is not None:
+            raise ValueError(
+                "student.shuffle_window_shards is about stored states, and source: live stores none"
             )
         if self.source == "replay" and (self.teacher.sleep or self.teacher.forward_batches > 1):
             raise ValueError(

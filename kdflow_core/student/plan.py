@@ -5,8 +5,7 @@ the global token count of a step without talking, and a resumed run goes on in t
 """
 
 import math
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -28,7 +27,12 @@ class StepBatches:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """The steps of a run. Every epoch is a permutation of its own; its last batch may be small."""
+    """The steps of a run. Every epoch is a permutation of its own; its last batch may be small.
+
+    With a `window`, an epoch visits the `groups` (one number per sequence: what lies together on
+    disk) in random order, and shuffles the sequences of `window` groups at a time, so that reading
+    stays local.
+    """
 
     lengths: np.ndarray
     supervised_counts: np.ndarray
@@ -38,6 +42,9 @@ class TrainingPlan:
     seed: int
     epochs: int | None
     max_steps: int | None
+    groups: np.ndarray | None = None
+    window: int | None = None
+    _orders: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -54,9 +61,22 @@ class TrainingPlan:
     def sequences(self, step: int) -> list[int]:
         """The sequences of a step (counted from 0), independent of ranks and micro-batches."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = _epoch_order(self.seed, epoch, len(self.lengths))
+        order = self._order(epoch)
         begin = position * self.global_batch_size
         return [int(i) for i in order[begin : begin + self.global_batch_size]]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The epoch's permutation; kept with the next one, as every step takes its part."""
+        if epoch not in self._orders:
+            rng = np.random.default_rng([self.seed, epoch])
+            for other in [e for e in self._orders if abs(e - epoch) > 1]:
+                del self._orders[other]
+            self._orders[epoch] = (
+                rng.permutation(len(self.lengths))
+                if self.groups is None or self.window is None
+                else windowed_permutation(rng, self.groups, self.window)
+            )
+        return self._orders[epoch]
 
     def step(self, step: int) -> StepBatches:
         """How a step (counted from 0) is divided."""
@@ -85,10 +105,11 @@ class TrainingPlan:
         )
 
 
-@lru_cache(maxsize=2)
-def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """The epoch's permutation; kept, as every step of the epoch takes its part of it."""
-    return np.random.default_rng([seed, epoch]).permutation(count)
+def windowed_permutation(rng: np.random.Generator, groups: np.ndarray, window: int) -> np.ndarray:
+    """Groups in random order, and the members of each `window` of them in random order."""
+    members = rng.permutation(len(groups))
+    place = rng.permutation(int(groups.max()) + 1)[groups[members]]
+    return np.asarray(members[np.argsort(place // window, kind="stable")])
 
 
 def learning_rate(

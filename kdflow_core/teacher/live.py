@@ -77,3 +77,8 @@ class LiveStates:
                 f"steps {self._scored.start} to {self._scored.stop - 1}"
             )
         return self._rows[sequence.digest]
+
+    def close(self) -> None:
+        """Free the teacher."""
+        self._rows = {}
+        self._engine.close()

@@ -4,9 +4,10 @@ Ranks share the work by whole shards: each replica of the teacher takes its shar
 ones, and the replica's first rank writes them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +17,13 @@ from kdflow_core.contracts import OutputHead, TokenSequence
 from kdflow_core.models.heads import head_digest
 from kdflow_core.models.loading import load_config
 from kdflow_core.teacher import build_engine, longest_allowed
+from kdflow_core.teacher.codec_loss import codec_loss, compare_states
 from kdflow_core.teacher.streaming import check_lengths, stream_states
 from storage.artifact import ArtifactRef
-from storage.hidden_states import HiddenStateWriter, Layout, StoredSequence, plan_layout
+from storage.states.layout import Layout, Sequences, plan_layout
+from storage.states.writer import HiddenStateWriter
 from storage.tokens import TokenTable
-from tasks.adapters import TeacherSequences, bfloat16_bits
+from tasks.adapters import TeacherSequences, bfloat16_bits, bfloat16_tensor
 from tasks.stages import state_splits
 from tasks.wiring.stage_run import StageRun, barrier, default_device, rank_and_size
 
@@ -30,12 +33,19 @@ SHARDS_BEHIND = 2
 
 @dataclass(frozen=True, kw_only=True)
 class _Work:
-    """What is to be stored: every distinct teacher sequence, where its ids lie, and its length."""
+    """What is to be stored: every distinct teacher sequence, in which table and row of it its ids
+    lie, and its length.
+    """
 
     tables: list[TokenTable]
-    places: list[tuple[int, int]]
+    table: np.ndarray
+    row: np.ndarray
     lengths: np.ndarray
-    sequences: list[StoredSequence]
+    sequences: Sequences
+
+    def places(self, numbers: Sequence[int]) -> list[tuple[int, int]]:
+        """Table and row of some sequences."""
+        return [(int(self.table[i]), int(self.row[i])) for i in numbers]
 
 
 def extract_states(stage: StageRun) -> ArtifactRef | None:
@@ -49,11 +59,13 @@ def extract_states(stage: StageRun) -> ArtifactRef | None:
     folder = stage.model_folder("teacher")
     check_lengths(int(work.lengths.max()), longest_allowed(stage.run.teacher, folder))
     head = stage.teacher_head(torch.device("cpu"))
+    storage = stage.run.storage
     layout = plan_layout(
         hidden_size=head.weight_VH.shape[1],
-        sequences=work.sequences,
-        shard_rows=stage.run.storage.shard_rows,
-        chunk_rows=stage.run.storage.chunk_rows,
+        num_rows=work.sequences.num_rows,
+        shard_rows=storage.shard_rows,
+        chunk_rows=storage.chunk_rows,
+        codec=storage.codec,
     )
     if rank == 0:
         stage.store.require_room(layout.num_bytes, f"the teacher's {layout.num_rows} hidden states")
@@ -78,14 +90,23 @@ def extract_states(stage: StageRun) -> ArtifactRef | None:
     barrier()
     if rank != 0 or share is not None:
         return None
-    writer.close()
+    files, measured = writer.close()
+    info = _info(stage, head, layout)
+    if measured:
+        info["codec_loss"] = loss = codec_loss(measured)
+        stage.reporter.message(
+            f"codec {layout.codec}: KL of stored from exact distributions {loss['kl_mean']:.1e} "
+            f"nats on average, {loss['kl_max']:.1e} at most, same top-1 {loss['same_top1']:.1%} "
+            f"({loss['rows']:.0f} rows compared)"
+        )
     return stage.commit(
+        files=files,
         counts={"sequences": len(work.sequences), "rows": layout.num_rows},
-        info=_manifest(stage, head, layout),
+        info=info,
     )
 
 
-def _manifest(stage: StageRun, head: OutputHead, layout: Layout) -> dict[str, object]:
+def _info(stage: StageRun, head: OutputHead, layout: Layout) -> dict[str, Any]:
     """What a reader of the states must check or wants to know."""
     config = load_config(stage.model_folder("teacher"))
     return {
@@ -102,30 +123,38 @@ def _manifest(stage: StageRun, head: OutputHead, layout: Layout) -> dict[str, ob
             "logit_scale": head.logit_scale,
             "softcap": head.softcap,
         },
-        "codec": "raw bfloat16, crc32c",
         "meaning": "row i predicts token i+1",
     }
 
 
 def _plan(stage: StageRun) -> _Work:
-    """Every distinct teacher sequence once, in a fixed random order."""
+    """Every distinct teacher sequence once, by digest: digests are uniform, so that this is a
+    random order.
+    """
     by_split = stage.tables()
     tables = [by_split[split] for split in state_splits(stage.run)]
-    places: dict[bytes, tuple[int, int]] = {}
-    for number, table in enumerate(tables):
-        for index, key in enumerate(table.digests()):
-            places.setdefault(key, (number, index))
-    keys = sorted(places)  # digests are uniform: their order is a random permutation
-    supervised = [table.supervised_counts("teacher") for table in tables]
-    lengths = [table.lengths("teacher") for table in tables]
+    digests = np.concatenate([table.digests() for table in tables])
+    keys = digests.view(">u8")
+    order = np.lexsort((keys[:, 1], keys[:, 0]))
+    ordered = keys[order]
+    first = np.ones(len(order), bool)
+    first[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    chosen = order[first]
+    sources = [table.sources() for table in tables]
+    names = tuple(sorted({name for _, known in sources for name in known}))
+    source = [np.array([names.index(n) for n in known], np.int16)[s] for s, known in sources]
+    counts = [table.supervised_counts("teacher") for table in tables]
     return _Work(
         tables=tables,
-        places=[places[k] for k in keys],
-        lengths=np.array([lengths[t][i] for t, i in (places[k] for k in keys)]),
-        sequences=[
-            StoredSequence(digest=k, num_rows=int(supervised[places[k][0]][places[k][1]]))
-            for k in keys
-        ],
+        table=np.repeat(np.arange(len(tables)), [len(t) for t in tables])[chosen],
+        row=np.concatenate([np.arange(len(t)) for t in tables])[chosen],
+        lengths=np.concatenate([table.lengths("teacher") for table in tables])[chosen],
+        sequences=Sequences(
+            digests=digests[chosen],
+            num_rows=np.concatenate(counts)[chosen].astype(np.int32),
+            source=np.concatenate(source)[chosen],
+            source_names=names,
+        ),
     )
 
 
@@ -150,9 +179,12 @@ def _run_teacher(
     targets: list[np.ndarray] = []
 
     def remember() -> Iterator[TokenSequence]:
-        for sequence in TeacherSequences(work.tables, [work.places[i] for i in numbers]):
+        for sequence in TeacherSequences(work.tables, work.places(numbers)):
             targets.append(sequence.target_ids_N)
             yield sequence
+
+    def measure(exact_NH: np.ndarray, stored_NH: np.ndarray) -> dict[str, float]:
+        return compare_states(head, bfloat16_tensor(exact_NH), bfloat16_tensor(stored_NH))
 
     window = WINDOW_BATCHES * teacher.tokens_per_batch
     states = stream_states(engine, remember(), window_tokens=window)
@@ -166,5 +198,5 @@ def _run_teacher(
                     stage.reporter.progress(done=done, total=total, unit="tokens")
             ids, targets[: len(rows)] = targets[: len(rows)], []
             if place_in_replica == 0:
-                background.submit(partial(writer.write_shard, shard, rows, ids))
+                background.submit(partial(writer.write_shard, shard, rows, ids, measure))
     engine.close()

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from kdflow_core.errors import AlignmentError
 from kdflow_core.models.folders import resolve_folder
 from kdflow_core.models.heads import head_digest, load_head
 from kdflow_core.models.loading import load_config, load_tokenizer, true_vocabulary_size
-from storage.artifact import ArtifactRef
-from storage.hidden_states import HiddenStateReader
+from storage.artifact import ArtifactRef, FileRecord
+from storage.states.reader import HiddenStateReader
 from storage.store import ArtifactStore
 from storage.tokens import TokenTable
 from tasks.adapters import StoredStates
@@ -40,7 +40,9 @@ class StageRun:
         """The stage's local working folder; it survives a crash."""
         return self.store.workdir(self.kind, self.digest)
 
-    def commit(self, *, counts: Mapping[str, int], info: Mapping[str, Any]) -> ArtifactRef:
+    def commit(
+        self, *, files: Sequence[FileRecord], counts: Mapping[str, int], info: Mapping[str, Any]
+    ) -> ArtifactRef:
         """Write the manifest."""
         return self.store.commit(
             kind=self.kind,
@@ -48,6 +50,7 @@ class StageRun:
             code_version=self.spec.identity.code_version,
             config=self.spec.identity.config,
             inputs=self.spec.identity.inputs,
+            files=files,
             counts=counts,
             info=info,
             seconds=time.perf_counter() - self._started,
@@ -55,8 +58,8 @@ class StageRun:
 
     def publish(self, *, counts: Mapping[str, int], info: Mapping[str, Any]) -> ArtifactRef:
         """Move the working folder's files into the artifact, then commit."""
-        self.store.publish(self.kind, self.digest, self.workdir)
-        return self.commit(counts=counts, info=info)
+        files = self.store.publish(self.kind, self.digest, self.workdir)
+        return self.commit(files=files, counts=counts, info=info)
 
     def model_folder(self, side: str) -> Path:
         """The local folder of the teacher's or the (untrained) student's model."""
@@ -85,7 +88,9 @@ class StageRun:
                 "the teacher's output head is not the one that its stored states were made for; "
                 f"delete {ref.uri} and run again"
             )
-        return StoredStates(HiddenStateReader(store=self.store, ref=ref)), head
+        limit = int(self.run.storage.read_cache_gb * 1e9)
+        reader = HiddenStateReader(store=self.store, ref=ref, cache_bytes=limit)
+        return StoredStates(reader), head
 
     def teacher_head(self, device: torch.device) -> OutputHead:
         """The teacher's output head over the true vocabulary."""

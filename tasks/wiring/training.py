@@ -2,12 +2,13 @@
 
 import shutil
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from configs.schema.teacher import InProcessTeacher
-from kdflow_core.contracts import HiddenStateSource, OutputHead, TokenSequence
+from kdflow_core.contracts import OutputHead, TokenSequence
 from kdflow_core.loops.offpolicy import train_offpolicy
 from kdflow_core.losses import build_divergence
 from kdflow_core.losses.chunked import LossSpec
@@ -16,6 +17,7 @@ from kdflow_core.student.checkpoint import completed_steps
 from kdflow_core.student.export import export_student
 from kdflow_core.student.module import DistillationModule, shard
 from kdflow_core.student.plan import TrainingPlan
+from kdflow_core.student.prefetch import PrefetchedStates
 from kdflow_core.teacher import build_engine
 from kdflow_core.teacher.live import LiveStates
 from storage.artifact import ArtifactRef
@@ -32,8 +34,7 @@ def train_student(stage: StageRun) -> ArtifactRef | None:
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     device = default_device()
     table = stage.tables()["train"]
-    plan = _plan(stage, table, num_ranks)
-    states, head = _teacher_signal(stage, table, plan, device)
+    plan, states, head = _plan_and_signal(stage, table, device)
     module = _build_module(stage, head, device)
     checkpoints = stage.workdir / "checkpoints"
     output = stage.workdir / "artifact"
@@ -54,6 +55,7 @@ def train_student(stage: StageRun) -> ArtifactRef | None:
         device=device,
     )
     metrics.close()
+    states.close()
     export_student(
         module,
         tokenizer=load_tokenizer(stage.model_folder("student")),
@@ -63,21 +65,49 @@ def train_student(stage: StageRun) -> ArtifactRef | None:
     )
     if rank != 0:
         return None
-    stage.store.publish(stage.kind, stage.digest, output)
+    files = stage.store.publish(stage.kind, stage.digest, output)
     tokens = int(sum(plan.lengths[plan.sequences(s)].sum() for s in range(plan.num_steps)))
     ref = stage.commit(
-        counts={"steps": plan.num_steps, "tokens": tokens}, info={"num_ranks": num_ranks}
+        files=files,
+        counts={"steps": plan.num_steps, "tokens": tokens},
+        info={"num_ranks": num_ranks},
     )
     shutil.rmtree(stage.workdir)  # the checkpoints have served
     return ref
 
 
-def _teacher_signal(
+def _plan_and_signal(
+    stage: StageRun, table: TokenTable, device: torch.device
+) -> tuple[TrainingPlan, PrefetchedStates | LiveStates, OutputHead]:
+    """The steps; stored states or a teacher in these ranks; and the teacher's head."""
+    if stage.run.source == "live":
+        plan = _plan(stage, table, groups=None)
+        states, head = _live_states(stage, table, plan, device)
+        return plan, states, head
+    stored, head = stage.teacher_signal(device)
+    windowed = stage.run.student.shuffle_window_shards is not None
+    plan = _plan(stage, table, groups=stored.shard_of(table.digests()) if windowed else None)
+    rank, examples = dist.get_rank(), TokenExamples(table)
+    prefetched = PrefetchedStates(
+        stored,
+        sequences_of=lambda step: _teacher_sequences(plan, examples, step, rank),
+        num_steps=plan.num_steps,
+    )
+    return plan, prefetched, head
+
+
+def _teacher_sequences(
+    plan: TrainingPlan, examples: TokenExamples, step: int, rank: int
+) -> list[TokenSequence]:
+    """What the teacher saw of a rank's part of a step."""
+    batches = plan.step(step).micro_batches[rank]
+    return [examples[i].teacher for batch in batches for i in batch]
+
+
+def _live_states(
     stage: StageRun, table: TokenTable, plan: TrainingPlan, device: torch.device
-) -> tuple[HiddenStateSource, OutputHead]:
-    """Stored states, or a teacher in these ranks; and the teacher's head."""
-    if stage.run.source == "replay":
-        return stage.teacher_signal(device)
+) -> tuple[LiveStates, OutputHead]:
+    """A teacher in these ranks."""
     teacher, rank = stage.run.teacher, dist.get_rank()
     assert isinstance(teacher, InProcessTeacher)  # RunConfig refuses others for a live run
     head = stage.teacher_head(device)
@@ -88,18 +118,13 @@ def _teacher_signal(
         longest=int(table.lengths("teacher").max()),
         device=device,
     )
-    examples = TokenExamples(table)
-
-    def sequences_of(step: int, rank: int) -> list[TokenSequence]:
-        batches = plan.step(step).micro_batches[rank]
-        return [examples[i].teacher for batch in batches for i in batch]
-
     width = teacher.ranks_per_replica
     first = rank // width * width
+    examples = TokenExamples(table)
     states = LiveStates(
         engine=engine,
         hidden_size=head.weight_VH.shape[1],
-        sequences_of=sequences_of,
+        sequences_of=lambda step, rank: _teacher_sequences(plan, examples, step, rank),
         rank=rank,
         ranks=range(first, first + width),
         num_steps=plan.num_steps,
@@ -133,15 +158,17 @@ def _build_module(
     return module
 
 
-def _plan(stage: StageRun, table: TokenTable, num_ranks: int) -> TrainingPlan:
+def _plan(stage: StageRun, table: TokenTable, groups: np.ndarray | None) -> TrainingPlan:
     config = stage.run.student
     return TrainingPlan(
         lengths=table.lengths("student"),
         supervised_counts=table.supervised_counts("student"),
         global_batch_size=config.global_batch_size,
         micro_batch_tokens=config.micro_batch_tokens,
-        num_ranks=num_ranks,
+        num_ranks=dist.get_world_size(),
         seed=stage.run.seed,
         epochs=config.epochs,
         max_steps=config.max_steps,
+        groups=groups,
+        window=config.shuffle_window_shards,
     )

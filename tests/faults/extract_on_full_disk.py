@@ -21,7 +21,7 @@ class FillsTheDisk(SilentReporter):
 
     def progress(self, *, done: int, total: int, unit: str, detail: str = "") -> None:
         ballast = self._disk / "ballast"
-        if not ballast.exists() and list(self._disk.rglob("commits/00001.json")):
+        if not ballast.exists() and list(self._disk.rglob("commits/000001.json")):
             with ballast.open("wb", buffering=0) as file:
                 try:
                     while True:

@@ -137,7 +137,7 @@ def test_tokens_changed_behind_the_stores_back_are_refused(
     ):  # a swapped sequence is still one that the teacher saw, with its own states
         stage = StageSpec(identity=plan_stages(run)["train"], run=run, inputs=refs)
         from kdflow_core.student.step import collate
-        from storage.hidden_states import HiddenStateReader
+        from storage.states.reader import HiddenStateReader
         from tasks.adapters import TokenExamples
 
         states = StoredStates(HiddenStateReader(store=open_store(run), ref=stage.inputs["states"]))

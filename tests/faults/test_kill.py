@@ -108,14 +108,14 @@ def test_a_teacher_killed_mid_extraction_leaves_its_shards_to_the_next(
     killer.join()
     finished = {path: path.stat().st_mtime_ns for path in (folder / "commits").glob("*.json")}
     assert len(finished) >= 3
-    assert not (folder / "index.parquet").exists()
+    assert not (folder / "index.arrow").exists()
 
     with caplog.at_level(logging.INFO):
         resumed = Path(launch_stage(spec, log).uri)
     assert f"{len(finished)} of " in caplog.text
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     uninterrupted = Path(launch_stage(whole_spec, log).uri)
-    shards = [path.relative_to(uninterrupted) for path in uninterrupted.rglob("hidden/c/*/0/0")]
+    shards = [path.relative_to(uninterrupted) for path in uninterrupted.rglob("hidden/c/*/0/0/0")]
     assert len(shards) > len(finished)
     for shard in shards:
         assert (resumed / shard).read_bytes() == (uninterrupted / shard).read_bytes()

@@ -70,7 +70,7 @@ def test_run_rerun_and_change(make_recipe: Callable[..., Path], tmp_path: Path) 
     # A hit counts only while the artifact is whole.
     plan = plan_stages(load_run(recipe))
     states = tmp_path / "store/artifacts/states" / plan["extract"].digest
-    next(states.rglob("hidden/c/0/0/0")).unlink()
+    next(states.rglob("hidden/c/0/0/0/0")).unlink()
     mended = run("run", recipe)
     assert cached_stages(mended) == {"tokenize", "train", "evaluate", "report"}
     assert run("plan", recipe).count("be served from cache") == 5
@@ -92,7 +92,7 @@ def test_extraction_mapped_over_two_workers(
     store = {"storage.root": str(tmp_path / "alone"), "storage.scratch": str(tmp_path / "s")}
     alone = Path(run_inline(load_run(recipe, small | store), until="extract")["states"].uri)
     states = tmp_path / "store/artifacts/states" / alone.name
-    shards = [path.relative_to(alone) for path in alone.rglob("hidden/c/*/0/0")]
+    shards = [path.relative_to(alone) for path in alone.rglob("hidden/c/*/0/0/0")]
     assert len(shards) == int(planned)
     for shard in shards:
         assert (states / shard).read_bytes() == (alone / shard).read_bytes()

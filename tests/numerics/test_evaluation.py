@@ -12,7 +12,7 @@ from configs.load import load_run
 from kdflow_core.eval.distribution import score_distributions
 from kdflow_core.models.heads import load_head
 from kdflow_core.models.loading import load_causal_lm, load_config
-from storage.hidden_states import HiddenStateReader
+from storage.states.reader import HiddenStateReader
 from storage.tokens import TokenTable
 from tasks.adapters import StoredStates, TokenExamples
 from tasks.stages import open_store

@@ -1,6 +1,7 @@
 """The training plan: every sequence once an epoch, however the work is divided."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,6 +27,29 @@ def make_plan(
         epochs=2,
         max_steps=None,
     )
+
+
+def test_a_windowed_epoch_stays_within_its_groups() -> None:
+    """Every sequence once; at any time at most a window's groups are visited; no two epochs alike;
+    the same however many ranks there are.
+    """
+    groups = np.random.default_rng(0).integers(0, 20, 600)
+
+    def order(ranks: int, epoch: int) -> list[int]:
+        plan = replace(make_plan([10] * 600, ranks=ranks), groups=groups, window=4)
+        first = epoch * plan.steps_per_epoch
+        return [i for k in range(plan.steps_per_epoch) for i in plan.sequences(first + k)]
+
+    once = order(1, 0)
+    assert sorted(once) == list(range(600))
+    assert once == order(3, 0)
+    assert once != order(1, 1)
+    visits = [int(groups[i]) for i in once]
+    met = list(dict.fromkeys(visits))
+    bounds = np.cumsum([0, *np.bincount(groups, minlength=20)[met]])
+    for k in range(0, 20, 4):
+        assert len(set(visits[bounds[k] : bounds[k + 4]])) == 4
+    assert visits[: bounds[4]] != sorted(visits[: bounds[4]])
 
 
 @given(LENGTHS, st.integers(1, 5), st.integers(1, 9))

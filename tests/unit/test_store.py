@@ -24,13 +24,14 @@ def make(store: ArtifactStore, key: str = KEY) -> ArtifactRef:
     (folder / "sub").mkdir()
     (folder / "a.txt").write_text("abc")
     (folder / "sub/b.txt").write_text("defgh")
-    store.publish("tokens", key, folder)
+    files = store.publish("tokens", key, folder)
     return store.commit(
         kind="tokens",
         digest=key,
         code_version=1,
         config={"x": 1},
         inputs={"data": "d"},
+        files=files,
         counts={"rows": 2},
         info={},
         seconds=1.5,

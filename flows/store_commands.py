@@ -1,0 +1,189 @@
+"""The commands `kdflow store ...`."""
+
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from configs.schema.run import StorageConfig
+from storage.errors import StoreError
+from storage.maintenance import (
+    Entry,
+    damages,
+    entries,
+    find_entry,
+    find_garbage,
+    manifest_text,
+    remove_artifact,
+    remove_damaged,
+    remove_garbage,
+)
+from storage.runs import forget_run, list_runs
+from storage.store import ArtifactStore
+from storage.transfer import export_artifact, import_artifact
+
+DEFAULTS = StorageConfig()
+SHORT = 12
+app = typer.Typer(help="Look after the artifact store.", no_args_is_help=True)
+console = Console()
+Name = Annotated[
+    str, typer.Argument(help="The beginning of an artifact's digest, with or without `kind/`.")
+]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+
+
+@app.callback()
+def store_options(
+    context: typer.Context,
+    root: Annotated[str, typer.Option(help="As storage.root.")] = DEFAULTS.root,
+    scratch: Annotated[str, typer.Option(help="As storage.scratch.")] = DEFAULTS.scratch,
+) -> None:
+    """Look after the artifact store."""
+    context.obj = ArtifactStore(root=root, scratch=scratch)
+
+
+@app.command("ls")
+def ls(context: typer.Context) -> None:
+    """List what is in the store: size, age, and the runs that use it."""
+    store: ArtifactStore = context.obj
+    found = entries(store)
+    table = Table("artifact", "size", "age", "state", "runs", title=f"{store.root}")
+    for entry in found:
+        table.add_row(
+            f"{entry.kind}/{entry.digest[:SHORT]}",
+            size_text(entry.num_bytes),
+            age_text(time.time() - entry.modified) if entry.modified else "-",
+            entry.state,
+            "\n".join(entry.runs),
+        )
+    console.print(table)
+    total = sum(entry.num_bytes for entry in found)
+    console.print(f"{len(found)} artifacts, {size_text(total)}; {len(list_runs(store))} runs")
+
+
+@app.command()
+def show(context: typer.Context, name: Name) -> None:
+    """Print an artifact's manifest, without its list of files."""
+    entry = _finished(context.obj, name)
+    assert entry.manifest is not None
+    typer.echo(manifest_text(entry.manifest))
+    typer.echo(f"files: {len(entry.manifest.files)}, {size_text(entry.manifest.num_bytes)}")
+    typer.echo(f"runs: {', '.join(entry.runs) or 'none'}")
+
+
+@app.command()
+def verify(
+    context: typer.Context,
+    names: Annotated[list[str] | None, typer.Argument(help="Artifacts; all without one.")] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Remove what is damaged, to be computed again.")
+    ] = False,
+) -> None:
+    """Read everything and check every checksum. Exit code 1 when something is damaged."""
+    store: ArtifactStore = context.obj
+    chosen = [_finished(store, n) for n in names] if names else entries(store)
+    damaged = 0
+    for entry in chosen:
+        label = f"{entry.kind}/{entry.digest[:SHORT]}"
+        if entry.manifest is None:
+            typer.echo(f"{label}: {entry.state}, not read")
+            damaged += entry.state != "unfinished"
+            continue
+        bad = list(damages(store, entry))
+        for record, how in bad:
+            typer.echo(f"{label}: {record.path} {how}")
+        if not bad:
+            read = size_text(entry.manifest.num_bytes)
+            typer.echo(f"{label}: {len(entry.manifest.files)} files, {read}, whole")
+            continue
+        damaged += 1
+        if repair:
+            remove_damaged(store, entry, [record for record, _ in bad])
+            typer.echo(f"{label}: removed {len(bad)} files; the next run computes them again")
+    if damaged:
+        raise typer.Exit(1)
+
+
+@app.command()
+def rm(context: typer.Context, name: Name, yes: Yes = False) -> None:
+    """Remove an artifact, or, given a run's name as `ls` shows it, forget the run."""
+    store: ArtifactStore = context.obj
+    for run in list_runs(store):
+        if run.id == name:
+            forget_run(store, run)
+            typer.echo(f"forgot the run {run.id}; `kdflow store gc` finds what only it used")
+            return
+    entry = find_entry(store, name)
+    used = f" used by {', '.join(entry.runs)}" if entry.runs else ""
+    if not yes:
+        typer.confirm(f"Remove {entry.name}, {size_text(entry.num_bytes)}{used}?", abort=True)
+    remove_artifact(store, entry)
+    typer.echo(f"removed {entry.name}")
+
+
+@app.command()
+def gc(
+    context: typer.Context,
+    delete: Annotated[bool, typer.Option("--delete", help="Remove it; else only list it.")] = False,
+    older_than_hours: Annotated[
+        float, typer.Option(min=0, help="Leave what was written more recently.")
+    ] = 24.0,
+) -> None:
+    """List what no manifest and no run refers to; with `--delete`, remove it."""
+    store: ArtifactStore = context.obj
+    garbage = find_garbage(store, older_than_s=older_than_hours * 3600)
+    for item in garbage:
+        typer.echo(f"{size_text(item.num_bytes):>10}  {item.what}: {item.why}")
+        if delete:
+            remove_garbage(store, item)
+    total = size_text(sum(item.num_bytes for item in garbage))
+    done = "removed" if delete else "to remove with --delete"
+    typer.echo(f"{len(garbage)} things, {total}, {done}")
+
+
+@app.command("export")
+def export(
+    context: typer.Context,
+    name: Name,
+    target: Annotated[str, typer.Argument(help="A tar file: a path or an fsspec URL.")],
+) -> None:
+    """Write an artifact to a tar file."""
+    entry = _finished(context.obj, name)
+    export_artifact(context.obj, entry, target)
+    typer.echo(f"{entry.name} is in {target}")
+
+
+@app.command("import")
+def import_(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(help="A tar file that `export` has written.")],
+) -> None:
+    """Read an exported artifact into the store."""
+    ref = import_artifact(context.obj, source)
+    typer.echo(f"{ref.kind}/{ref.digest} is in the store")
+
+
+def _finished(store: ArtifactStore, name: str) -> Entry:
+    entry = find_entry(store, name)
+    if entry.manifest is None:
+        raise StoreError(f"{entry.name} has no manifest: {entry.state}")
+    return entry
+
+
+def size_text(num_bytes: float) -> str:
+    """Bytes for people, in decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.1f} TB"
+
+
+def age_text(seconds: float) -> str:
+    """Seconds for people."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,63 @@
+"""Which runs use which artifacts: one small record per run, written when it starts."""
+
+import errno
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from storage.digest import digest
+from storage.store import ArtifactStore
+
+READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+class RunRecord(BaseModel):
+    """A run's name, when it was first started, and its artifacts as `kind/digest` by stage."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    created_at: str
+    artifacts: dict[str, str]
+
+    @property
+    def id(self) -> str:
+        """The name and a part of the digest of the artifacts: the same run has the same id."""
+        return f"{self.name}-{digest(self.artifacts)[:8]}"
+
+
+def record_run(store: ArtifactStore, name: str, artifacts: Mapping[str, str]) -> None:
+    """Note that a run uses these artifacts, unless it is known or the store is read-only."""
+    run = RunRecord(
+        name=name,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        artifacts=dict(artifacts),
+    )
+    try:
+        store.create(_path(store, run.id), run.model_dump_json(indent=1).encode())
+    except OSError as error:
+        if error.errno not in READ_ONLY:
+            raise
+
+
+def list_runs(store: ArtifactStore) -> list[RunRecord]:
+    """All readable records, newest first."""
+    paths = [str(path) for path in store.fs.glob(f"{store.root}/runs/*.json")]
+    found = []
+    for content in store.read_many(paths).values():
+        try:
+            found.append(RunRecord.model_validate(json.loads(content)))
+        except (ValidationError, ValueError):
+            continue  # of another version, or damaged: it refers to nothing that can be named
+    return sorted(found, key=lambda run: run.created_at, reverse=True)
+
+
+def forget_run(store: ArtifactStore, run: RunRecord) -> None:
+    """Remove a run's record; its artifacts stay until `gc`."""
+    store.remove(_path(store, run.id))
+
+
+def _path(store: ArtifactStore, run_id: str) -> str:
+    return f"{store.root}/runs/{run_id}.json"
