@@ -62,18 +62,16 @@ def is_held(store: ArtifactStore, name: str) -> bool:
 
 def _wait(lease: "_Lease", on_wait: Callable[[str], None], ttl_s: float) -> None:
     """Until the lease is free. What a dead holder has left is freed."""
-    told = False
-    seen, since = lease.current(), time.monotonic()
-    while seen is not None and not seen.is_free:
-        if not told:
-            on_wait(seen.holder)
-            told = True
+    state, since = lease.current(), time.monotonic()
+    if state is not None and not state.is_free:
+        on_wait(state.holder)
+    while state is not None and not state.is_free:
         time.sleep(POLL_S)
-        now = lease.current()
-        if now != seen:
-            seen, since = now, time.monotonic()
+        last, state = state, lease.current()
+        if state != last:
+            since = time.monotonic()
         elif time.monotonic() - since > ttl_s:
-            lease.ignore(seen)
+            lease.ignore(last)
             return
 
 

@@ -1,6 +1,5 @@
 """Which runs use which artifacts: one small record per run, written when it starts."""
 
-import errno
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -8,9 +7,8 @@ from datetime import UTC, datetime
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from storage.digest import digest
+from storage.errors import StoreError, StoreFullError
 from storage.store import ArtifactStore
-
-READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class RunRecord(BaseModel):
@@ -37,9 +35,10 @@ def record_run(store: ArtifactStore, name: str, artifacts: Mapping[str, str]) ->
     )
     try:
         store.create(_path(store, run.id), run.model_dump_json(indent=1).encode())
-    except OSError as error:
-        if error.errno not in READ_ONLY:
-            raise
+    except StoreFullError:
+        raise
+    except StoreError:
+        return  # read-only: a run that needs nothing new may use it all the same
 
 
 def list_runs(store: ArtifactStore) -> list[RunRecord]:

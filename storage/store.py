@@ -20,9 +20,10 @@ from fsspec.implementations.local import LocalFileSystem
 
 from storage.artifact import ArtifactRef, FileRecord, Manifest
 from storage.digest import hash_file
-from storage.errors import ArtifactMissingError, StoreCorruptError, StoreFullError
+from storage.errors import ArtifactMissingError, StoreCorruptError, StoreError, StoreFullError
 
 MANIFEST = "manifest.json"
+READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 PRODUCERS = ("torch", "transformers", "datasets", "zarr", "prefect", "kdflow")
 
 
@@ -177,8 +178,8 @@ class ArtifactStore:
 
     def write_whole(self, path: str, content: bytes) -> None:
         """Write a file of `self.fs` so that readers see all of it or nothing."""
-        self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
         with disk_errors(path):
+            self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
             if not self.is_local:
                 self.fs.pipe_file(path, content)  # an object store shows an object only when whole
                 return
@@ -192,8 +193,8 @@ class ArtifactStore:
         Of several at once one succeeds, on local disks and on object stores with conditional
         writes (S3 is one).
         """
-        self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
         with disk_errors(path):
+            self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
             if not self.is_local:
                 try:
                     self.fs.pipe_file(path, content, mode="create")
@@ -288,10 +289,17 @@ def _sync_folder(path: str) -> None:
 
 @contextmanager
 def disk_errors(path: str) -> Iterator[None]:
-    """Turn a full disk into a StoreFullError that names the place."""
+    """Turn a full disk into a StoreFullError, a read-only one into a StoreError; both name the
+    place.
+    """
     try:
         yield
     except OSError as error:
+        if error.errno in READ_ONLY:
+            raise StoreError(
+                f"{path} cannot be written ({os.strerror(error.errno or 0)}); finished artifacts "
+                "can be read from there, for new ones set storage.root to a place of your own"
+            ) from error
         if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
             raise
         raise StoreFullError(
