@@ -63,7 +63,7 @@ def _import(store: ArtifactStore, source: str, tar: tarfile.TarFile) -> Artifact
             return there
         store.retract(kind, digest)
         folder = store.folder(kind, digest)
-        for member in tar:
+        while (member := tar.next()) is not None:
             record = expected.pop(member.name, None)
             if record is None:
                 raise StoreError(f"{source} holds {member.name}, which its manifest does not list")
