@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.load import ConfigError, load_run, parse_overrides, recipe_names
+from configs.schema.run import RunConfig
 from flows import store_commands
 from kdflow_core.errors import KdflowError
 from storage.errors import StoreError
+from tasks.estimate import Estimate, Prospect, check_room
 from tasks.results import check_run, evaluation_rows, report_path, student_path
 from tasks.stages import plan_stages, stage_status
 
@@ -72,6 +74,21 @@ def plan(recipe: RecipeArgument, overrides: OverrideArgument = None) -> None:
     console.print(table)
 
 
+@app.command()
+def estimate(recipe: RecipeArgument, overrides: OverrideArgument = None) -> None:
+    """Say what a run will take, and whether live or replay is cheaper: from a short probe.
+
+    Prepares and tokenizes, which a run needs anyway. Fails when the states will not fit the disk.
+    """
+    from tasks.run_estimate import estimate as measure  # noqa: PLC0415 - loads torch
+
+    config = check_run(recipe, parse_overrides(overrides or []))
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    found, outcome = measure(config, logging.getLogger("kdflow"))
+    console.print(estimate_table(config, found, outcome))
+    check_room(config, outcome)
+
+
 @app.command("config")
 def show_config(recipe: RecipeArgument, overrides: OverrideArgument = None) -> None:
     """Print a recipe with overrides and defaults filled in."""
@@ -127,6 +144,43 @@ def score_table(rows: list[dict[str, Any]]) -> Table:
                 _number(row["exact_match"], ".1%"),
             )
     return table
+
+
+def estimate_table(run: RunConfig, found: Estimate, outcome: Prospect) -> Table:
+    """An estimate for people."""
+    table = Table("", "", title=f"estimate of {run.name}, {run.planned_runs} runs planned")
+    size_of = store_commands.size_text
+    for name, size in outcome.stored_bytes.items():
+        per_token = f"{found.row_bytes[name]:,.0f} bytes per supervised token"
+        lossy = f", KL {found.int8_kl:.1e} nats" if name == "int8" else ""
+        chosen = " (chosen)" if name == run.storage.codec else ""
+        table.add_row(f"states as {name}{chosen}", f"{size_of(size)}, {per_token}{lossy}")
+    free = "unknown" if outcome.free_bytes is None else size_of(outcome.free_bytes)
+    table.add_row(
+        "free in the store", f"{free}; the states {'fit' if outcome.fits else 'do not fit'}"
+    )
+    rows = {
+        "distinct sequences": f"{found.sequences:,}, {found.replay_tokens:,} teacher tokens, "
+        f"{found.rows:,} supervised",
+        "training": f"{found.steps:,} steps, {found.student_tokens:,} student tokens at "
+        f"{found.student_rate:,.0f} tokens/s: {duration(outcome.train_s)}",
+        "teacher, to store its states": f"{found.teacher_rate:,.0f} tokens/s a copy: "
+        f"{duration(outcome.extract_s)}, once",
+        "teacher, live": f"{duration(outcome.live_teacher_s)} per run",
+        "replay in all": duration(outcome.replay_s),
+        "live in all": duration(outcome.live_s),
+        "source: auto": f"{outcome.source}: {outcome.reason}",
+    }
+    for name, text in rows.items():
+        table.add_row(name, text)
+    return table
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
 def _number(value: float | None, form: str) -> str:

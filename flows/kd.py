@@ -12,7 +12,7 @@ from storage.runs import record_run
 from tasks.caching import run_cached
 from tasks.results import check_run, evaluation_rows, report_path, student_path
 from tasks.stage_tasks import STAGE_TASKS, share_out
-from tasks.stages import StageSpec, open_store, plan_stages
+from tasks.stages import StageIdentity, StageSpec, decided, open_store, plan_stages
 
 
 @flow(name="kd", description="Distill a teacher into a student.", validate_parameters=True)
@@ -24,16 +24,30 @@ def kd(
     Returns the artifact references by name (teacher_model, tokens, states, student ...).
     """
     run = check_run(recipe, overrides or {})
+    done: dict[str, ArtifactRef] = {}
+    if run.source == "auto":
+        done = _run_stages(run, plan_stages(run), done)
+        run = decided(run, done["estimate"])
+        get_run_logger().info("source: auto is %s here", run.source)
     plan = plan_stages(run)
     used = {stage: f"{identity.kind}/{identity.digest}" for stage, identity in plan.items()}
     record_run(open_store(run), run.name, used)
-    done: dict[str, ArtifactRef] = {}
+    done = _run_stages(run, plan, done)
+    _publish_to_ui(run, done)
+    return done
+
+
+def _run_stages(
+    run: RunConfig, plan: dict[str, StageIdentity], done: dict[str, ArtifactRef]
+) -> dict[str, ArtifactRef]:
+    """Run what is not done yet, in order."""
     for stage, identity in plan.items():
+        if identity.output in done:
+            continue
         spec = StageSpec(identity=identity, run=run, inputs=done)
         if stage == "extract":
             share_out(spec)
         done = done | {identity.output: run_cached(STAGE_TASKS[stage], spec)}
-    _publish_to_ui(run, done)
     return done
 
 

@@ -245,16 +245,23 @@ class ArtifactStore:
                 os.replace(partial, path)
         return target
 
+    def free_bytes(self) -> int | None:
+        """What a local disk has room for; None for a remote store, which does not say."""
+        if not self.is_local:
+            return None
+        folder = Path(self.root)
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
+
     def require_room(self, num_bytes: int, what: str) -> None:
         """Refuse, before work starts, what will not fit a local disk. Raises StoreFullError."""
-        if not self.is_local:
-            return
-        Path(self.root).mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.root).free
-        if num_bytes > free:
+        free = self.free_bytes()
+        if free is not None and num_bytes > free:
             raise StoreFullError(
                 f"{what} needs {num_bytes / 1e9:.3f} GB, but {self.root} has {free / 1e9:.3f} GB "
-                "free; point storage.root to a larger disk, or lower data.max_samples"
+                "free; point storage.root to a larger disk, set storage.codec to a smaller one, "
+                "lower data.max_samples, or set storage.check_room=false to go on all the same"
             )
 
 

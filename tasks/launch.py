@@ -64,8 +64,13 @@ def _waiting(logger: Logger, holder: str) -> None:
 
 def _run_workers(spec: StageSpec, logger: Logger) -> None:
     progress = ProgressLog(logger)
-    training = spec.identity.stage == "train"
-    ranks = {"train": spec.run.student.num_ranks, "extract": spec.run.teacher.num_ranks}
+    training = spec.identity.stage in {"train", "estimate"}
+    student, teacher = spec.run.student, spec.run.teacher
+    ranks = {
+        "train": student.num_ranks,
+        "extract": teacher.num_ranks,
+        "estimate": max(student.num_ranks, teacher.ranks_per_replica),
+    }
 
     def line(rank: int, text: str) -> None:
         logger.warning("[%s rank %d] %s", spec.identity.stage, rank, text)

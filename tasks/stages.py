@@ -20,12 +20,14 @@ from storage.artifact import ArtifactRef, Manifest
 from storage.digest import artifact_digest, digest
 from storage.fingerprint import Fingerprints
 from storage.store import ArtifactStore
+from tasks.estimate import estimate_slice, prospect, read_estimate, with_source
 
 # Raise a stage's number whenever its code would give another output for the same config.
 CODE_VERSIONS = {
     "model": 1,
     "tokens": 1,
     "states": 3,
+    "estimate": 1,
     "student": 1,
     "evaluation": 1,
     "report": 1,
@@ -49,6 +51,7 @@ OUTPUTS = {
     "prepare-teacher": "teacher_model",
     "prepare-student": "student_model",
     "tokenize": "tokens",
+    "estimate": "estimate",
     "extract": "states",
     "train": "student",
     "evaluate": "evaluation",
@@ -138,6 +141,8 @@ def gguf_path(model: GgufModel) -> Path:
 def plan_stages(run: RunConfig) -> dict[str, StageIdentity]:
     """The stages of a run by name, in the order in which they run.
 
+    Those of `source: auto` end with its estimate, which decides on what follows.
+
     Raises DataError, ModelError or StoreError for data or models that are not there.
     """
     prints = Fingerprints(run.storage.scratch)
@@ -169,6 +174,10 @@ def plan_stages(run: RunConfig) -> dict[str, StageIdentity]:
 
     tokens = add("tokenize", "tokens", _tokens_slice(run), _tokens_inputs(run, plan, prints))
     extracted_from = {"tokens": tokens.digest, "teacher_model": teacher_id}
+    if run.source == "auto":
+        models = {"teacher_model": teacher_id, "student_model": student_id}
+        add("estimate", "estimate", estimate_slice(run), models | {"tokens": tokens.digest})
+        return plan
     states = add("extract", "states", _states_slice(run), extracted_from)
     upstream = {
         "tokens": tokens.digest,
@@ -193,11 +202,22 @@ def stage_status(run: RunConfig) -> list[StageStatus]:
     """For each stage: whether it would be served from cache, else why not."""
     store = open_store(run)
     statuses = []
-    for identity in plan_stages(run).values():
+    plan = plan_stages(run)
+    estimate = plan.get("estimate")
+    if estimate and (ref := store.find(estimate.kind, estimate.digest)):
+        plan |= plan_stages(decided(run, ref))
+    for identity in plan.values():
         absent = store.why_absent(identity.kind, identity.digest)
         reasons = () if absent is None else tuple(explain(identity, absent, store))
         statuses.append(StageStatus(identity=identity, cached=absent is None, reasons=reasons))
     return statuses
+
+
+def decided(run: RunConfig, estimate: ArtifactRef) -> RunConfig:
+    """The run with the source that its estimate chooses."""
+    store = open_store(run)
+    outcome = prospect(run, read_estimate(store, estimate), store.free_bytes())
+    return with_source(run, outcome.source)
 
 
 def explain(identity: StageIdentity, absent: str, store: ArtifactStore) -> list[str]:

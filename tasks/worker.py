@@ -23,7 +23,7 @@ from tasks.wiring import STAGES
 from tasks.wiring.stage_run import StageRun, default_device
 
 PROGRESS_INTERVAL_S = 1.0
-PARALLEL_STAGES = ("extract", "train")
+PARALLEL_STAGES = ("estimate", "extract", "train")
 EXPECTED = (KdflowError, StoreError, ConfigError)
 
 

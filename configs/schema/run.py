@@ -55,7 +55,8 @@ class StorageConfig(StrictModel):
     `shard_rows` and `chunk_rows` override the sizes derived from the row width. `codec` is the form
     of stored states: `raw` bfloat16 (read without a copy), `planes` (lossless, about 30 % smaller)
     or `int8` (lossy, half the size; what it costs is measured and recorded). Shards of a remote
-    store are copied to `scratch` as they are read, `read_cache_gb` of them at most.
+    store are copied to `scratch` as they are read, `read_cache_gb` of them at most. What will not
+    fit a local disk is refused before it is computed, unless `check_room` is off.
     """
 
     root: str = Field(default=".kdflow/store", min_length=1)
@@ -64,6 +65,7 @@ class StorageConfig(StrictModel):
     chunk_rows: int | None = Field(default=None, gt=0)
     codec: Literal["raw", "planes", "int8"] = "raw"
     read_cache_gb: float = Field(default=100.0, gt=0)
+    check_room: bool = True
 
     @model_validator(mode="after")
     def _whole_chunks(self) -> "StorageConfig":
@@ -97,13 +99,16 @@ class RunConfig(StrictModel):
     """One complete run.
 
     With `source: replay` the teacher runs once and training reads its stored states; with `live` it
-    runs inside the training ranks, and only held-out states are stored.
+    runs inside the training ranks, and only held-out states are stored. `auto` probes both for a
+    few batches and takes the cheaper one, given that `planned_runs` runs will use the same teacher
+    and data.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     seed: int = Field(default=0, ge=0)
     data: DataConfig
-    source: Literal["replay", "live"] = "replay"
+    source: Literal["replay", "live", "auto"] = "replay"
+    planned_runs: int = Field(default=1, gt=0)
     teacher: Teacher
     student: StudentConfig
     loss: LossConfig = Field(default_factory=LossConfig)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from storage.artifact import ArtifactRef
+from tasks.wiring.estimation import estimate_run
 from tasks.wiring.evaluation import evaluate_student, report
 from tasks.wiring.extraction import extract_states
 from tasks.wiring.preparation import prepare_model, tokenize_data
@@ -19,6 +20,7 @@ STAGES: Mapping[str, Callable[[StageRun], ArtifactRef | None]] = MappingProxyTyp
         "prepare-teacher": prepare_model,
         "prepare-student": prepare_model,
         "tokenize": tokenize_data,
+        "estimate": estimate_run,
         "extract": extract_states,
         "train": train_student,
         "evaluate": evaluate_student,

@@ -32,7 +32,7 @@ SHARDS_BEHIND = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Work:
+class TeacherWork:
     """What is to be stored: every distinct teacher sequence, in which table and row of it its ids
     lie, and its length.
     """
@@ -55,7 +55,8 @@ def extract_states(stage: StageRun) -> ArtifactRef | None:
     `share.of`-th shard is written.
     """
     rank, _ = rank_and_size()
-    work = _plan(stage)
+    tables = stage.tables()
+    work = distinct_sequences([tables[split] for split in state_splits(stage.run)])
     folder = stage.model_folder("teacher")
     check_lengths(int(work.lengths.max()), longest_allowed(stage.run.teacher, folder))
     head = stage.teacher_head(torch.device("cpu"))
@@ -67,8 +68,10 @@ def extract_states(stage: StageRun) -> ArtifactRef | None:
         chunk_rows=storage.chunk_rows,
         codec=storage.codec,
     )
-    if rank == 0:
-        stage.store.require_room(layout.num_bytes, f"the teacher's {layout.num_rows} hidden states")
+    if rank == 0 and storage.check_room:
+        there = sum(stage.store.sizes(stage.store.folder(stage.kind, stage.digest)).values())
+        what = f"what is missing of the teacher's {layout.num_rows} hidden states"
+        stage.store.require_room(layout.num_bytes - there, what)
     writer = HiddenStateWriter(
         store=stage.store,
         kind=stage.kind,
@@ -127,12 +130,10 @@ def _info(stage: StageRun, head: OutputHead, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _plan(stage: StageRun) -> _Work:
+def distinct_sequences(tables: list[TokenTable]) -> TeacherWork:
     """Every distinct teacher sequence once, by digest: digests are uniform, so that this is a
     random order.
     """
-    by_split = stage.tables()
-    tables = [by_split[split] for split in state_splits(stage.run)]
     digests = np.concatenate([table.digests() for table in tables])
     keys = digests.view(">u8")
     order = np.lexsort((keys[:, 1], keys[:, 0]))
@@ -144,7 +145,7 @@ def _plan(stage: StageRun) -> _Work:
     names = tuple(sorted({name for _, known in sources for name in known}))
     source = [np.array([names.index(n) for n in known], np.int16)[s] for s, known in sources]
     counts = [table.supervised_counts("teacher") for table in tables]
-    return _Work(
+    return TeacherWork(
         tables=tables,
         table=np.repeat(np.arange(len(tables)), [len(t) for t in tables])[chosen],
         row=np.concatenate([np.arange(len(t)) for t in tables])[chosen],
@@ -159,7 +160,11 @@ def _plan(stage: StageRun) -> _Work:
 
 
 def _run_teacher(
-    stage: StageRun, head: OutputHead, work: _Work, writer: HiddenStateWriter, missing: list[int]
+    stage: StageRun,
+    head: OutputHead,
+    work: TeacherWork,
+    writer: HiddenStateWriter,
+    missing: list[int],
 ) -> None:
     teacher = stage.run.teacher
     rank, size = rank_and_size()

@@ -35,7 +35,7 @@ def train_student(stage: StageRun) -> ArtifactRef | None:
     device = default_device()
     table = stage.tables()["train"]
     plan, states, head = _plan_and_signal(stage, table, device)
-    module = _build_module(stage, head, device)
+    module = build_module(stage, head, device)
     checkpoints = stage.workdir / "checkpoints"
     output = stage.workdir / "artifact"
     metrics: MetricsLog | NoMetrics = NoMetrics()
@@ -81,12 +81,14 @@ def _plan_and_signal(
 ) -> tuple[TrainingPlan, PrefetchedStates | LiveStates, OutputHead]:
     """The steps; stored states or a teacher in these ranks; and the teacher's head."""
     if stage.run.source == "live":
-        plan = _plan(stage, table, groups=None)
+        plan = training_plan(stage, table, groups=None)
         states, head = _live_states(stage, table, plan, device)
         return plan, states, head
     stored, head = stage.teacher_signal(device)
     windowed = stage.run.student.shuffle_window_shards is not None
-    plan = _plan(stage, table, groups=stored.shard_of(table.digests()) if windowed else None)
+    plan = training_plan(
+        stage, table, groups=stored.shard_of(table.digests()) if windowed else None
+    )
     rank, examples = dist.get_rank(), TokenExamples(table)
     prefetched = PrefetchedStates(
         stored,
@@ -134,7 +136,7 @@ def _live_states(
     return states, head
 
 
-def _build_module(
+def build_module(
     stage: StageRun, teacher_head: OutputHead, device: torch.device
 ) -> DistillationModule:
     """The student with its loss, sharded over all ranks."""
@@ -158,7 +160,8 @@ def _build_module(
     return module
 
 
-def _plan(stage: StageRun, table: TokenTable, groups: np.ndarray | None) -> TrainingPlan:
+def training_plan(stage: StageRun, table: TokenTable, groups: np.ndarray | None) -> TrainingPlan:
+    """The steps of the run; `groups` are the shards of the sequences' stored states."""
     config = stage.run.student
     return TrainingPlan(
         lengths=table.lengths("student"),

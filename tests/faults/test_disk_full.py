@@ -23,7 +23,8 @@ def test_states_that_will_not_fit_are_refused_before_the_teacher_runs(
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("storage.store.shutil.disk_usage", lambda _: usage)
     with pytest.raises(
-        StoreFullError, match=r"hidden states needs .* GB, but .* free; point storage"
+        StoreFullError,
+        match=r"hidden states needs .* GB, but .* free; point storage\.root .* check_room=false",
     ):
         run_inline(run, until="extract")
 

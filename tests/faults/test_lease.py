@@ -1,12 +1,14 @@
 """Leases: one process computes, the others wait; a dead holder's lease is taken over."""
 
 import json
+import logging
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -14,8 +16,11 @@ import fsspec
 import pytest
 
 import storage.lease
+from configs.load import load_run
 from storage.lease import exclusive, is_held
 from storage.store import ArtifactStore
+from tasks.launch import launch_stage
+from tasks.stages import StageSpec, plan_stages
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["storage.lease"])
@@ -138,3 +143,16 @@ def test_an_error_inside_frees_the_lease(store: ArtifactStore) -> None:
     with pytest.raises(KeyError), exclusive(store, "work", lambda _: None):
         raise KeyError
     assert not is_held(store, "work")
+
+
+def test_two_launches_of_a_stage_compute_it_once(
+    make_recipe: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = load_run(str(make_recipe()))
+    spec = StageSpec(identity=plan_stages(run)["tokenize"], run=run, inputs={})
+    with ThreadPoolExecutor(2) as pool, caplog.at_level(logging.INFO):
+        refs = list(pool.map(launch_stage, [spec] * 2, [logging.getLogger("test")] * 2))
+    assert refs[0] == refs[1]
+    assert caplog.text.count("training and") == 1  # the stage's own message
+    assert "is computing this artifact; waiting for it" in caplog.text
+    assert "the artifact is there by now" in caplog.text

@@ -1,0 +1,18 @@
+"""Estimate a run without Prefect: prepare and tokenize, which any run needs, then probe."""
+
+from configs.schema.run import RunConfig
+from storage.artifact import ArtifactRef
+from tasks.estimate import Estimate, Prospect, prospect, read_estimate
+from tasks.launch import Logger, launch_stage
+from tasks.stages import StageSpec, open_store, plan_stages
+
+
+def estimate(run: RunConfig, logger: Logger) -> tuple[Estimate, Prospect]:
+    """What the run will take. Its stages up to the probe are computed, or come from the store."""
+    done: dict[str, ArtifactRef] = {}
+    for identity in plan_stages(run.model_copy(update={"source": "auto"})).values():
+        spec = StageSpec(identity=identity, run=run, inputs=done)
+        done = done | {identity.output: launch_stage(spec, logger)}
+    store = open_store(run)
+    found = read_estimate(store, done["estimate"])
+    return found, prospect(run, found, store.free_bytes())

@@ -1,0 +1,55 @@
+"""`kdflow estimate` and `source: auto`, as users start them."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from configs.load import load_run
+from tasks.estimate import prospect, read_estimate
+from tasks.stages import decided, open_store, plan_stages, stage_status
+from tests.conftest import run_inline
+from tests.integration.test_flow import run
+
+pytestmark = [pytest.mark.prefect, pytest.mark.ranks]
+
+
+def test_an_estimate_foretells_the_stored_states(
+    make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = str(make_recipe())
+    output = run("estimate", recipe, "planned_runs=3")
+    assert "3 runs planned" in output
+    assert re.search(r"states as raw \(chosen\) .* bytes per supervised token", output)
+    assert re.search(r"source: auto +│ (live|replay): ", output)
+    config = load_run(recipe)
+    auto = plan_stages(config.model_copy(update={"source": "auto"}))["estimate"]
+    store = open_store(config)
+    ref = store.find(auto.kind, auto.digest)
+    assert ref is not None
+    found = read_estimate(store, ref)
+    states = run_inline(config, until="extract")["states"]
+    assert (found.sequences, found.rows) == (states.counts["sequences"], states.counts["rows"])
+    sizes = [
+        p.stat().st_size for p in Path(states.uri).rglob("states.zarr/*/c/**/*") if p.is_file()
+    ]
+    foretold = prospect(config, found, None).stored_bytes["raw"]
+    assert foretold == pytest.approx(sum(p.stat().st_size for p in files), rel=0.1)
+    assert found.steps == 6
+    assert found.teacher_rate > 0
+    assert found.student_rate > 0
+
+
+def test_auto_takes_the_cheaper_source_and_says_so(make_recipe: Callable[..., Path]) -> None:
+    """Six steps of eight sequences are fewer than there are: live has less to do."""
+    recipe = str(make_recipe())
+    output = run("run", recipe, "source=auto")
+    assert "source: auto is live here" in output
+    assert all(s.cached for s in stage_status(load_run(recipe, {"source": "auto"})))
+    assert all(s.cached for s in stage_status(load_run(recipe, {"source": "live"})))
+    often = load_run(recipe, {"source": "auto", "planned_runs": 50})
+    estimate = plan_stages(often)["estimate"]  # the same one
+    ref = open_store(often).find(estimate.kind, estimate.digest)
+    assert ref is not None
+    assert decided(often, ref).source == "replay"
