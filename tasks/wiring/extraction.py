@@ -104,7 +104,11 @@ def extract_states(stage: StageRun) -> ArtifactRef | None:
         )
     return stage.commit(
         files=files,
-        counts={"sequences": len(work.sequences), "rows": layout.num_rows},
+        counts={
+            "sequences": len(work.sequences),
+            "tokens": int(work.lengths.sum()),
+            "rows": layout.num_rows,
+        },
         info=info,
     )
 
@@ -112,9 +116,16 @@ def extract_states(stage: StageRun) -> ArtifactRef | None:
 def _info(stage: StageRun, head: OutputHead, layout: Layout) -> dict[str, Any]:
     """What a reader of the states must check or wants to know."""
     config = load_config(stage.model_folder("teacher"))
+    tokens = stage.spec.inputs["tokens"]
+    tokenized = stage.store.manifest(tokens.kind, tokens.digest)
     return {
         "layout": asdict(layout),
-        "teacher": stage.spec.identity.inputs["teacher_model"],
+        "teacher": {
+            "model": stage.run.teacher.model.model_dump(mode="json"),
+            "digest": stage.spec.identity.inputs["teacher_model"],
+            "tokenizer": tokenized.inputs["teacher_tokenizer"],
+            "template": tokenized.config["teacher_template"],
+        },
         "architecture": (config.architectures or ["unknown"])[0],
         "engine": stage.run.teacher.type,
         "dtype": stage.run.teacher.dtype,

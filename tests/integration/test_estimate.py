@@ -31,9 +31,7 @@ def test_an_estimate_foretells_the_stored_states(
     found = read_estimate(store, ref)
     states = run_inline(config, until="extract")["states"]
     assert (found.sequences, found.rows) == (states.counts["sequences"], states.counts["rows"])
-    sizes = [
-        p.stat().st_size for p in Path(states.uri).rglob("states.zarr/*/c/**/*") if p.is_file()
-    ]
+    files = [p for p in Path(states.uri).rglob("states.zarr/*/c/**/*") if p.is_file()]
     foretold = prospect(config, found, None).stored_bytes["raw"]
     assert foretold == pytest.approx(sum(p.stat().st_size for p in files), rel=0.1)
     assert found.steps == 6
