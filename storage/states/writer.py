@@ -218,7 +218,7 @@ class HiddenStateWriter:
             )
         ordered = [commits[shard] for shard in range(self.layout.num_shards)]
         hashes = np.concatenate([commit.rows_xxh3 for commit in ordered])
-        index = record(INDEX, content := self._index(hashes))
+        index = record(INDEX, content := self.index(hashes))
         self._files.write(INDEX, content)
         files = {f.path: f for commit in ordered for f in commit.files}
         for file in (*self._metadata, index):
@@ -228,8 +228,10 @@ class HiddenStateWriter:
             files[name] = record(name, text)
         return list(files.values()), [c.measured for c in ordered if c.measured]
 
-    def _index(self, hashes: np.ndarray) -> bytes:
-        """The index as an Arrow file of one batch, so that it can be mapped into memory."""
+    def index(self, hashes: np.ndarray) -> bytes:
+        """The index as an Arrow file of one batch, so that it can be mapped into memory; `hashes`
+        are the XXH3-64 of each sequence's rows (uint64).
+        """
         s = self._sequences
         first = first_rows(s.num_rows, self._bounds, self.layout.shard_rows)
         digests = pa.FixedSizeBinaryArray.from_buffers(
