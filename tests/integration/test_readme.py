@@ -39,9 +39,10 @@ def test_commands_for_own_models(tmp_path: Path) -> None:
     """All of them; the one that trains the real quick start is cut to a few samples and steps."""
     short = ["data.max_samples=120", "student.max_steps=4", "eval.max_generations=2"]
     shown = commands("Your own models")
-    assert {words[1] for words in shown} == {"doctor", "recipes", "config", "plan", "run"}
+    expected = {"doctor", "recipes", "config", "plan", "estimate", "run", "store"}
+    assert {words[1] for words in shown} == expected
     for words in shown:
-        extra = short if words[1] == "run" else []
+        extra = short if words[1] in {"run", "estimate"} else []
         output = run([*words, *extra], tmp_path, tmp_path / "prefect")
         if words[1] == "doctor":
             assert "sglang" in output.lower()
@@ -49,6 +50,10 @@ def test_commands_for_own_models(tmp_path: Path) -> None:
             assert "quickstart" in output.split()
         elif words[1] == "config":
             assert "max_grad_norm: 1.0" in output
+        elif words[1] == "estimate":
+            assert "teacher, live" in output
+        elif words[1] == "store":
+            assert output.count("quickstart-") >= 7
         elif words[1] == "plan":
             assert "prepare-teacher" in output
         else:

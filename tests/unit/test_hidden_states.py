@@ -12,12 +12,13 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from storage.codecs import CODECS
 from storage.errors import RowsMismatchError, StoreError
 from storage.states.layout import Sequences, plan_layout
 from storage.store import ArtifactStore
 from tests.stored import HIDDEN, Stored, bfloat16_bits, floats
 
-LOSSLESS = ["raw", "planes"]
+LOSSLESS = [name for name, codec in CODECS.items() if codec.lossless]
 
 
 def local(folder: Path) -> ArtifactStore:
