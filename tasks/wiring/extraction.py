@@ -69,9 +69,7 @@ def extract_states(stage: StageRun) -> ArtifactRef | None:
         codec=storage.codec,
     )
     if rank == 0 and storage.check_room:
-        there = sum(stage.store.sizes(stage.store.folder(stage.kind, stage.digest)).values())
-        what = f"what is missing of the teacher's {layout.num_rows} hidden states"
-        stage.store.require_room(layout.num_bytes - there, what)
+        _require_room(stage, layout)
     writer = HiddenStateWriter(
         store=stage.store,
         kind=stage.kind,
@@ -96,12 +94,8 @@ def extract_states(stage: StageRun) -> ArtifactRef | None:
     files, measured = writer.close()
     info = _info(stage, head, layout)
     if measured:
-        info["codec_loss"] = loss = codec_loss(measured)
-        stage.reporter.message(
-            f"codec {layout.codec}: KL of stored from exact distributions {loss['kl_mean']:.1e} "
-            f"nats on average, {loss['kl_max']:.1e} at most, same top-1 {loss['same_top1']:.1%} "
-            f"({loss['rows']:.0f} rows compared)"
-        )
+        info["codec_loss"] = codec_loss(measured)
+        _tell_loss(stage, info["codec_loss"])
     return stage.commit(
         files=files,
         counts={
@@ -110,6 +104,21 @@ def extract_states(stage: StageRun) -> ArtifactRef | None:
             "rows": layout.num_rows,
         },
         info=info,
+    )
+
+
+def _require_room(stage: StageRun, layout: Layout) -> None:
+    """Refuse what will not fit the disk, before the teacher runs. Raises StoreFullError."""
+    there = sum(stage.store.sizes(stage.store.folder(stage.kind, stage.digest)).values())
+    what = f"what is missing of the teacher's {layout.num_rows} hidden states"
+    stage.store.require_room(layout.num_bytes - there, what)
+
+
+def _tell_loss(stage: StageRun, loss: dict[str, float]) -> None:
+    stage.reporter.message(
+        f"codec {stage.run.storage.codec}: KL of stored from exact distributions "
+        f"{loss['kl_mean']:.1e} nats on average, {loss['kl_max']:.1e} at most, same top-1 "
+        f"{loss['same_top1']:.1%} ({loss['rows']:.0f} rows compared)"
     )
 
 
