@@ -242,6 +242,12 @@ class ArtifactStore:
                 partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
                 with disk_errors(str(target)):
                     self.fs.get_file(f"{folder}/{record.path}", str(partial))
+                if hash_file(partial) != record.xxh3:
+                    partial.unlink()
+                    raise StoreCorruptError(
+                        f"{folder}/{record.path} does not have its checksum; `kdflow store verify "
+                        "--repair` removes what is damaged, the next run computes it again"
+                    )
                 os.replace(partial, path)
         return target
 

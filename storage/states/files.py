@@ -106,6 +106,8 @@ def read_fitted(content: bytes, layout: Layout) -> np.ndarray:
     fitted_H = np.frombuffer(content, "<f4")
     if len(fitted_H) != layout.hidden_size:
         raise StoreCorruptError(f"{FITTED} holds {len(fitted_H)} scales for {layout.hidden_size}")
+    if not (np.isfinite(fitted_H) & (fitted_H > 0)).all():
+        raise StoreCorruptError(f"{FITTED} holds scales that are not positive numbers")
     return fitted_H
 
 

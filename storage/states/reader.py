@@ -99,7 +99,7 @@ class HiddenStateReader:
         # Not there, or two that share their first half: looked up one by one.
         for i in np.flatnonzero((known[entries] != wanted).any(axis=1)):
             entries[i] = self._entry(wanted[i].tobytes())
-        return np.asarray(self._first[entries] // self.layout.shard_rows)
+        return np.asarray(self._begin(entries) // self.layout.shard_rows)
 
     def rows(self, digest: bytes, target_ids_N: np.ndarray) -> np.ndarray:
         """The bfloat16 bits [N, H] of one sequence's states; of codec `raw`, without a copy.
@@ -109,7 +109,7 @@ class HiddenStateReader:
             StoreCorruptError: the rows are not the ones that were written.
         """
         entry = self._entry(digest)
-        shard, start = divmod(int(self._first[entry]), self.layout.shard_rows)
+        shard, start = divmod(int(self._begin(entry)), self.layout.shard_rows)
         stop = start + int(self._count[entry])
         hidden, targets = self._shard(shard)
         expected_N = targets.rows(start, stop)[0]
@@ -131,6 +131,10 @@ class HiddenStateReader:
                 )
             self._trusted[entry] = True
         return self._codec.decode(stored_PNW, self._fitted)
+
+    def _begin(self, entries: int | np.ndarray) -> np.ndarray:
+        """First rows; a sequence without any behind a full shard is of that shard, not the next."""
+        return np.maximum(self._first[entries] - (self._count[entries] == 0), 0)
 
     def _entry(self, digest: bytes) -> int:
         position = bisect_left(self._digests, digest)

@@ -40,6 +40,16 @@ def test_round_trip_over_several_shards(store: ArtifactStore, codec: str) -> Non
     stored.assert_readable(stored.write_all())
 
 
+def test_a_sequence_without_rows_behind_a_full_shard(tmp_path: Path) -> None:
+    for number, counts in enumerate(([16, 0], [0], [0, 16], [16, 0, 0, 5], [20, 0])):
+        stored = Stored(local(tmp_path / str(number)), counts)
+        reader = stored.write_all()
+        stored.assert_readable(reader)
+        empty = counts.index(0)
+        with pytest.raises(RowsMismatchError, match="predict other tokens"):
+            reader.rows(stored.keys[empty], np.ones(1, np.int32))
+
+
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -169,6 +179,28 @@ def test_int8_takes_rows_of_zeros_and_refuses_what_is_not_finite(tmp_path: Path)
     broken.hidden = [np.full((8, HIDDEN), 0x7F80, np.uint16)]
     with pytest.raises(StoreError, match=r"not finite cannot be int8; set storage\.codec=raw"):
         broken.finish()
+
+
+@pytest.mark.parametrize("damage", ["other scales", "gone"])
+def test_shards_are_never_joined_with_scales_of_others(tmp_path: Path, damage: str) -> None:
+    """Neither committed ones nor one that a crash has left without its commit."""
+    stored = Stored(local(tmp_path), [16, 16, 16], codec="int8")
+    stored.write(stored.writer(), [0, 1])
+    Path(stored.file("commits/000001.json")).unlink()
+    fitted = Path(stored.file("states.zarr/fitted/c/0"))
+    scales = np.frombuffer(fitted.read_bytes(), "<f4") * np.float32(2)
+    if damage == "gone":
+        fitted.unlink()
+    else:
+        fitted.write_bytes(scales.tobytes())
+    writer = stored.writer()
+    assert writer.missing_shards() == [0, 1, 2]
+    stored.write(writer, [2, 1, 0])  # the scales are now those of other rows
+    stored.commit(writer)
+    reader = stored.reader()
+    for key, targets, hidden in zip(stored.keys, stored.targets, stored.hidden, strict=True):
+        rows = floats(reader.rows(key, targets))
+        np.testing.assert_allclose(rows, floats(hidden), atol=0.05)
 
 
 def test_what_a_lossy_codec_changes_is_shown_to_the_measure(tmp_path: Path) -> None:

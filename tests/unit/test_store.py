@@ -72,6 +72,14 @@ def test_damage_is_noticed(store: ArtifactStore) -> None:
     assert store.manifests("tokens") == []
 
 
+def test_a_remote_file_with_another_content_is_not_copied(tmp_path: Path) -> None:
+    store = ArtifactStore(root=f"memory://{tmp_path.name}", scratch=str(tmp_path))
+    ref = make(store)
+    store.fs.pipe_file(f"{store.folder('tokens', KEY)}/a.txt", b"xyz")
+    with pytest.raises(StoreCorruptError, match=r"a\.txt does not have its checksum"):
+        store.local_copy(ref)
+
+
 def test_what_does_not_fit_is_refused_beforehand(tmp_path: Path) -> None:
     store = ArtifactStore(root=str(tmp_path), scratch=str(tmp_path))
     with pytest.raises(StoreFullError, match=r"the states needs 1000000000\.000 GB"):
