@@ -134,7 +134,7 @@ class HiddenStateReader:
 
     def _begin(self, entries: int | np.ndarray) -> np.ndarray:
         """First rows; a sequence without any behind a full shard is of that shard, not the next."""
-        return np.maximum(self._first[entries] - (self._count[entries] == 0), 0)
+        return np.asarray(np.maximum(self._first[entries] - (self._count[entries] == 0), 0))
 
     def _entry(self, digest: bytes) -> int:
         position = bisect_left(self._digests, digest)
