@@ -55,9 +55,11 @@ def exclusive(
 
 
 def is_held(store: ArtifactStore, name: str) -> bool:
-    """Whether somebody holds the lease, or did until their machine died a moment ago."""
-    current = _Lease(store, name).current()
-    return current is not None and not current.is_free
+    """Whether somebody holds the lease or a share of it, or did until their machine died."""
+    paths = store.fs.glob(f"{store.root}/leases/{name}*.json")
+    names = {GENERATION.sub("", str(path).rsplit("/", 1)[1]) for path in paths}
+    states = (_Lease(store, found).current() for found in names)
+    return any(state is not None and not state.is_free for state in states)
 
 
 def _wait(lease: "_Lease", on_wait: Callable[[str], None], ttl_s: float) -> None:

@@ -103,6 +103,9 @@ def test_rm_asks_and_spares_what_is_being_computed(stored: Stored, tmp_path: Pat
     assert "abc0" in names(tmp_path)
     with exclusive(stored.store, lease_name("states", stored.digest), lambda _: None):
         assert "is being computed" in str(kdflow(tmp_path, "rm", "abc", "--yes").exception)
+    share = f"{lease_name('states', stored.digest)}-share-1-of-2"
+    with exclusive(stored.store, share, lambda _: None):
+        assert "is being computed" in str(kdflow(tmp_path, "rm", "abc", "--yes").exception)
     kdflow(tmp_path, "rm", "abc", "--yes")
     assert names(tmp_path) == {"def0", "fff0"}
     assert list((tmp_path / "store/leases").iterdir()) == []
