@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from configs.schema.base import StrictModel
 
@@ -28,7 +28,106 @@ class ReverseKLConfig(_Tempered):
     type: Literal["reverse_kl"] = "reverse_kl"
 
 
-Divergence = Annotated[ForwardKLConfig | ReverseKLConfig, Field(discriminator="type")]
+class GeneralizedJSDConfig(_Tempered):
+    """beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student;
+    `beta` 0 is KL(teacher || student), 1 is KL(student || teacher).
+    """
+
+    type: Literal["generalized_jsd"] = "generalized_jsd"
+    beta: float = Field(default=0.5, ge=0, le=1)
+
+
+class SkewedKLConfig(_Tempered):
+    """KL(teacher || alpha teacher + (1 - alpha) student)."""
+
+    type: Literal["skewed_kl"] = "skewed_kl"
+    alpha: float = Field(default=0.1, gt=0, lt=1)
+
+
+class SkewedReverseKLConfig(_Tempered):
+    """KL(student || (1 - alpha) teacher + alpha student)."""
+
+    type: Literal["skewed_reverse_kl"] = "skewed_reverse_kl"
+    alpha: float = Field(default=0.1, gt=0, lt=1)
+
+
+class AdaptiveKLConfig(_Tempered):
+    """Forward and reverse KL, weighed by how far the student is off in the teacher's head (its top
+    tokens, with a mass of `head_mass`) and in its tail.
+    """
+
+    type: Literal["adaptive_kl"] = "adaptive_kl"
+    head_mass: float = Field(default=0.5, gt=0, lt=1)
+
+
+class TotalVariationConfig(_Tempered):
+    """Half the sum of absolute differences."""
+
+    type: Literal["total_variation"] = "total_variation"
+
+
+class Top1CrossEntropyConfig(_Tempered):
+    """Cross-entropy of the teacher's most probable token, times its probability."""
+
+    type: Literal["top1_cross_entropy"] = "top1_cross_entropy"
+
+
+class AlphaBetaConfig(_Tempered):
+    """The alpha-beta divergence; (1, 0) would be KL(teacher || student), (0, 1) the reverse."""
+
+    type: Literal["alpha_beta"] = "alpha_beta"
+    alpha: float = Field(default=0.2, gt=0)
+    beta: float = Field(default=0.7, gt=0)
+
+
+class AlphaDivergenceConfig(_Tempered):
+    """Amari's alpha divergence; 1 would be KL(teacher || student), 0 the reverse."""
+
+    type: Literal["alpha_divergence"] = "alpha_divergence"
+    alpha: float = Field(default=0.5, gt=0, lt=1)
+
+
+SingleDivergence = Annotated[
+    ForwardKLConfig
+    | ReverseKLConfig
+    | GeneralizedJSDConfig
+    | SkewedKLConfig
+    | SkewedReverseKLConfig
+    | AdaptiveKLConfig
+    | TotalVariationConfig
+    | Top1CrossEntropyConfig
+    | AlphaBetaConfig
+    | AlphaDivergenceConfig,
+    Field(discriminator="type"),
+]
+
+
+class WeightedTerm(StrictModel):
+    """A divergence and its weight in a sum."""
+
+    weight: float = Field(gt=0)
+    divergence: SingleDivergence
+
+
+class WeightedSumConfig(_Tempered):
+    """sum of weight * divergence. The temperature is given here, for all terms."""
+
+    type: Literal["weighted_sum"] = "weighted_sum"
+    terms: tuple[WeightedTerm, ...] = Field(min_length=1, strict=False)
+
+    @model_validator(mode="after")
+    def _one_temperature(self) -> "WeightedSumConfig":
+        for term in self.terms:
+            tempered = term.divergence
+            if tempered.temperature != 1 or tempered.scale_by_temperature_squared:
+                raise ValueError(
+                    f"`{tempered.type}` in a weighted_sum has a temperature of its own; give "
+                    "`temperature` and `scale_by_temperature_squared` for the sum instead"
+                )
+        return self
+
+
+Divergence = Annotated[SingleDivergence | WeightedSumConfig, Field(discriminator="type")]
 
 
 class LossConfig(StrictModel):

@@ -30,3 +30,10 @@ class Divergence(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Nats per token [T], and their gradient [T, V] for the *tempered* student logits."""
         ...
+
+
+def softmax_gradient(u_TV: torch.Tensor, q_TV: torch.Tensor) -> torch.Tensor:
+    """The gradient for the student's logits of a sum over the vocabulary of l_v(q_v), from
+    u_v = q_v dl_v/dq_v: the softmax's Jacobian takes it to u - q sum_v u_v.
+    """
+    return u_TV - q_TV * u_TV.sum(-1, keepdim=True)

@@ -24,7 +24,7 @@ def test_states_that_will_not_fit_are_refused_before_the_teacher_runs(
     monkeypatch.setattr("storage.store.shutil.disk_usage", lambda _: usage)
     with pytest.raises(
         StoreFullError,
-        match=r"hidden states needs .* GB, but .* free; point storage\.root .* check_room=false",
+        match=r"hidden states needs .* GB, but .* free; point storage\.root .*check_room=false",
     ):
         run_inline(run, until="extract")
 

@@ -23,7 +23,7 @@ from storage.states.reader import HiddenStateReader
 from storage.store import ArtifactStore
 from tests.stored import Stored
 
-COUNTS = [13] * 150
+COUNTS = [13] * 300
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["tests.stored"])
 
@@ -41,6 +41,12 @@ def write_what_is_missing(folder: str, codec: str, begun: Event) -> None:
     stored.commit(writer)
 
 
+def await_files(folder: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("*.json"))) < count:
+        assert time.monotonic() < deadline
+
+
 @pytest.mark.parametrize("codec", ["raw", "planes"])
 def test_a_writer_killed_at_any_moment_loses_no_finished_shard(tmp_path: Path, codec: str) -> None:
     stored = Stored(local(tmp_path), COUNTS, codec=codec)
@@ -52,7 +58,8 @@ def test_a_writer_killed_at_any_moment_loses_no_finished_shard(tmp_path: Path, c
         writer = processes.Process(target=write_what_is_missing, args=(str(tmp_path), codec, begun))
         writer.start()
         begun.wait(60)
-        time.sleep(moments.uniform(0, 0.03))
+        await_files(commits, len(finished) + moments.randrange(6))
+        time.sleep(moments.uniform(0, 0.005))
         assert writer.pid is not None
         os.kill(writer.pid, signal.SIGKILL)
         writer.join()

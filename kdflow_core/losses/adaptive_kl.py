@@ -1,0 +1,46 @@
+"""Adaptive KL of "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large
+Language Models", arXiv 2404.02657, section 4.
+
+AKL = g_head / (g_head + g_tail) KL(p || q) + g_tail / (g_head + g_tail) KL(q || p), where the head
+is the fewest of the teacher's tokens that hold a mass of `head_mass`, and g sums |p - q| over head
+and tail. The weights are constants to the gradient; where p = q exactly, both are 1/2.
+Dimensions: T tokens, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from kdflow_core.losses.base import softmax_gradient
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveKL:
+    """Forward and reverse KL weighed by where the student is wrong, nats per token."""
+
+    head_mass: float = 0.5
+    temperature: float = 1.0
+    scale_by_temperature_squared: bool = False
+
+    def value_and_gradient(
+        self, log_q_TV: torch.Tensor, log_p_TV: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Divergence`."""
+        q_TV, p_TV = log_q_TV.exp(), log_p_TV.exp()
+        forward_T1 = self._forward_weight(q_TV, p_TV)
+        log_ratio_TV = log_q_TV - log_p_TV
+        reverse_TV = q_TV * log_ratio_TV
+        value_T = (-forward_T1 * p_TV * log_ratio_TV + (1 - forward_T1) * reverse_TV).sum(-1)
+        gradient_TV = forward_T1 * (q_TV - p_TV)
+        gradient_TV += (1 - forward_T1) * softmax_gradient(reverse_TV, q_TV)
+        return value_T, gradient_TV
+
+    def _forward_weight(self, q_TV: torch.Tensor, p_TV: torch.Tensor) -> torch.Tensor:
+        sorted_TV, order_TV = p_TV.sort(dim=-1, descending=True)
+        before_TV = sorted_TV.cumsum(-1) - sorted_TV
+        # A token is of the head while those before it do not hold the mass yet.
+        in_head_TV = before_TV < self.head_mass
+        gap_TV = (p_TV - q_TV).abs()
+        head_T1 = (gap_TV.gather(-1, order_TV) * in_head_TV).sum(-1, keepdim=True)
+        total_T1 = gap_TV.sum(-1, keepdim=True)
+        return torch.where(total_T1 > 0, head_T1 / total_T1.where(total_T1 > 0, 1.0), 0.5)
