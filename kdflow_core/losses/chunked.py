@@ -6,8 +6,8 @@ forward computed, so no logits are kept and nothing is recomputed.
 
 The loss is a weighted sum, never a mean: whoever calls it divides (see student/step.py).
 
-Dimensions: T supervised tokens, C tokens of a chunk, V vocabulary, H hidden size of the student,
-G hidden size of the teacher, X the three per-token terms.
+Dimensions: T supervised tokens, C tokens of a chunk, B tokens of a block, V vocabulary, H hidden
+size of the student, G hidden size of the teacher, X the three per-token terms.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,10 @@ from torch.autograd.function import once_differentiable
 
 from kdflow_core.contracts import OutputHead
 from kdflow_core.losses.base import Divergence
+
+# Rows of the element-wise stage at a time: its temporaries stay in the processor's cache, and a
+# chunk never takes more than its two buffers of logits.
+BLOCK_ROWS = 64
 
 
 class LossOutput(NamedTuple):
@@ -115,15 +119,20 @@ class _ChunkedLoss(torch.autograd.Function):
         per_token = torch.zeros(3, hidden_TH.shape[0], dtype=dtype, device=hidden_TH.device)
         for begin in range(0, hidden_TH.shape[0], spec.chunk_tokens):
             rows = slice(begin, begin + spec.chunk_tokens)
-            logits_CV = student.logits(hidden_TH[rows])
-            terms_XC, grad_CV = _elementwise(
-                logits_CV, teacher.logits(teacher_hidden_TG[rows]), target_ids_T[rows], spec
-            )
-            per_token[:, rows] = terms_XC
+            grad_CV = student.logits(hidden_TH[rows])  # becomes the gradient, block by block
+            teacher_CV = teacher.logits(teacher_hidden_TG[rows])
+            for first in range(0, len(grad_CV), BLOCK_ROWS):
+                block = slice(first, first + BLOCK_ROWS)
+                of_chunk = slice(begin + first, min(begin + first + BLOCK_ROWS, rows.stop))
+                terms_XB, grad_BV = _elementwise(
+                    grad_CV[block], teacher_CV[block], target_ids_T[of_chunk], spec
+                )
+                per_token[:, of_chunk] = terms_XB
+                grad_BV *= weights_T[of_chunk, None]
+                student.through_head_(grad_BV, grad_CV[block])
+                grad_CV[block] = grad_BV
             if not any((need_hidden, need_weight, need_bias)):
                 continue
-            grad_CV *= weights_T[rows, None]
-            student.through_head_(grad_CV, logits_CV)
             if grad_hidden_TH is not None:
                 grad_hidden_TH[rows] = (grad_CV @ student.weight_VH).to(grad_hidden_TH.dtype)
             if grad_weight_VH is not None:

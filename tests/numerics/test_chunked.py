@@ -4,9 +4,14 @@ import pytest
 import torch
 
 from kdflow_core.contracts import OutputHead
-from kdflow_core.losses import LOSSES
+from kdflow_core.losses import LOSSES, chunked
 from kdflow_core.losses.chunked import LossOutput, LossSpec, distillation_loss
+from tests.numerics.definitions import CASES, generalized_jsd, kl
 
+DEFINITIONS = {name: definition for name, fields, definition in CASES if not fields}
+DEFINITIONS["generalized_jsd"] = generalized_jsd(0.5)
+DEFINITIONS["skewed_kl"] = lambda p, q: kl(p, 0.1 * p + 0.9 * q)
+DEFINITIONS["skewed_reverse_kl"] = lambda p, q: kl(q, 0.9 * p + 0.1 * q)
 TOKENS, VOCABULARY, STUDENT, TEACHER = 13, 29, 6, 9
 
 
@@ -75,10 +80,7 @@ class Problem:
         y_TV = capped(self.teacher_hidden_TG.double() @ self.teacher_head.weight_VH.double().T)
         temperature = spec.divergence.temperature
         q_TV, p_TV = torch.softmax(z_TV / temperature, -1), torch.softmax(y_TV / temperature, -1)
-        if name == "forward_kl":
-            divergence_T = (p_TV * (p_TV / q_TV).log()).sum(-1)
-        else:
-            divergence_T = (q_TV * (q_TV / p_TV).log()).sum(-1)
+        divergence_T = DEFINITIONS[name](p_TV, q_TV)
         if spec.divergence.scale_by_temperature_squared:
             divergence_T = divergence_T * temperature**2
         ce_T = -torch.softmax(z_TV, -1)[torch.arange(TOKENS), self.targets_T].log()
@@ -94,7 +96,7 @@ def spec_of(name: str, *, chunk: int = 4, ratio: float = 0.7, temperature: float
 
 
 @pytest.mark.parametrize("name", list(LOSSES))
-@pytest.mark.parametrize("chunk", [1, 2, 5, TOKENS, 100])
+@pytest.mark.parametrize("chunk", [1, 5, 100])
 @pytest.mark.parametrize("ratio", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize(
@@ -115,7 +117,22 @@ def test_value_and_gradients_are_the_definitions(
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", list(LOSSES))
+@pytest.mark.parametrize("block", [1, 3, 4, 5])
+def test_blocks_of_a_chunk_do_not_matter(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_of("generalized_jsd", chunk=8, temperature=2.0)
+    ours, witness = Problem(softcap=1.5, bias=True), Problem(softcap=1.5, bias=True)
+    expected = witness.definition(spec, "generalized_jsd")
+    monkeypatch.setattr(chunked, "BLOCK_ROWS", block)
+    loss = ours.chunked(spec).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-11, atol=1e-12)
+    loss.backward()
+    expected.backward()
+    for mine, theirs in zip(ours.leaves, witness.leaves, strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-9, atol=1e-11)
+
+
+# The weights of adaptive_kl are constants to its gradient, but not to a difference quotient.
+@pytest.mark.parametrize("name", sorted(LOSSES.keys() - {"adaptive_kl"}))
 def test_gradcheck(name: str) -> None:
     problem = Problem(bias=True, softcap=2.0)
     spec = spec_of(name, temperature=1.3)
