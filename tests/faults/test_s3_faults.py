@@ -83,7 +83,9 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    fsspec.filesystem("s3", skip_instance_cache=True).makedirs("kdflow-faults", exist_ok=True)
+    # fsspec keeps file systems by their arguments, and the endpoint is none of them.
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    fsspec.filesystem("s3").makedirs("kdflow-faults", exist_ok=True)
     yield proxy
     proxy.shutdown()
     proxy.server_close()
@@ -91,7 +93,6 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
 
 
 def test_states_survive_an_unreliable_endpoint(proxy: FaultyProxy, tmp_path: Path) -> None:
-    fsspec.filesystem("s3").clear_instance_cache()
     store = ArtifactStore(root=f"s3://kdflow-faults/{tmp_path.name}", scratch=str(tmp_path))
     proxy.chance = 0.25
     stored = Stored(store, [13] * 25)
@@ -113,7 +114,6 @@ def test_states_survive_an_unreliable_endpoint(proxy: FaultyProxy, tmp_path: Pat
 
 
 def test_of_two_creators_on_s3_one_wins(proxy: FaultyProxy, tmp_path: Path) -> None:
-    fsspec.filesystem("s3").clear_instance_cache()
     store = ArtifactStore(root=f"s3://kdflow-faults/{tmp_path.name}", scratch=str(tmp_path))
     wins: list[int] = []
     start = threading.Barrier(8)

@@ -23,7 +23,8 @@ from storage.states.reader import HiddenStateReader
 from storage.store import ArtifactStore
 from tests.stored import Stored
 
-COUNTS = [13] * 300
+COUNTS = [13] * 150
+MANY = [13] * 800
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["tests.stored"])
 
@@ -32,8 +33,8 @@ def local(folder: Path | str) -> ArtifactStore:
     return ArtifactStore(root=f"{folder}/store", scratch=f"{folder}/scratch")
 
 
-def write_what_is_missing(folder: str, codec: str, begun: Event) -> None:
-    stored = Stored(local(folder), COUNTS, codec=codec)
+def write_what_is_missing(folder: str, counts: list[int], codec: str, begun: Event) -> None:
+    stored = Stored(local(folder), counts, codec=codec)
     writer = stored.writer()
     missing = writer.missing_shards()
     begun.set()
@@ -49,13 +50,15 @@ def await_files(folder: Path, count: int) -> None:
 
 @pytest.mark.parametrize("codec", ["raw", "planes"])
 def test_a_writer_killed_at_any_moment_loses_no_finished_shard(tmp_path: Path, codec: str) -> None:
-    stored = Stored(local(tmp_path), COUNTS, codec=codec)
+    stored = Stored(local(tmp_path), MANY, codec=codec)
     commits = Path(stored.file("commits"))
     moments = random.Random(0)
     kills, finished = 0, {}
     while kills < 20:
         begun = processes.Event()
-        writer = processes.Process(target=write_what_is_missing, args=(str(tmp_path), codec, begun))
+        writer = processes.Process(
+            target=write_what_is_missing, args=(str(tmp_path), MANY, codec, begun)
+        )
         writer.start()
         begun.wait(60)
         await_files(commits, len(finished) + moments.randrange(6))
@@ -69,7 +72,7 @@ def test_a_writer_killed_at_any_moment_loses_no_finished_shard(tmp_path: Path, c
         now = {p.name: p.stat().st_mtime_ns for p in commits.glob("*.json")}
         assert finished.items() <= now.items()
         finished = now
-    assert 0 < len(finished) < len(COUNTS)
+    assert 0 < len(finished) < len(MANY)
     stored.finish()
     now = {p.name: p.stat().st_mtime_ns for p in commits.glob("*.json")}
     assert finished.items() <= now.items()
@@ -106,7 +109,9 @@ def test_two_writers_of_the_same_shards_leave_each_shard_to_one_of_them(tmp_path
 
 def test_a_reader_during_a_write_sees_nothing_or_everything(tmp_path: Path) -> None:
     begun = processes.Event()
-    writer = processes.Process(target=write_what_is_missing, args=(str(tmp_path), "raw", begun))
+    writer = processes.Process(
+        target=write_what_is_missing, args=(str(tmp_path), COUNTS, "raw", begun)
+    )
     writer.start()
     stored = Stored(local(tmp_path), COUNTS)
     looks = 0

@@ -29,7 +29,9 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test-secret-of-nobody")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    fsspec.filesystem("s3", skip_instance_cache=True).mkdir("kdflow-test")
+    # fsspec keeps file systems by their arguments, and the endpoint is none of them.
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    fsspec.filesystem("s3").mkdir("kdflow-test")
     yield "s3://kdflow-test"
     server.stop()
 
@@ -46,7 +48,7 @@ def run_all(recipe: str, overrides: dict[str, object]) -> dict[str, ArtifactRef]
 def test_store_and_data_on_s3(
     bucket: str, make_recipe: Callable[..., Path], data_file: Path, tmp_path: Path
 ) -> None:
-    files = fsspec.filesystem("s3", skip_instance_cache=True)
+    files = fsspec.filesystem("s3")
     files.put_file(str(data_file), f"{bucket}/data/sums.jsonl")
     recipe = str(make_recipe(max_steps=3))
     overrides = {
