@@ -12,7 +12,7 @@ from storage.runs import record_run
 from tasks.caching import run_cached
 from tasks.results import check_run, evaluation_rows, report_path, student_path
 from tasks.stage_tasks import STAGE_TASKS, share_out
-from tasks.stages import StageIdentity, StageSpec, decided, open_store, plan_stages
+from tasks.stages import StageIdentity, decided, open_store, plan_stages, stage_spec
 
 
 @flow(name="kd", description="Distill a teacher into a student.", validate_parameters=True)
@@ -41,13 +41,13 @@ def _run_stages(
     run: RunConfig, plan: dict[str, StageIdentity], done: dict[str, ArtifactRef]
 ) -> dict[str, ArtifactRef]:
     """Run what is not done yet, in order."""
-    for stage, identity in plan.items():
+    for identity in plan.values():
         if identity.output in done:
             continue
-        spec = StageSpec(identity=identity, run=run, inputs=done)
-        if stage == "extract":
+        spec = stage_spec(identity, run, done)
+        if identity.stage == "extract":
             share_out(spec)
-        done = done | {identity.output: run_cached(STAGE_TASKS[stage], spec)}
+        done = done | {identity.output: run_cached(STAGE_TASKS[identity.stage], spec)}
     return done
 
 

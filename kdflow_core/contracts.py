@@ -1,6 +1,7 @@
 """Records and protocols that the parts of the core, and the layers around it, agree on.
 
-Dimensions: N supervised tokens (rows) of a sequence, T tokens, H hidden size, V vocabulary.
+Dimensions: N supervised tokens (rows) of a sequence, T tokens, H hidden size, V vocabulary,
+R rank of a low-rank update.
 """
 
 import hashlib
@@ -51,6 +52,14 @@ class TokenSequence:
         return self.ids_T[: int(self.target_positions_N[0])]
 
     @property
+    def context_ids_T(self) -> np.ndarray:
+        """The tokens before the last run of supervised ones."""
+        positions_N = self.target_positions_N
+        breaks = np.flatnonzero(np.diff(positions_N) > 1)
+        begin = positions_N[breaks[-1] + 1] if len(breaks) else positions_N[0]
+        return self.ids_T[: int(begin)]
+
+    @property
     def digest(self) -> bytes:
         """See `sequence_digest`."""
         return sequence_digest(self.ids_T, self.supervised_T)
@@ -58,12 +67,17 @@ class TokenSequence:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One conversation as both models see it, and its gold answer where there is one."""
+    """One conversation as both models see it, and its gold answer where there is one.
+
+    Where the student has sampled the answer, `sampled_log_prob_N` are the log-probabilities that
+    the supervised tokens had then, in nats.
+    """
 
     source: str
     student: TokenSequence
     teacher: TokenSequence
     answer: str | None = None
+    sampled_log_prob_N: np.ndarray | None = None
 
 
 class Examples(Protocol):
@@ -82,8 +96,18 @@ class Examples(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LowRankUpdate:
+    """What LoRA (arXiv 2106.09685, equation 3) adds to a weight: scale * B A."""
+
+    a_RH: torch.Tensor
+    b_VR: torch.Tensor
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class OutputHead:
-    """What turns post-norm hidden states into logits: softcap(scale * (h W^T + b)).
+    """What turns post-norm hidden states into logits: softcap(scale * (h W^T + b)), where W may
+    have a low-rank update.
 
     `weight_VH` has only the rows of the true vocabulary; padded rows are left out, so they carry
     no probability.
@@ -93,6 +117,7 @@ class OutputHead:
     bias_V: torch.Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+    lora: LowRankUpdate | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """Token sequences on disk: Arrow IPC files, memory-mapped by every rank.
 
 One row is one sequence: ids and supervision mask for the student and for the teacher (they differ
-when the chat templates do), and the digest that ties teacher states to it.
+when the chat templates do), and the digest that ties teacher states to it. Where the student has
+sampled the answer, `sampled_log_prob` has the log-probability of each supervised token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ SCHEMA = pa.schema(
         ("teacher_ids", pa.list_(pa.int32())),
         ("teacher_supervised", pa.list_(pa.bool_())),
         ("answer", pa.string()),
+        ("sampled_log_prob", pa.list_(pa.float32())),
     ]
 )
 ROWS_PER_BATCH = 1024
@@ -40,7 +42,7 @@ class TokenWriter:
         self.num_rows = 0
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Append one row; the keys are those of SCHEMA."""
+        """Append one row; the keys are those of SCHEMA. What is missing is null."""
         self._rows.append(row)
         self.num_rows += 1
         if len(self._rows) >= ROWS_PER_BATCH:
@@ -79,7 +81,7 @@ class TokenTable(Sequence[Mapping[str, Any]]):
         row = {}
         for name in self._table.column_names:
             scalar = self._table.column(name)[index]
-            is_list = pa.types.is_list(scalar.type)
+            is_list = pa.types.is_list(scalar.type) and scalar.is_valid
             row[name] = scalar.values.to_numpy(zero_copy_only=False) if is_list else scalar.as_py()
         return row
 

@@ -44,6 +44,7 @@ class TokenExamples:
             student=_sequence(row, "student"),
             teacher=_sequence(row, "teacher"),
             answer=row["answer"],
+            sampled_log_prob_N=row.get("sampled_log_prob"),
         )
 
     def lengths(self, side: str) -> np.ndarray:
@@ -53,6 +54,20 @@ class TokenExamples:
     def supervised_counts(self, side: str) -> np.ndarray:
         """See `Examples`."""
         return self._table.supervised_counts(side)
+
+
+def token_row(example: Example) -> dict[str, Any]:
+    """An example as a row of a token table."""
+    return {
+        "source": example.source,
+        "digest": example.teacher.digest,
+        "student_ids": example.student.ids_T,
+        "student_supervised": example.student.supervised_T,
+        "teacher_ids": example.teacher.ids_T,
+        "teacher_supervised": example.teacher.supervised_T,
+        "answer": example.answer,
+        "sampled_log_prob": example.sampled_log_prob_N,
+    }
 
 
 class TeacherSequences:

@@ -69,6 +69,7 @@ def _run_workers(spec: StageSpec, logger: Logger) -> None:
     ranks = {
         "train": student.num_ranks,
         "extract": teacher.num_ranks,
+        "generate": student.num_ranks,
         "estimate": max(student.num_ranks, teacher.ranks_per_replica),
     }
 

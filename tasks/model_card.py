@@ -11,6 +11,7 @@ def model_card(spec: StageSpec) -> str:
     """Markdown with the front matter that the hub reads, the run's provenance and its config."""
     run = spec.run
     teacher = run.teacher.model.model_dump(mode="json", exclude_none=True)
+    kd_ratio = 0 if run.algorithm.type == "sft" else run.loss.kd_ratio
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -25,8 +26,8 @@ def model_card(spec: StageSpec) -> str:
 # {run.name}
 
 A student distilled by kdflow from the last hidden states of its teacher
-(`{teacher.get("path") or teacher.get("file")}`), loss
-`{1 - run.loss.kd_ratio:g} * cross-entropy + {run.loss.kd_ratio:g} * {run.loss.divergence.type}`.
+(`{teacher.get("path") or teacher.get("file")}`), algorithm `{run.algorithm.type}`, loss
+`{1 - kd_ratio:g} * cross-entropy + {kd_ratio:g} * {run.loss.divergence.type}`.
 
 ## Provenance
 

@@ -4,15 +4,15 @@ from configs.schema.run import RunConfig
 from storage.artifact import ArtifactRef
 from tasks.estimate import Estimate, Prospect, prospect, read_estimate
 from tasks.launch import Logger, launch_stage
-from tasks.stages import StageSpec, open_store, plan_stages
+from tasks.stages import open_store, plan_stages, stage_spec
 
 
 def estimate(run: RunConfig, logger: Logger) -> tuple[Estimate, Prospect]:
     """What the run will take. Its stages up to the probe are computed, or come from the store."""
     done: dict[str, ArtifactRef] = {}
     for identity in plan_stages(run.model_copy(update={"source": "auto"})).values():
-        spec = StageSpec(identity=identity, run=run, inputs=done)
-        done = done | {identity.output: launch_stage(spec, logger)}
+        ref = launch_stage(stage_spec(identity, run, done), logger)
+        done = done | {identity.output: ref}
     store = open_store(run)
     found = read_estimate(store, done["estimate"])
     return found, prospect(run, found, store.free_bytes())

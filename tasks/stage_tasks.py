@@ -71,6 +71,7 @@ STAGE_TASKS: Mapping[str, "Task[[StageSpec], ArtifactRef]"] = MappingProxyType(
             ("prepare-teacher", "Convert the teacher to a Hugging Face folder"),
             ("prepare-student", "Make the student's initial weights"),
             ("tokenize", "Text to supervised token ids"),
+            ("generate", "A model's answers to the training prompts"),
             ("estimate", "Probe teacher and student"),
             ("extract", "Teacher hidden states to the store"),
             ("train", "Distill the student under FSDP2"),

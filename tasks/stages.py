@@ -5,52 +5,49 @@ output, and the digests of its inputs. Sizes of batches, numbers of ranks and pa
 """
 
 from collections.abc import Mapping
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from configs.schema.data import HubSource, Source
-from configs.schema.models import GgufModel, LayerDropModel, PretrainedModel
+from configs.schema.algorithm import MultiTeacherConfig, VanillaKDConfig
+from configs.schema.models import GgufModel, LayerDropModel
 from configs.schema.run import RunConfig
-from kdflow_core.errors import DataError, ModelError
-from kdflow_core.models.folders import TOKENIZER_FILES, context_length, resolve_folder
+from kdflow_core.errors import ModelError
 from storage.artifact import ArtifactRef, Manifest
-from storage.digest import artifact_digest, digest
+from storage.digest import artifact_digest
 from storage.fingerprint import Fingerprints
 from storage.store import ArtifactStore
 from tasks.estimate import estimate_slice, prospect, read_estimate, with_source
+from tasks.slices import (
+    answers_slice,
+    evaluation_slice,
+    gguf_slice,
+    model_identity,
+    states_slice,
+    tokenizer_identity,
+    tokens_inputs,
+    tokens_slice,
+    training_slice,
+)
 
 # Raise a stage's number whenever its code would give another output for the same config.
 CODE_VERSIONS = {
     "model": 1,
     "tokens": 1,
+    "answers": 1,
     "states": 3,
-    "estimate": 1,
-    "student": 1,
-    "evaluation": 1,
-    "report": 1,
+    "estimate": 2,
+    "student": 2,
+    "evaluation": 2,
+    "report": 2,
 }
-OPERATIONAL_STUDENT_FIELDS = {
-    "model",
-    "chat_template",
-    "activation_checkpointing",
-    "micro_batch_tokens",
-    "num_ranks",
-    "checkpoint_every",
-    "keep_checkpoints",
-}
-
-
-Split = Literal["train", "heldout"]
-SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 # Under which name later stages find a stage's artifact.
 OUTPUTS = {
     "prepare-teacher": "teacher_model",
     "prepare-student": "student_model",
     "tokenize": "tokens",
+    "generate": "answers",
     "estimate": "estimate",
     "extract": "states",
     "train": "student",
@@ -60,12 +57,13 @@ OUTPUTS = {
 
 
 class StageIdentity(BaseModel):
-    """What a stage's artifact is addressed by."""
+    """What a stage's artifact is addressed by, and which of the run's teachers it is about."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     stage: str
     output: str
+    teacher: str = "teacher"
     kind: str
     code_version: int
     config: dict[str, Any]
@@ -73,7 +71,7 @@ class StageIdentity(BaseModel):
 
     @property
     def digest(self) -> str:
-        """The artifact's digest. The names of stage and output are not part of it."""
+        """The artifact's digest. The names of stage, output and teacher are not part of it."""
         return artifact_digest(
             kind=self.kind,
             code_version=self.code_version,
@@ -120,24 +118,6 @@ def open_store(run: RunConfig) -> ArtifactStore:
     return ArtifactStore(root=run.storage.root, scratch=run.storage.scratch)
 
 
-def gguf_path(model: GgufModel) -> Path:
-    """Where a GGUF file lies. Raises ModelError when it does not."""
-    if model.path is not None:
-        path = Path(model.path)
-    else:
-        # Found without importing it: the package's own dependencies need not be installed.
-        spec = find_spec(str(model.package))
-        if spec is None or not spec.submodule_search_locations:
-            raise ModelError(
-                f"the package '{model.package}', which carries the model, is not installed; "
-                "`make install` installs the quick start's"
-            )
-        path = Path(spec.submodule_search_locations[0]) / str(model.file)
-    if not path.is_file():
-        raise ModelError(f"there is no GGUF file {path}")
-    return path
-
-
 def plan_stages(run: RunConfig) -> dict[str, StageIdentity]:
     """The stages of a run by name, in the order in which they run.
 
@@ -145,57 +125,144 @@ def plan_stages(run: RunConfig) -> dict[str, StageIdentity]:
 
     Raises DataError, ModelError or StoreError for data or models that are not there.
     """
-    prints = Fingerprints(run.storage.scratch)
-    plan: dict[str, StageIdentity] = {}
+    plan = _Plan(run)
+    plan.prepare()
+    plan.data()
+    if run.source == "auto":
+        models = {"teacher_model": plan.teacher_ids["teacher"], "student_model": plan.student_id}
+        plan.add("estimate", "estimate", estimate_slice(run), models | plan.data_inputs)
+        return plan.stages
+    extracted = plan.data_inputs if run.stores_training_states else plan.tokens_input
+    upstream: dict[str, str] = dict(plan.data_inputs)
+    for name, teacher_id in plan.teacher_ids.items():
+        suffix = "" if name == "teacher" else f"_{name}"
+        states = plan.add(
+            "extract",
+            "states",
+            states_slice(run_of_teacher(run, name), run.sources_of(name)),
+            extracted | {"teacher_model": teacher_id},
+            teacher=name,
+        )
+        upstream |= {f"states{suffix}": states.digest, f"teacher_model{suffix}": teacher_id}
+    upstream["student_model"] = plan.student_id
+    training = {
+        key: value
+        for key, value in upstream.items()
+        if run.stores_training_states or not key.startswith("states")
+    }
+    upstream["student"] = plan.add("train", "student", training_slice(run), training).digest
+    evaluated = plan.add("evaluate", "evaluation", evaluation_slice(run), upstream)
+    upstream["evaluation"] = evaluated.digest
+    plan.add("report", "report", {"run": run.model_dump(mode="json")}, upstream)
+    return plan.stages
+
+
+class _Plan:
+    """The stages so far, and what identifies models and data."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run
+        self.stages: dict[str, StageIdentity] = {}
+        self.teacher_ids: dict[str, str] = {}
+        self.student_id = ""
+        self.tokens_input: dict[str, str] = {}
+        self.data_inputs: dict[str, str] = {}
+        self._prints = Fingerprints(run.storage.scratch)
+        self._prepared: dict[str, str] = {}
 
     def add(
-        stage: str, kind: str, config: Mapping[str, Any], inputs: Mapping[str, str]
+        self,
+        stage: str,
+        kind: str,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        *,
+        teacher: str = "teacher",
     ) -> StageIdentity:
-        plan[stage] = StageIdentity(
+        """One more stage, of one of the teachers where there are several."""
+        own = teacher == "teacher"
+        identity = StageIdentity(
             stage=stage,
-            output=OUTPUTS[stage],
+            output=OUTPUTS[stage] if own else f"{OUTPUTS[stage]}_{teacher}",
+            teacher=teacher,
             kind=kind,
             code_version=CODE_VERSIONS[kind],
             config=dict(config),
             inputs=dict(inputs),
         )
-        return plan[stage]
+        self.stages[stage if own else f"{stage}-{teacher}"] = identity
+        return identity
 
-    teacher, student = run.teacher.model, run.student.model
-    if isinstance(teacher, GgufModel):
-        add("prepare-teacher", "model", _gguf_slice(teacher), {})
-    teacher_id = _model_identity(teacher, plan.get("prepare-teacher"), prints)
-    if isinstance(student, GgufModel):
-        add("prepare-student", "model", _gguf_slice(student), {})
-    elif isinstance(student, LayerDropModel):
-        dropped = {"type": "layer_drop", "drop_layers": sorted(student.drop_layers)}
-        add("prepare-student", "model", dropped, {"teacher_model": teacher_id})
-    student_id = _model_identity(student, plan.get("prepare-student"), prints)
+    def prepare(self) -> None:
+        """Models that are not Hugging Face folders yet."""
+        for name in self.run.teacher_names:
+            model = run_of_teacher(self.run, name).teacher.model
+            if isinstance(model, GgufModel):
+                made = self.add("prepare-teacher", "model", gguf_slice(model), {}, teacher=name)
+                self._prepared[name] = made.digest
+            prepared = self._prepared.get(name)
+            self.teacher_ids[name] = model_identity(model, prepared, self._prints)
+        student = self.run.student.model
+        if isinstance(student, GgufModel):
+            made = self.add("prepare-student", "model", gguf_slice(student), {})
+            self._prepared["student"] = made.digest
+        elif isinstance(student, LayerDropModel):
+            dropped = {"type": "layer_drop", "drop_layers": sorted(student.drop_layers)}
+            of = {"teacher_model": self.teacher_ids["teacher"]}
+            self._prepared["student"] = self.add("prepare-student", "model", dropped, of).digest
+        self.student_id = model_identity(student, self._prepared.get("student"), self._prints)
 
-    tokens = add("tokenize", "tokens", _tokens_slice(run), _tokens_inputs(run, plan, prints))
-    extracted_from = {"tokens": tokens.digest, "teacher_model": teacher_id}
-    if run.source == "auto":
-        models = {"teacher_model": teacher_id, "student_model": student_id}
-        add("estimate", "estimate", estimate_slice(run), models | {"tokens": tokens.digest})
-        return plan
-    states = add("extract", "states", _states_slice(run), extracted_from)
-    upstream = {
-        "tokens": tokens.digest,
-        "states": states.digest,
-        "teacher_model": teacher_id,
-        "student_model": student_id,
-    }
-    before_training = {k: v for k, v in upstream.items() if k != "states" or run.source == "replay"}
-    trained = add("train", "student", _training_slice(run), before_training)
-    upstream["student"] = trained.digest
-    evaluated = add("evaluate", "evaluation", _evaluation_slice(run), upstream)
-    add(
-        "report",
-        "report",
-        {"run": run.model_dump(mode="json")},
-        upstream | {"evaluation": evaluated.digest},
-    )
-    return plan
+    def data(self) -> None:
+        """Tokens, and answers that a model writes. Raises ModelError for another tokenizer."""
+        inputs = tokens_inputs(self.run, self._prepared, self._prints)
+        for name in self.teacher_ids:
+            model = run_of_teacher(self.run, name).teacher.model
+            other = tokenizer_identity(model, self._prepared.get(name), self._prints)
+            if other != inputs["teacher_tokenizer"]:
+                raise ModelError(
+                    f"algorithm.teachers.{name} has other tokenizer files than `teacher`; teachers "
+                    "of one run need the same tokenizer"
+                )
+        tokens = self.add("tokenize", "tokens", tokens_slice(self.run), inputs)
+        self.tokens_input = {"tokens": tokens.digest}
+        self.data_inputs = dict(self.tokens_input)
+        if self.run.data.answers is not None:
+            by = self.run.data.answers.by
+            generator = self.teacher_ids["teacher"] if by == "teacher" else self.student_id
+            written = self.add(
+                "generate",
+                "answers",
+                answers_slice(self.run),
+                self.tokens_input | {f"{by}_model": generator},
+            )
+            self.data_inputs["answers"] = written.digest
+
+
+def run_of_teacher(run: RunConfig, name: str) -> RunConfig:
+    """The run as one of its teachers has it: with that one as its own."""
+    if not isinstance(run.algorithm, MultiTeacherConfig) or name == "teacher":
+        return run
+    teacher = run.algorithm.teachers[name].teacher
+    return run.model_copy(update={"teacher": teacher, "algorithm": VanillaKDConfig()})
+
+
+def spec_of_teacher(spec: StageSpec, name: str) -> StageSpec:
+    """A stage's spec as one of several teachers has it: with its model and states."""
+    if name == "teacher":
+        return spec
+    inputs = {k: v for k, v in spec.inputs.items() if k not in {"teacher_model", "states"}}
+    for key in ("teacher_model", "states"):
+        if f"{key}_{name}" in spec.inputs:
+            inputs[key] = spec.inputs[f"{key}_{name}"]
+    return spec.model_copy(update={"run": run_of_teacher(spec.run, name), "inputs": inputs})
+
+
+def stage_spec(
+    identity: StageIdentity, run: RunConfig, done: Mapping[str, ArtifactRef]
+) -> StageSpec:
+    """All that a stage of a plan gets."""
+    spec = StageSpec(identity=identity, run=run, inputs=dict(done))
+    return spec_of_teacher(spec, identity.teacher)
 
 
 def stage_status(run: RunConfig) -> list[StageStatus]:
@@ -255,142 +322,3 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     else:
         return {prefix: value}
     return {k: v for name, inner in items for k, v in _flatten(inner, name).items()}
-
-
-def _gguf_slice(model: GgufModel) -> dict[str, Any]:
-    gguf_path(model)
-    return {"type": "gguf", "sha256": model.sha256, "dtype": model.dtype}
-
-
-def _model_identity(
-    model: PretrainedModel | GgufModel | LayerDropModel,
-    prepared: StageIdentity | None,
-    prints: Fingerprints,
-) -> str:
-    if prepared is not None:
-        return prepared.digest
-    assert isinstance(model, PretrainedModel)
-    folder = resolve_folder(model.path, model.revision, weights=False)
-    if folder.parent.name == "snapshots":  # the hub's cache names folders by commit
-        return digest({"hub": model.path, "commit": folder.name})
-    wanted = {
-        name: mark for name, mark in prints.files(str(folder)).items() if _is_model_file(name)
-    }
-    return digest({"files": wanted})
-
-
-def _is_model_file(name: str) -> bool:
-    return "/" not in name and name.endswith((".json", ".safetensors", ".jinja", ".model", ".txt"))
-
-
-def _tokenizer_identity(
-    model: PretrainedModel | GgufModel, prepared: StageIdentity | None, prints: Fingerprints
-) -> str:
-    """By the tokenizer's files alone, so that models of one family share tokens and states."""
-    if prepared is not None:
-        return prepared.digest
-    assert isinstance(model, PretrainedModel)
-    folder = resolve_folder(model.path, model.revision, weights=False)
-    present = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    if not present:
-        raise ModelError(f"{folder} holds no tokenizer")
-    return digest({name: prints.files(str(folder / name))[name] for name in present})
-
-
-def _tokens_inputs(
-    run: RunConfig, plan: Mapping[str, StageIdentity], prints: Fingerprints
-) -> dict[str, str]:
-    teacher = run.teacher.model
-    tokenizer = _tokenizer_identity(teacher, plan.get("prepare-teacher"), prints)
-    inputs = {"teacher_tokenizer": tokenizer, "student_tokenizer": tokenizer}
-    student = run.student.model
-    if not isinstance(student, LayerDropModel):  # else it has the teacher's tokenizer
-        prepared = plan.get("prepare-student")
-        inputs["student_tokenizer"] = _tokenizer_identity(student, prepared, prints)
-    for name, source in zip(run.data.source_names, run.data.sources, strict=True):
-        inputs[f"data {name}"] = _source_identity(source, prints)
-    return inputs
-
-
-def _source_identity(source: Source, prints: Fingerprints) -> str:
-    if not isinstance(source, HubSource):
-        return digest(prints.files(source.path))
-    revision = source.revision
-    if revision is None:
-        from huggingface_hub import HfApi  # noqa: PLC0415 - only for unpinned hub data
-
-        try:
-            revision = HfApi().dataset_info(source.path).sha
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"cannot look up the newest commit of data set '{source.path}': {error}; set "
-                "`revision` to a commit to work offline"
-            ) from error
-    fields = {"hub": source.path, "subset": source.subset, "split": source.split}
-    return digest(fields | {"revision": revision})
-
-
-def _tokens_slice(run: RunConfig) -> dict[str, Any]:
-    data = run.data.model_dump(
-        mode="json", exclude={"sources", "max_length", "max_malformed_fraction"}
-    )
-    data["sources"] = [
-        {"name": name} | source.model_dump(mode="json", include=set(_SOURCE_FIELDS))
-        for name, source in zip(run.data.source_names, run.data.sources, strict=True)
-    ]
-    return {
-        "data": data,
-        "seed": run.seed,
-        "student_template": run.student.chat_template.model_dump(mode="json"),
-        "teacher_template": run.teacher.chat_template.model_dump(mode="json"),
-        "student_limit": _length_limit(run, run.student.model),
-        "teacher_limit": _length_limit(run, run.teacher.model),
-    }
-
-
-_SOURCE_FIELDS = ("layout", "columns", "weight", "max_samples", "format")
-
-
-def _length_limit(run: RunConfig, model: PretrainedModel | GgufModel | LayerDropModel) -> int:
-    """The shorter of the run's limit and the model's context, where that is known beforehand."""
-    if not isinstance(model, PretrainedModel):
-        return run.data.max_length
-    folder = resolve_folder(model.path, model.revision, weights=False)
-    return min(run.data.max_length, context_length(folder))
-
-
-def _teacher_slice(run: RunConfig) -> dict[str, Any]:
-    """What of the teacher's settings can change its states."""
-    return run.teacher.model_dump(mode="json", include=set(run.teacher.RESULT_FIELDS))
-
-
-def state_splits(run: RunConfig) -> tuple[Split, ...]:
-    """The splits whose states are stored. A live run stores those that evaluation needs."""
-    return SPLITS if run.source == "replay" else ("heldout",)
-
-
-def _states_slice(run: RunConfig) -> dict[str, Any]:
-    return {
-        "teacher": _teacher_slice(run),
-        "splits": list(state_splits(run)),
-        "shard_rows": run.storage.shard_rows,
-        "chunk_rows": run.storage.chunk_rows,
-        "codec": run.storage.codec,
-    }
-
-
-def _evaluation_slice(run: RunConfig) -> dict[str, Any]:
-    return {
-        "eval": run.eval.model_dump(mode="json", exclude={"tokens_per_batch"}),
-        "dtype": run.student.compute_dtype,
-        "teacher_dtype": run.teacher.dtype,
-    }
-
-
-def _training_slice(run: RunConfig) -> dict[str, Any]:
-    fields = {
-        "student": run.student.model_dump(mode="json", exclude=OPERATIONAL_STUDENT_FIELDS),
-        "loss": run.loss.model_dump(mode="json", exclude={"chunk_tokens"}),
-        "seed": run.seed,
-    }
-    return fields if run.source == "replay" else fields | {"live_teacher": _teacher_slice(run)}

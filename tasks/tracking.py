@@ -8,7 +8,18 @@ from typing import Any
 from configs.load import ConfigError
 from configs.schema.run import RunConfig
 
-PLOTTED = ("loss", "kd", "cross_entropy", "agreement", "grad_norm", "lr", "tokens_per_s")
+PLOTTED = (
+    "loss",
+    "kd",
+    "cross_entropy",
+    "forward_kl",
+    "student_entropy",
+    "teacher_entropy",
+    "agreement",
+    "grad_norm",
+    "lr",
+    "tokens_per_s",
+)
 
 
 def check_tracking(run: RunConfig) -> None:

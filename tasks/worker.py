@@ -23,7 +23,7 @@ from tasks.wiring import STAGES
 from tasks.wiring.stage_run import StageRun, default_device
 
 PROGRESS_INTERVAL_S = 1.0
-PARALLEL_STAGES = ("estimate", "extract", "train")
+PARALLEL_STAGES = ("generate", "estimate", "extract", "train")
 EXPECTED = (KdflowError, StoreError, ConfigError)
 
 
@@ -97,7 +97,7 @@ def _report(error: Exception) -> None:
     elif isinstance(error, torch.OutOfMemoryError | MemoryError):
         message, expected = (
             f"out of memory: {error}. Lower student.micro_batch_tokens, teacher.tokens_per_batch "
-            "or loss.chunk_tokens, or set student.activation_checkpointing=true",
+            "or loss.logits_memory_mb, or set student.activation_checkpointing=true",
             True,
         )
     elif not expected:

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from configs.load import load_run
 from configs.schema.run import RunConfig
 from storage.artifact import ArtifactRef
-from tasks.stages import StageSpec, plan_stages
+from tasks.stages import plan_stages, stage_spec
 from tasks.wiring import STAGES
 from tasks.wiring.stage_run import StageRun
 
@@ -135,7 +135,7 @@ def make_recipe(
                 "checkpoint_every": 2,
             }
             | student,
-            "loss": {"chunk_tokens": 32},
+            "loss": {"logits_memory_mb": 1},
             "storage": {
                 "root": str(tmp_path / "store"),
                 "scratch": str(tmp_path / "scratch"),
@@ -174,9 +174,9 @@ def run_inline(run: RunConfig, *, until: str) -> dict[str, ArtifactRef]:
     """The stages before and including `until`, without Prefect, in this process (not `train`)."""
     done: dict[str, ArtifactRef] = {}
     for stage, identity in plan_stages(run).items():
-        spec = StageSpec(identity=identity, run=run, inputs=done)
-        stage_run = StageRun(spec, SilentReporter())
-        ref = stage_run.store.find(identity.kind, identity.digest) or STAGES[stage](stage_run)
+        stage_run = StageRun(stage_spec(identity, run, done), SilentReporter())
+        found = stage_run.store.find(identity.kind, identity.digest)
+        ref = found or STAGES[identity.stage](stage_run)
         assert ref is not None
         done = done | {identity.output: ref}
         if stage == until:

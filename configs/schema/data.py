@@ -76,6 +76,24 @@ class HubSource(_Source):
 Source = Annotated[FilesSource | SavedSource | HubSource, Field(discriminator="type")]
 
 
+class AnswersConfig(StrictModel):
+    """Answers that a model writes, in place of those of the training data.
+
+    `by` the teacher: sequence-level distillation; by the student: on-policy distillation, one
+    round. A `fraction` of the prompts is answered anew, chosen by content. Tokens are sampled at
+    `temperature` from the smallest set with probability `top_p`; temperature 0 takes the most
+    probable one. An answer that reaches `max_new_tokens` has no end that is learned.
+    `prompts_per_batch` are answered at a time.
+    """
+
+    by: Literal["teacher", "student"]
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_new_tokens: int = Field(default=256, gt=0)
+    prompts_per_batch: int = Field(default=32, gt=0)
+
+
 class DataConfig(StrictModel):
     """The data of a run.
 
@@ -90,6 +108,7 @@ class DataConfig(StrictModel):
     heldout_fraction: float = Field(default=0.02, gt=0, lt=1)
     max_malformed_fraction: float = Field(default=0.01, ge=0, le=1)
     supervise: Literal["all", "last"] = "all"
+    answers: AnswersConfig | None = None
 
     @model_validator(mode="after")
     def _weights_and_names(self) -> "DataConfig":

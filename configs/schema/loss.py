@@ -87,6 +87,23 @@ class AlphaDivergenceConfig(_Tempered):
     alpha: float = Field(default=0.5, gt=0, lt=1)
 
 
+class HierarchicalRankingConfig(_Tempered):
+    """Hinges on the student's order of both models' `top_k` tokens."""
+
+    type: Literal["hierarchical_ranking"] = "hierarchical_ranking"
+    top_k: int = Field(default=5, gt=1)
+
+
+class SampledReverseKLConfig(_Tempered):
+    """KL(student || teacher) estimated from the sampled token, as a policy gradient: the importance
+    ratio stays within [1 - clip_low, 1 + clip_high]. For answers that the student sampled.
+    """
+
+    type: Literal["sampled_reverse_kl"] = "sampled_reverse_kl"
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    clip_high: float = Field(default=0.2, gt=0)
+
+
 SingleDivergence = Annotated[
     ForwardKLConfig
     | ReverseKLConfig
@@ -97,7 +114,9 @@ SingleDivergence = Annotated[
     | TotalVariationConfig
     | Top1CrossEntropyConfig
     | AlphaBetaConfig
-    | AlphaDivergenceConfig,
+    | AlphaDivergenceConfig
+    | HierarchicalRankingConfig
+    | SampledReverseKLConfig,
     Field(discriminator="type"),
 ]
 
@@ -130,12 +149,45 @@ class WeightedSumConfig(_Tempered):
 Divergence = Annotated[SingleDivergence | WeightedSumConfig, Field(discriminator="type")]
 
 
-class LossConfig(StrictModel):
-    """loss = (1 - kd_ratio) * cross-entropy + kd_ratio * divergence, per supervised token.
+class TeacherConfidenceConfig(StrictModel):
+    """A token's divergence counts by the teacher's largest probability to a `power`."""
 
-    `chunk_tokens` rows of logits exist at a time; it changes memory, not the result.
+    type: Literal["teacher_confidence"] = "teacher_confidence"
+    power: float = Field(default=1.0, gt=0)
+
+
+class EntropyConfig(StrictModel):
+    """A token's divergence counts by the entropy `of` a model over the largest possible (`high`),
+    or by one minus that (`low`).
+    """
+
+    type: Literal["entropy"] = "entropy"
+    of: Literal["student", "teacher"] = "student"
+    favour: Literal["high", "low"] = "high"
+
+
+TokenWeight = Annotated[TeacherConfidenceConfig | EntropyConfig, Field(discriminator="type")]
+
+
+class LossConfig(StrictModel):
+    """loss = (1 - kd_ratio) * cross-entropy + kd_ratio * token_weight * divergence, per supervised
+    token. By default all tokens count the same.
+
+    At most `logits_memory_mb` of logits exist at a time; it changes memory, not the result.
     """
 
     divergence: Divergence = Field(default_factory=ForwardKLConfig)
     kd_ratio: float = Field(default=0.9, ge=0, le=1)
-    chunk_tokens: int = Field(default=256, gt=0)
+    token_weight: TokenWeight | None = None
+    logits_memory_mb: int = Field(default=512, gt=0)
+
+    @property
+    def learns_from_samples(self) -> bool:
+        """Whether the divergence reads the log-probabilities that tokens were sampled with."""
+        divergence = self.divergence
+        terms = (
+            [term.divergence for term in divergence.terms]
+            if isinstance(divergence, WeightedSumConfig)
+            else [divergence]
+        )
+        return any(isinstance(term, SampledReverseKLConfig) for term in terms)

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from configs.schema.algorithm import Algorithm, MultiTeacherConfig, VanillaKDConfig
 from configs.schema.base import StrictModel
 from configs.schema.data import DataConfig
 from configs.schema.loss import LossConfig
@@ -101,7 +102,8 @@ class RunConfig(StrictModel):
     With `source: replay` the teacher runs once and training reads its stored states; with `live` it
     runs inside the training ranks, and only held-out states are stored. `auto` probes both for a
     few batches and takes the cheaper one, given that `planned_runs` runs will use the same teacher
-    and data.
+    and data. An `algorithm` that reads no teacher states in training has no use for them, and
+    leaves `source` at its default.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
@@ -111,6 +113,7 @@ class RunConfig(StrictModel):
     planned_runs: int = Field(default=1, gt=0)
     teacher: Teacher
     student: StudentConfig
+    algorithm: Algorithm = Field(default_factory=VanillaKDConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
     storage: StorageConfig = Field(default_factory=StorageConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
@@ -141,3 +144,78 @@ class RunConfig(StrictModel):
                 "teacher.sleep and teacher.forward_batches are for `source: live`; this run replays"
             )
         return self
+
+    @model_validator(mode="after")
+    def _algorithm_fits(self) -> "RunConfig":
+        kind = self.algorithm.type
+        reads_stored = kind == "multi_teacher" or not self.algorithm.TEACHER_STATES
+        if self.source != "replay" and reads_stored:
+            raise ValueError(
+                f"source={self.source} is not for algorithm.type={kind}, which reads "
+                + ("stored states" if self.algorithm.TEACHER_STATES else "no teacher states")
+                + "; leave `source` out"
+            )
+        if kind == "self_distillation" and self.teacher.model != self.student.model:
+            raise ValueError(
+                "algorithm.type=self_distillation has the student for a teacher; give "
+                "teacher.model the same model as student.model"
+            )
+        if isinstance(self.algorithm, MultiTeacherConfig):
+            _check_teachers(self.algorithm, self.data.source_names, self.teacher)
+        return self
+
+    @model_validator(mode="after")
+    def _samples_fit(self) -> "RunConfig":
+        answers = self.data.answers
+        if not self.loss.learns_from_samples or self.algorithm.type == "sft":
+            return self
+        temperature = self.loss.divergence.temperature
+        if (
+            answers is None
+            or answers.by != "student"
+            or answers.fraction != 1
+            or answers.top_p != 1
+            or answers.temperature != temperature
+        ):
+            raise ValueError(
+                "loss.divergence sampled_reverse_kl learns from what the student has sampled; set "
+                "data.answers with by=student, fraction=1, top_p=1 and the divergence's own "
+                f"temperature ({temperature:g})"
+            )
+        return self
+
+    @property
+    def stores_training_states(self) -> bool:
+        """Whether the teachers' states of the training split are stored."""
+        return self.source == "replay" and self.algorithm.TEACHER_STATES
+
+    @property
+    def teacher_names(self) -> tuple[str, ...]:
+        """The teachers; the run's own is called teacher."""
+        if isinstance(self.algorithm, MultiTeacherConfig):
+            return tuple(self.algorithm.teachers)
+        return ("teacher",)
+
+    def sources_of(self, name: str) -> frozenset[str] | None:
+        """The data sources that a teacher teaches; None for all of them."""
+        if not isinstance(self.algorithm, MultiTeacherConfig):
+            return None
+        sources = self.algorithm.teachers[name].sources
+        return None if sources is None else frozenset(sources)
+
+
+def _check_teachers(
+    algorithm: MultiTeacherConfig, source_names: tuple[str, ...], main: Teacher
+) -> None:
+    taught = [s for share in algorithm.teachers.values() for s in share.sources or ()]
+    if taught and set(taught) != set(source_names):
+        raise ValueError(
+            f"algorithm.teachers have the data sources {sorted(taught)}, the data has "
+            f"{sorted(source_names)}; each source needs its teacher"
+        )
+    for name, share in algorithm.teachers.items():
+        if share.teacher is not None and share.teacher.chat_template != main.chat_template:
+            raise ValueError(
+                f"algorithm.teachers.{name} has another chat_template than `teacher`; teachers of "
+                "one run see the same text"
+            )

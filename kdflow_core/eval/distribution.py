@@ -5,6 +5,7 @@ Dimensions: N supervised tokens of a sequence, C tokens of a chunk, H and G hidd
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,9 +15,11 @@ from transformers import PreTrainedModel
 
 from kdflow_core.batching import batch_by_tokens, pad_right, select_rows, teacher_rows
 from kdflow_core.contracts import Examples, HiddenStateSource, OutputHead, Reporter
-from kdflow_core.losses.chunked import LogitProducer
+from kdflow_core.losses.base import Distributions
 from kdflow_core.losses.forward_kl import ForwardKL
+from kdflow_core.losses.logits import LogitProducer
 from kdflow_core.losses.reverse_kl import ReverseKL
+from kdflow_core.losses.vocabulary import WholeVocabulary
 from kdflow_core.models.heads import live_head
 
 CHUNK_TOKENS = 256
@@ -37,26 +40,31 @@ class DistributionScores:
     teacher_perplexity: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class TeacherSignal:
+    """A teacher as it was stored: its states, and the head they were made for."""
+
+    states: HiddenStateSource
+    head: OutputHead
+
+
 @torch.inference_mode()
 def score_distributions(
     *,
     model: PreTrainedModel,
     examples: Examples,
-    states: HiddenStateSource,
-    teacher_head: OutputHead,
+    teachers: Mapping[str, TeacherSignal],
     tokens_per_batch: int,
     reporter: Reporter,
     label: str,
     side: Literal["student", "teacher"],
 ) -> dict[str, DistributionScores]:
     """Scores by source, and over all under the name `all`; the model reads the sequences of its
-    `side`.
+    `side`. `teachers` are by the data source that they teach; the one named `all` teaches the rest.
     """
-    size = teacher_head.weight_VH.shape[0]
-    producers = (
-        LogitProducer(live_head(model, size), torch.float32),
-        LogitProducer(teacher_head, torch.float32),
-    )
+    size = teachers["all"].head.weight_VH.shape[0]
+    producer = LogitProducer(live_head(model, size), torch.float32)
+    teaching = {n: LogitProducer(t.head, torch.float32) for n, t in teachers.items()}
     sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(len(COLUMNS) + 1))
     done = 0
     for batch in batch_by_tokens(examples.lengths(side), tokens_per_batch):
@@ -66,13 +74,17 @@ def score_distributions(
         hidden_BTH = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
         for row, (example, sequence) in enumerate(zip(chosen, sequences, strict=True)):
             positions_N = torch.from_numpy(sequence.target_positions_N - 1)
+            name = example.source if example.source in teachers else "all"
+            states = teachers[name].states
             teacher_NG = select_rows(
                 [teacher_rows(example, states)],
                 hidden_size=states.hidden_size,
                 device=model.device,
             )
             targets_N = torch.from_numpy(sequence.target_ids_N).long().to(model.device)
-            terms = _token_sums(hidden_BTH[row, positions_N], teacher_NG, targets_N, producers)
+            terms = _token_sums(
+                hidden_BTH[row, positions_N], teacher_NG, targets_N, (producer, teaching[name])
+            )
             for name in ("all", example.source):
                 sums[name] += [*terms, len(positions_N)]
         done += len(batch)
@@ -92,9 +104,12 @@ def _token_sums(
         log_q_CV = torch.log_softmax(producers[0].logits(hidden_NH[rows]), -1)
         log_p_CV = torch.log_softmax(producers[1].logits(teacher_NG[rows]), -1)
         target_C1 = targets_N[rows].unsqueeze(-1)
+        d = Distributions(
+            log_q_CV, log_q_CV.exp(), log_p_CV, log_p_CV.exp(), WholeVocabulary(), target_C1, None
+        )
         columns = (
-            ForwardKL().value_and_gradient(log_q_CV, log_p_CV)[0],
-            ReverseKL().value_and_gradient(log_q_CV, log_p_CV)[0],
+            ForwardKL().value_and_gradient(d)[0],
+            ReverseKL().value_and_gradient(d)[0],
             log_q_CV.argmax(-1) == log_p_CV.argmax(-1),
             -log_q_CV.gather(-1, target_C1),
             -log_p_CV.gather(-1, target_C1),

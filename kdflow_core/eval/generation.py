@@ -1,25 +1,18 @@
-"""Greedy answers to held-out prompts, and how many end with the gold answer.
-
-Dimensions: B prompts of a batch, T tokens.
-"""
+"""Greedy answers to held-out prompts, and how many end with the gold answer."""
 
 import re
 import string
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdflow_core.contracts import Reporter, TokenSequence
-from kdflow_core.data.rendering import end_of_turn_ids
+from kdflow_core.rollout.hf import Sampling, generate_ids
 
 PROMPTS_PER_BATCH = 16
 
 
-@torch.inference_mode()
 def generate_greedily(
     *,
     model: PreTrainedModel,
@@ -30,27 +23,15 @@ def generate_greedily(
     label: str,
 ) -> list[str]:
     """The model's answers, as text, to the prompts of the sequences (in order)."""
-    ends = sorted(end_of_turn_ids(tokenizer))
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     texts: list[str] = []
     for begin in range(0, len(sequences), PROMPTS_PER_BATCH):
-        prompts = [s.prompt_ids_T for s in sequences[begin : begin + PROMPTS_PER_BATCH]]
-        width = max(len(p) for p in prompts)
-        ids_BT = torch.full((len(prompts), width), pad_id)
-        mask_BT = torch.zeros_like(ids_BT)
-        for row, prompt in enumerate(prompts):
-            ids_BT[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
-            mask_BT[row, width - len(prompt) :] = 1
-        generate: Any = model.generate
-        output_BT = generate(
-            input_ids=ids_BT.to(model.device),
-            attention_mask=mask_BT.to(model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=ends or None,
-            pad_token_id=pad_id,
+        answers = generate_ids(
+            model=model,
+            tokenizer=tokenizer,
+            prompts=[s.prompt_ids_T for s in sequences[begin : begin + PROMPTS_PER_BATCH]],
+            sampling=Sampling(max_new_tokens=max_new_tokens),
         )
-        texts += tokenizer.batch_decode(output_BT[:, width:], skip_special_tokens=True)
+        texts += tokenizer.batch_decode([ids.tolist() for ids in answers], skip_special_tokens=True)
         reporter.progress(done=len(texts), total=len(sequences), unit="answers", detail=label)
     return [text.strip() for text in texts]
 

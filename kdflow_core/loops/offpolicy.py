@@ -1,6 +1,7 @@
 """Off-policy training: steps over a fixed set of examples, with checkpoints and metrics."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,9 +22,8 @@ def train_offpolicy(
     module: DistillationModule,
     plan: TrainingPlan,
     examples: Examples,
-    states: HiddenStateSource,
+    states: Sequence[HiddenStateSource],
     config: StudentConfig,
-    kd_ratio: float,
     checkpoints: Path,
     metrics: MetricsSink,
     reporter: Reporter,
@@ -46,7 +46,8 @@ def train_offpolicy(
         # Dropout, where a model has it, depends on step and rank alone: a resumed run repeats it.
         torch.manual_seed((plan.seed << 40) + (step << 16) + rank)
         batches = plan.step(step)
-        states.begin_step(step)
+        for source in states:
+            source.begin_step(step)
         result = training_step(
             module=module,
             optimizer=optimizer,
@@ -55,7 +56,6 @@ def train_offpolicy(
             states=states,
             rank=rank,
             max_grad_norm=config.max_grad_norm,
-            kd_ratio=kd_ratio,
             device=device,
         )
         seconds = time.perf_counter() - started

@@ -69,9 +69,7 @@ def probe_training(
     module: DistillationModule,
     plan: TrainingPlan,
     examples: Examples,
-    hidden_size: int,
     config: StudentConfig,
-    kd_ratio: float,
     rank: int,
     device: torch.device,
 ) -> float:
@@ -80,7 +78,7 @@ def probe_training(
         module, lr=config.lr, weight_decay=config.weight_decay, betas=config.adam_betas
     )
     module.train()
-    states = RandomStates(hidden_size)
+    states = [RandomStates(t.head.weight_VH.shape[1]) for t in module.algorithm.teachers]
     seconds, tokens = 0.0, 0
     for step in range(1 + TIMED_STEPS):
         batches = _shortened(plan.step(step % plan.num_steps), plan)
@@ -93,7 +91,6 @@ def probe_training(
             states=states,
             rank=rank,
             max_grad_norm=config.max_grad_norm,
-            kd_ratio=kd_ratio,
             device=device,
         )  # it ends with a number on the host, so it is finished
         if step:

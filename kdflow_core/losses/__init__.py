@@ -14,7 +14,9 @@ from kdflow_core.losses.alpha_divergence import AlphaDivergence
 from kdflow_core.losses.base import Divergence
 from kdflow_core.losses.forward_kl import ForwardKL
 from kdflow_core.losses.generalized_jsd import GeneralizedJSD
+from kdflow_core.losses.hierarchical_ranking import HierarchicalRanking
 from kdflow_core.losses.reverse_kl import ReverseKL
+from kdflow_core.losses.sampled_reverse_kl import SampledReverseKL
 from kdflow_core.losses.skewed_kl import SkewedKL
 from kdflow_core.losses.skewed_reverse_kl import SkewedReverseKL
 from kdflow_core.losses.top1_cross_entropy import Top1CrossEntropy
@@ -33,6 +35,8 @@ LOSSES: Mapping[str, Callable[..., Divergence]] = MappingProxyType(
         "top1_cross_entropy": Top1CrossEntropy,
         "alpha_beta": AlphaBeta,
         "alpha_divergence": AlphaDivergence,
+        "hierarchical_ranking": HierarchicalRanking,
+        "sampled_reverse_kl": SampledReverseKL,
     }
 )
 

@@ -8,31 +8,29 @@ Dimensions: T tokens, V vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from kdflow_core.losses.base import softmax_gradient
+from kdflow_core.losses.base import Distributions, Divergence, softmax_gradient
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptiveKL:
+class AdaptiveKL(Divergence):
     """Forward and reverse KL weighed by where the student is wrong, nats per token."""
 
     head_mass: float = 0.5
-    temperature: float = 1.0
-    scale_by_temperature_squared: bool = False
 
-    def value_and_gradient(
-        self, log_q_TV: torch.Tensor, log_p_TV: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    needs_whole_vocabulary: ClassVar[bool] = True
+
+    def value_and_gradient(self, d: Distributions) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Divergence`."""
-        q_TV, p_TV = log_q_TV.exp(), log_p_TV.exp()
-        forward_T1 = self._forward_weight(q_TV, p_TV)
-        log_ratio_TV = log_q_TV - log_p_TV
-        reverse_TV = q_TV * log_ratio_TV
-        value_T = (-forward_T1 * p_TV * log_ratio_TV + (1 - forward_T1) * reverse_TV).sum(-1)
-        gradient_TV = forward_T1 * (q_TV - p_TV)
-        gradient_TV += (1 - forward_T1) * softmax_gradient(reverse_TV, q_TV)
+        forward_T1 = self._forward_weight(d.q_TV, d.p_TV)
+        log_ratio_TV = d.log_q_TV - d.log_p_TV
+        reverse_TV = d.q_TV * log_ratio_TV
+        value_T = (-forward_T1 * d.p_TV * log_ratio_TV + (1 - forward_T1) * reverse_TV).sum(-1)
+        gradient_TV = forward_T1 * (d.q_TV - d.p_TV)
+        gradient_TV += (1 - forward_T1) * softmax_gradient(reverse_TV, d)
         return value_T, gradient_TV
 
     def _forward_weight(self, q_TV: torch.Tensor, p_TV: torch.Tensor) -> torch.Tensor:

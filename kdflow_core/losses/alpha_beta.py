@@ -11,25 +11,21 @@ from dataclasses import dataclass
 
 import torch
 
-from kdflow_core.losses.base import softmax_gradient
+from kdflow_core.losses.base import Distributions, Divergence, softmax_gradient
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlphaBeta:
+class AlphaBeta(Divergence):
     """The alpha-beta divergence, per token; the defaults are the paper's for language models."""
 
     alpha: float = 0.2
     beta: float = 0.7
-    temperature: float = 1.0
-    scale_by_temperature_squared: bool = False
 
-    def value_and_gradient(
-        self, log_q_TV: torch.Tensor, log_p_TV: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def value_and_gradient(self, d: Distributions) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Divergence`."""
         a, b = self.alpha, self.beta
-        mixed_TV = (a * log_p_TV + b * log_q_TV).exp()
-        p_sum_TV, q_sum_TV = ((a + b) * log_p_TV).exp(), ((a + b) * log_q_TV).exp()
-        terms_TV = mixed_TV - (a * p_sum_TV + b * q_sum_TV) / (a + b)
-        value_T = -terms_TV.sum(-1) / (a * b)
-        return value_T, softmax_gradient((q_sum_TV - mixed_TV) / a, log_q_TV.exp())
+        mixed_TV = torch.add(d.log_p_TV * a, d.log_q_TV, alpha=b).exp_()
+        q_sum_TV = (d.log_q_TV * (a + b)).exp_()
+        terms_TV = (d.log_p_TV * (a + b)).exp_().mul_(a).add_(q_sum_TV, alpha=b).div_(a + b)
+        value_T = d.over.sum(terms_TV.sub_(mixed_TV)) / (a * b)
+        return value_T, softmax_gradient(q_sum_TV.sub_(mixed_TV).div_(a), d)

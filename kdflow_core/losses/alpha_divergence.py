@@ -9,24 +9,20 @@ from dataclasses import dataclass
 
 import torch
 
-from kdflow_core.losses.base import softmax_gradient
+from kdflow_core.losses.base import Distributions, Divergence, softmax_gradient
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlphaDivergence:
+class AlphaDivergence(Divergence):
     """The alpha divergence, per token; alpha in (0, 1)."""
 
     alpha: float = 0.5
-    temperature: float = 1.0
-    scale_by_temperature_squared: bool = False
 
-    def value_and_gradient(
-        self, log_q_TV: torch.Tensor, log_p_TV: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def value_and_gradient(self, d: Distributions) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Divergence`."""
-        q_TV = log_q_TV.exp()
-        mixed_TV = (self.alpha * log_p_TV + (1 - self.alpha) * log_q_TV).exp()
+        a = self.alpha
+        mixed_TV = torch.add(d.log_p_TV * a, d.log_q_TV, alpha=1 - a).exp_()
         # 1 - sum as a sum of differences: exact where the distributions are nearly equal.
-        parts_TV = self.alpha * log_p_TV.exp() + (1 - self.alpha) * q_TV - mixed_TV
-        value_T = parts_TV.sum(-1) / (self.alpha * (1 - self.alpha))
-        return value_T, softmax_gradient(-mixed_TV / self.alpha, q_TV)
+        parts_TV = torch.add(d.p_TV * a, d.q_TV, alpha=1 - a).sub_(mixed_TV)
+        value_T = d.over.sum(parts_TV) / (a * (1 - a))
+        return value_T, softmax_gradient(mixed_TV.div_(-a), d)

@@ -7,90 +7,109 @@ forward computed, so no logits are kept and nothing is recomputed.
 The loss is a weighted sum, never a mean: whoever calls it divides (see student/step.py).
 
 Dimensions: T supervised tokens, C tokens of a chunk, B tokens of a block, V vocabulary, H hidden
-size of the student, G hidden size of the teacher, X the three per-token terms.
+size of the student, G hidden size of the teacher, R rank of a low-rank update, M per-token terms.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from kdflow_core.contracts import OutputHead
-from kdflow_core.losses.base import Divergence
+from kdflow_core.losses.elementwise import TERMS, Block, LossSpec, block_terms
+from kdflow_core.losses.logits import LogitProducer, accumulation_dtype, add_weight_gradient_
+from kdflow_core.losses.rows import RowExchange
+from kdflow_core.losses.vocabulary import ShardedVocabulary
 
-# Rows of the element-wise stage at a time: its temporaries stay in the processor's cache, and a
-# chunk never takes more than its two buffers of logits.
-BLOCK_ROWS = 64
+# Logits in the element-wise stage at a time, for each thread of a CPU, which takes whole rows: the
+# temporaries stay in its cache, and a chunk never takes more than its two buffers.
+BLOCK_LOGITS = 2**17
 
 
 class LossOutput(NamedTuple):
-    """`loss` is the weighted sum in nats (differentiable); the rest is per token and detached.
+    """`loss` is the weighted sum in nats (differentiable). The rest is per token, [T], detached:
+    its loss before weighing, the divergence, cross-entropy, KL(teacher || student), both entropies
+    (nats), and 1 where both models have the same top-1 token.
 
     A tuple, because FSDP looks for tensors in what a module returns and knows no dataclasses.
     """
 
     loss: torch.Tensor
+    loss_T: torch.Tensor
     divergence_T: torch.Tensor
     cross_entropy_T: torch.Tensor
+    forward_kl_T: torch.Tensor
+    student_entropy_T: torch.Tensor
+    teacher_entropy_T: torch.Tensor
     agreement_T: torch.Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class LossSpec:
-    """What is computed: (1 - kd_ratio) * cross-entropy + kd_ratio * divergence."""
+class TeacherStates(NamedTuple):
+    """The teacher's states of the tokens [T, G], and its head."""
 
-    divergence: Divergence
-    kd_ratio: float
-    chunk_tokens: int
+    hidden_TG: torch.Tensor
+    head: OutputHead
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Inputs:
+    """What the loss needs and has no gradient for."""
+
+    head: OutputHead
+    teacher: TeacherStates | None
+    target_ids_T: torch.Tensor
+    weights_T: torch.Tensor
+    sampled_log_prob_T: torch.Tensor | None
+    spec: LossSpec
 
 
 def distillation_loss(
     *,
     student_hidden_TH: torch.Tensor,
     student_head: OutputHead,
-    teacher_hidden_TG: torch.Tensor,
-    teacher_head: OutputHead,
+    teacher: TeacherStates | None,
     target_ids_T: torch.Tensor,
     weights_T: torch.Tensor,
     spec: LossSpec,
+    sampled_log_prob_T: torch.Tensor | None = None,
 ) -> LossOutput:
-    """sum_t weights[t] * ((1 - kd_ratio) * CE[t] + kd_ratio * D[t]), in nats.
+    """sum_t weights[t] * ((1 - kd_ratio) * CE[t] + kd_ratio * f[t] * D[t]), in nats.
 
-    Cross-entropy is at temperature 1 whatever the divergence's temperature is. Logits are float32,
-    or float64 when the inputs are.
+    f is the token weight. Cross-entropy is at temperature 1 whatever the divergence's temperature
+    is. Logits are float32, or float64 when the inputs are. With a vocabulary spread over ranks, the
+    heads are this rank's parts, and every rank gives rows of its own: the gradient of its part of
+    the head then has all ranks' rows.
 
     Raises:
-        ValueError: rows, vocabularies or targets that do not fit together.
+        ValueError: rows, vocabularies or a divergence that do not fit together.
     """
-    num_rows = student_hidden_TH.shape[0]
-    rows = (teacher_hidden_TG.shape[0], target_ids_T.shape[0], weights_T.shape[0])
-    if rows != (num_rows,) * 3:
-        raise ValueError(
-            f"{num_rows} student rows, but teacher rows, targets and weights number {rows}"
-        )
-    if student_head.weight_VH.shape[0] != teacher_head.weight_VH.shape[0]:
-        raise ValueError(
-            f"the student's head has {student_head.weight_VH.shape[0]} tokens, the teacher's "
-            f"{teacher_head.weight_VH.shape[0]}"
-        )
-    loss, divergence_T, cross_entropy_T, agreement_T = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+    _check(student_hidden_TH, student_head, teacher, (target_ids_T, weights_T), spec)
+    lora = student_head.lora
+    outputs = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         student_hidden_TH,
         student_head.weight_VH,
         student_head.bias_V,
-        student_head,
-        teacher_hidden_TG,
-        teacher_head,
-        target_ids_T,
-        weights_T,
-        spec,
+        None if lora is None else lora.a_RH,
+        None if lora is None else lora.b_VR,
+        _Inputs(
+            head=student_head,
+            teacher=teacher,
+            target_ids_T=target_ids_T.long(),
+            weights_T=weights_T,
+            sampled_log_prob_T=sampled_log_prob_T,
+            spec=spec,
+        ),
     )
-    return LossOutput(
-        loss=loss,
-        divergence_T=divergence_T,
-        cross_entropy_T=cross_entropy_T,
-        agreement_T=agreement_T,
-    )
+    return LossOutput(*outputs)
+
+
+def chunk_rows(spec: LossSpec, vocabulary: int, dtype: torch.dtype) -> int:
+    """Tokens of a chunk: as many as `logits_bytes` has room for, of all models' logits."""
+    models = 1 if spec.divergence is None else 2
+    return max(1, spec.logits_bytes // (models * vocabulary * dtype.itemsize))
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -100,122 +119,173 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden_TH: torch.Tensor,
         weight_VH: torch.Tensor,
         bias_V: torch.Tensor | None,
-        head: OutputHead,
-        teacher_hidden_TG: torch.Tensor,
-        teacher_head: OutputHead,
-        target_ids_T: torch.Tensor,
-        weights_T: torch.Tensor,
-        spec: LossSpec,
+        a_RH: torch.Tensor | None,
+        b_VR: torch.Tensor | None,
+        inputs: _Inputs,
     ) -> tuple[torch.Tensor, ...]:
+        spec = inputs.spec
         dtype = accumulation_dtype(hidden_TH)
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        student = LogitProducer(head, dtype)
-        teacher = LogitProducer(teacher_head, dtype)
-        grad_hidden_TH = torch.zeros_like(hidden_TH) if need_hidden else None
-        grad_weight_VH = torch.zeros_like(weight_VH, dtype=dtype) if need_weight else None
-        grad_bias_V = (
-            torch.zeros_like(bias_V, dtype=dtype) if need_bias and bias_V is not None else None
-        )
-        per_token = torch.zeros(3, hidden_TH.shape[0], dtype=dtype, device=hidden_TH.device)
-        for begin in range(0, hidden_TH.shape[0], spec.chunk_tokens):
-            rows = slice(begin, begin + spec.chunk_tokens)
-            grad_CV = student.logits(hidden_TH[rows])  # becomes the gradient, block by block
-            teacher_CV = teacher.logits(teacher_hidden_TG[rows])
-            for first in range(0, len(grad_CV), BLOCK_ROWS):
-                block = slice(first, first + BLOCK_ROWS)
-                of_chunk = slice(begin + first, min(begin + first + BLOCK_ROWS, rows.stop))
-                terms_XB, grad_BV = _elementwise(
-                    grad_CV[block], teacher_CV[block], target_ids_T[of_chunk], spec
-                )
-                per_token[:, of_chunk] = terms_XB
-                grad_BV *= weights_T[of_chunk, None]
-                student.through_head_(grad_BV, grad_CV[block])
-                grad_CV[block] = grad_BV
-            if not any((need_hidden, need_weight, need_bias)):
-                continue
-            if grad_hidden_TH is not None:
-                grad_hidden_TH[rows] = (grad_CV @ student.weight_VH).to(grad_hidden_TH.dtype)
-            if grad_weight_VH is not None:
-                grad_weight_VH.addmm_(grad_CV.T, hidden_TH[rows].to(dtype))
-            if grad_bias_V is not None:
-                grad_bias_V += grad_CV.sum(0)
-        ctx.save_for_backward(
-            grad_hidden_TH,
-            None if grad_weight_VH is None else grad_weight_VH.to(weight_VH.dtype),
-            None if grad_bias_V is None or bias_V is None else grad_bias_V.to(bias_V.dtype),
-        )
-        divergence_T, cross_entropy_T, agreement_T = per_token
-        mixed_T = (1 - spec.kd_ratio) * cross_entropy_T + spec.kd_ratio * divergence_T
-        outputs = (divergence_T.clone(), cross_entropy_T.clone(), agreement_T.clone())
+        exchange = RowExchange(len(hidden_TH), spec.vocabulary, hidden_TH.device)
+        given = (hidden_TH, weight_VH, bias_V, a_RH, b_VR)
+        hidden_TH = exchange.gather(hidden_TH.detach())
+        gradients = _Gradients(hidden_TH, given, ctx.needs_input_grad, inputs.head, dtype)
+        terms_MT = _run_chunks(hidden_TH, inputs, exchange, gradients, dtype)
+        if gradients.hidden_TH is not None:
+            gradients.hidden_TH = exchange.scatter(gradients.hidden_TH)
+        ctx.save_for_backward(*gradients.as_given(given))
+        terms_MT = exchange.own(terms_MT.T).T
+        outputs = tuple(terms_MT.clone())
         ctx.mark_non_differentiable(*outputs)
-        return (mixed_T @ weights_T.to(dtype), *outputs)
+        return (outputs[0] @ inputs.weights_T.to(dtype), *outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor) -> tuple[Any, ...]:
-        grads = [g if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors]
-        return (*grads, None, None, None, None, None, None)
+        grads = ctx.saved_tensors
+        # Mostly the loss is what is differentiated; a copy of the head's gradient is saved then.
+        if grad_loss != 1:
+            grads = tuple(g if g is None else g * grad_loss.to(g.dtype) for g in grads)
+        return (*grads, None)
 
 
-def accumulation_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """float64 for float64 inputs, float32 for all others."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+def _run_chunks(
+    hidden_TH: torch.Tensor,
+    inputs: _Inputs,
+    exchange: RowExchange,
+    gradients: "_Gradients",
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The terms of all tokens [M, T]; the gradients are added up on the way."""
+    spec, teacher = inputs.spec, inputs.teacher
+    targets_T = exchange.gather(inputs.target_ids_T)
+    weights_T = exchange.gather(inputs.weights_T).to(dtype)
+    sampled_T = inputs.sampled_log_prob_T
+    if sampled_T is not None:
+        sampled_T = exchange.gather(sampled_T).to(dtype)
+    producer = gradients.producer
+    vocabulary = inputs.head.weight_VH.shape[0]
+    size = min(chunk_rows(spec, vocabulary, dtype), len(hidden_TH))
+    student_buffer_CV = hidden_TH.new_empty(size, vocabulary, dtype=dtype)
+    if teacher is not None:
+        teacher_hidden_TG = exchange.gather(teacher.hidden_TG)
+        teacher_producer = LogitProducer(teacher.head, dtype)
+        teacher_buffer_CV = torch.empty_like(student_buffer_CV)
+    terms_MT = hidden_TH.new_zeros(len(TERMS), len(hidden_TH), dtype=dtype)
+    stage, block_rows = _stage(hidden_TH.device), _block_rows(hidden_TH, vocabulary, spec)
+    for begin in range(0, len(hidden_TH), size or 1):
+        rows = slice(begin, min(begin + size, len(hidden_TH)))
+        # It becomes the gradient, block by block.
+        logits_CV = producer.logits(hidden_TH[rows], student_buffer_CV[: rows.stop - begin])
+        if teacher is not None:
+            teacher_CV = teacher_producer.logits(
+                teacher_hidden_TG[rows], teacher_buffer_CV[: rows.stop - begin]
+            )
+        for first in range(begin, rows.stop, block_rows):
+            tokens = slice(first, min(first + block_rows, rows.stop))
+            part = slice(tokens.start - begin, tokens.stop - begin)
+            block = Block(
+                student_BV=logits_CV[part],
+                teacher_BV=None if teacher is None else teacher_CV[part],
+                target_ids_B=targets_T[tokens],
+                weights_B=weights_T[tokens],
+                sampled_log_prob_B=None if sampled_T is None else sampled_T[tokens],
+            )
+            terms_MT[:, tokens], grad_BV = stage(block, spec)
+            producer.through_head_(grad_BV, block.student_BV)
+            block.student_BV.copy_(grad_BV)
+        gradients.add(rows, hidden_TH[rows], logits_CV)
+    return terms_MT
 
 
-class LogitProducer:
-    """Logits of one head, chunk by chunk, in full precision.
+class _Gradients:
+    """The gradients that are asked for, in full precision."""
 
-    bfloat16 logits would put an error of tens of percent on the gradient of a small KL, so states
-    and head are widened before the product.
-    """
-
-    def __init__(self, head: OutputHead, dtype: torch.dtype) -> None:
-        self._head = head
-        self._dtype = dtype
-        self.weight_VH = head.weight_VH.detach().to(dtype)
-
-    def logits(self, hidden_CH: torch.Tensor) -> torch.Tensor:
-        """softcap(scale * (h W^T + b)), [C, V]."""
-        head = self._head
-        logits_CV = hidden_CH.detach().to(self._dtype) @ self.weight_VH.T
-        if head.bias_V is not None:
-            logits_CV += head.bias_V.detach().to(self._dtype)
-        if head.logit_scale != 1.0:
-            logits_CV *= head.logit_scale
-        if head.softcap is not None:
-            logits_CV.div_(head.softcap).tanh_().mul_(head.softcap)
-        return logits_CV
-
-    def through_head_(self, grad_CV: torch.Tensor, logits_CV: torch.Tensor) -> None:
-        """Turn, in place, a gradient for the logits into one for h W^T + b."""
-        head = self._head
-        if head.softcap is not None:
-            grad_CV *= 1 - (logits_CV / head.softcap).square()  # d tanh = 1 - tanh^2
-        if head.logit_scale != 1.0:
-            grad_CV *= head.logit_scale
-
-
-def _elementwise(
-    student_CV: torch.Tensor, teacher_CV: torch.Tensor, target_ids_C: torch.Tensor, spec: LossSpec
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divergence, cross-entropy and top-1 agreement [3, C], and the mixed logit gradient [C, V]."""
-    divergence = spec.divergence
-    temperature = divergence.temperature
-    agreement_C = (student_CV.argmax(-1) == teacher_CV.argmax(-1)).to(student_CV.dtype)
-    log_q_CV = torch.log_softmax(student_CV, -1)
-    target_C1 = target_ids_C.long().unsqueeze(-1)
-    cross_entropy_C = -log_q_CV.gather(-1, target_C1).squeeze(-1)
-    tempered_q_CV = log_q_CV
-    if temperature != 1.0:
-        tempered_q_CV = torch.log_softmax(student_CV / temperature, -1)
-    log_p_CV = torch.log_softmax(teacher_CV / temperature, -1)
-    value_C, grad_CV = divergence.value_and_gradient(tempered_q_CV, log_p_CV)
-    factor = temperature**2 if divergence.scale_by_temperature_squared else 1.0
-    grad_CV *= spec.kd_ratio * factor / temperature
-    if spec.kd_ratio < 1:
-        ce_weight = 1 - spec.kd_ratio
-        grad_CV += log_q_CV.exp_().mul_(ce_weight)
-        grad_CV.scatter_add_(
-            -1, target_C1, torch.full_like(target_C1, -ce_weight, dtype=grad_CV.dtype)
+    def __init__(
+        self,
+        hidden_TH: torch.Tensor,
+        given: tuple[torch.Tensor | None, ...],
+        needed: tuple[bool, ...],
+        head: OutputHead,
+        dtype: torch.dtype,
+    ) -> None:
+        self.producer = LogitProducer(head, dtype)
+        self.hidden_TH = torch.zeros_like(hidden_TH) if needed[0] else None
+        self.weight_VH, self.bias_V, self.a_RH, self.b_VR = (
+            torch.zeros_like(tensor, dtype=dtype) if tensor is not None and need else None
+            for tensor, need in zip(given[1:], needed[1:], strict=False)
         )
-    return torch.stack([value_C * factor, cross_entropy_C, agreement_C]), grad_CV
+        self._lora = head.lora
+
+    def add(self, rows: slice, hidden_CH: torch.Tensor, grad_CV: torch.Tensor) -> None:
+        """Those of some rows, from the gradient for h W^T + b."""
+        if self.hidden_TH is not None:
+            self.hidden_TH[rows] = self.producer.hidden_gradient(grad_CV).to(hidden_CH.dtype)
+        if self.weight_VH is not None:
+            add_weight_gradient_(self.weight_VH, grad_CV, hidden_CH)
+        if self.bias_V is not None:
+            self.bias_V += grad_CV.sum(0)
+        if self._lora is None:
+            return
+        hidden_CH = hidden_CH.to(grad_CV.dtype)
+        a_RH, b_VR = (t.detach().to(grad_CV.dtype) for t in (self._lora.a_RH, self._lora.b_VR))
+        if self.b_VR is not None:
+            self.b_VR.addmm_(grad_CV.T, hidden_CH @ a_RH.T, alpha=self._lora.scale)
+        if self.a_RH is not None:
+            self.a_RH.addmm_((grad_CV @ b_VR).T, hidden_CH, alpha=self._lora.scale)
+
+    def as_given(self, given: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
+        """In the dtypes of what they are the gradients of."""
+        grads = (self.hidden_TH, self.weight_VH, self.bias_V, self.a_RH, self.b_VR)
+        return tuple(
+            None if grad is None or tensor is None else grad.to(tensor.dtype)
+            for grad, tensor in zip(grads, given, strict=True)
+        )
+
+
+def _block_rows(hidden_TH: torch.Tensor, vocabulary: int, spec: LossSpec) -> int:
+    """Tokens in the element-wise stage at a time."""
+    if hidden_TH.is_cuda or isinstance(spec.vocabulary, ShardedVocabulary):
+        return max(1, len(hidden_TH))  # one kernel, or one round of reductions, for a chunk
+    return max(1, BLOCK_LOGITS // vocabulary) * torch.get_num_threads()
+
+
+Stage = Callable[[Block, LossSpec], tuple[torch.Tensor, torch.Tensor]]
+
+
+@cache
+def compiled_stage() -> Stage:
+    """The element-wise stage, fused by inductor: on a GPU, Triton kernels that sweep the logits."""
+    return torch.compile(block_terms, dynamic=True)
+
+
+def _stage(device: torch.device) -> Stage:
+    return compiled_stage() if device.type == "cuda" else block_terms
+
+
+def _check(
+    student_hidden_TH: torch.Tensor,
+    student_head: OutputHead,
+    teacher: TeacherStates | None,
+    per_token: tuple[torch.Tensor, ...],
+    spec: LossSpec,
+) -> None:
+    num_rows = len(student_hidden_TH)
+    rows = [len(tensor) for tensor in per_token]
+    if teacher is not None:
+        rows.append(len(teacher.hidden_TG))
+    if set(rows) != {num_rows}:
+        raise ValueError(
+            f"{num_rows} student rows, but targets, weights and teacher rows number {rows}"
+        )
+    if (teacher is None) != (spec.divergence is None) or (teacher is None and spec.kd_ratio):
+        raise ValueError("a divergence goes with a teacher, and no teacher with kd_ratio 0")
+    if teacher is None or spec.divergence is None:
+        return
+    if student_head.weight_VH.shape[0] != teacher.head.weight_VH.shape[0]:
+        raise ValueError(
+            f"the student's head has {student_head.weight_VH.shape[0]} tokens, the teacher's "
+            f"{teacher.head.weight_VH.shape[0]}"
+        )
+    sharded = isinstance(spec.vocabulary, ShardedVocabulary)
+    if sharded and spec.divergence.needs_whole_vocabulary:
+        raise ValueError(f"{type(spec.divergence).__name__} needs the whole vocabulary on one rank")

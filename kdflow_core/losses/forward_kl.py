@@ -8,18 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
+from kdflow_core.losses.base import Distributions, Divergence
+
 
 @dataclass(frozen=True, kw_only=True)
-class ForwardKL:
+class ForwardKL(Divergence):
     """KL(teacher || student), nats per token."""
 
-    temperature: float = 1.0
-    scale_by_temperature_squared: bool = False
-
-    def value_and_gradient(
-        self, log_q_TV: torch.Tensor, log_p_TV: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def value_and_gradient(self, d: Distributions) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Divergence`."""
-        p_TV = log_p_TV.exp()
-        value_T = (p_TV * (log_p_TV - log_q_TV)).sum(-1)
-        return value_T, log_q_TV.exp() - p_TV
+        return d.over.dot(d.p_TV, d.log_p_TV - d.log_q_TV), d.q_TV - d.p_TV

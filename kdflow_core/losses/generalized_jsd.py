@@ -6,35 +6,27 @@ TRL, beta = 0 and beta = 1 *are* these two, without the factor that would make t
 Dimensions: T tokens, V vocabulary.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 
-from kdflow_core.losses.base import softmax_gradient
+from kdflow_core.losses.base import Distributions, Divergence, log_mixture, softmax_gradient
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeneralizedJSD:
+class GeneralizedJSD(Divergence):
     """JSD(beta), nats per token; beta in [0, 1]."""
 
     beta: float = 0.5
-    temperature: float = 1.0
-    scale_by_temperature_squared: bool = False
 
-    def value_and_gradient(
-        self, log_q_TV: torch.Tensor, log_p_TV: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def value_and_gradient(self, d: Distributions) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Divergence`."""
-        q_TV, p_TV = log_q_TV.exp(), log_p_TV.exp()
         if self.beta == 0:
-            return (p_TV * (log_p_TV - log_q_TV)).sum(-1), q_TV - p_TV
+            return d.over.dot(d.p_TV, d.log_p_TV - d.log_q_TV), d.q_TV - d.p_TV
         if self.beta == 1:
-            terms_TV = q_TV * (log_q_TV - log_p_TV)
-            return terms_TV.sum(-1), softmax_gradient(terms_TV, q_TV)
-        log_m_TV = torch.logaddexp(
-            log_p_TV + math.log(self.beta), log_q_TV + math.log1p(-self.beta)
-        )
-        student_TV = (1 - self.beta) * q_TV * (log_q_TV - log_m_TV)
-        value_T = (self.beta * p_TV * (log_p_TV - log_m_TV) + student_TV).sum(-1)
-        return value_T, softmax_gradient(student_TV, q_TV)
+            terms_TV = (d.log_q_TV - d.log_p_TV).mul_(d.q_TV)
+            return d.over.sum(terms_TV), softmax_gradient(terms_TV, d)
+        log_m_TV = log_mixture(self.beta, d)
+        student_TV = (d.log_q_TV - log_m_TV).mul_(d.q_TV).mul_(1 - self.beta)
+        teacher_T = d.over.dot(d.p_TV, log_m_TV.sub_(d.log_p_TV)) * -self.beta
+        return teacher_T + d.over.sum(student_TV), softmax_gradient(student_TV, d)

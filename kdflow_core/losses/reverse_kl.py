@@ -8,19 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
+from kdflow_core.losses.base import Distributions, Divergence
+
 
 @dataclass(frozen=True, kw_only=True)
-class ReverseKL:
+class ReverseKL(Divergence):
     """KL(student || teacher), nats per token."""
 
-    temperature: float = 1.0
-    scale_by_temperature_squared: bool = False
-
-    def value_and_gradient(
-        self, log_q_TV: torch.Tensor, log_p_TV: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def value_and_gradient(self, d: Distributions) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Divergence`."""
-        q_TV = log_q_TV.exp()
-        log_ratio_TV = log_q_TV - log_p_TV
-        value_T = (q_TV * log_ratio_TV).sum(-1)
-        return value_T, q_TV * (log_ratio_TV - value_T.unsqueeze(-1))
+        log_ratio_TV = d.log_q_TV - d.log_p_TV
+        value_T = d.over.dot(d.q_TV, log_ratio_TV)
+        return value_T, log_ratio_TV.sub_(value_T.unsqueeze(-1)).mul_(d.q_TV)

@@ -10,20 +10,17 @@ from dataclasses import dataclass
 
 import torch
 
+from kdflow_core.losses.base import Distributions, Divergence
+
 
 @dataclass(frozen=True, kw_only=True)
-class Top1CrossEntropy:
+class Top1CrossEntropy(Divergence):
     """Cross-entropy of the teacher's top-1 token, times its probability; nats per token."""
 
-    temperature: float = 1.0
-    scale_by_temperature_squared: bool = False
-
-    def value_and_gradient(
-        self, log_q_TV: torch.Tensor, log_p_TV: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def value_and_gradient(self, d: Distributions) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Divergence`."""
-        log_p_T1, top_T1 = log_p_TV.max(-1, keepdim=True)
-        p_T1 = log_p_T1.exp()
-        value_T1 = -p_T1 * log_q_TV.gather(-1, top_T1)
-        gradient_TV = (p_T1 * log_q_TV.exp()).scatter_add_(-1, top_T1, -p_T1)
-        return value_T1.squeeze(-1), gradient_TV
+        top_T = d.over.top1(d.p_TV)
+        p_T = d.over.at(d.p_TV, top_T)
+        gradient_TV = d.q_TV * p_T.unsqueeze(-1)
+        d.over.add_at_(gradient_TV, top_T, -p_T)
+        return -p_T * d.over.at(d.log_q_TV, top_T), gradient_TV

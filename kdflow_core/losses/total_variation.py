@@ -8,20 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
-from kdflow_core.losses.base import softmax_gradient
+from kdflow_core.losses.base import Distributions, Divergence, softmax_gradient
 
 
 @dataclass(frozen=True, kw_only=True)
-class TotalVariation:
+class TotalVariation(Divergence):
     """Half the L1 distance, per token."""
 
-    temperature: float = 1.0
-    scale_by_temperature_squared: bool = False
-
-    def value_and_gradient(
-        self, log_q_TV: torch.Tensor, log_p_TV: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def value_and_gradient(self, d: Distributions) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Divergence`."""
-        q_TV = log_q_TV.exp()
-        excess_TV = q_TV - log_p_TV.exp()
-        return 0.5 * excess_TV.abs().sum(-1), softmax_gradient(0.5 * q_TV * excess_TV.sign(), q_TV)
+        excess_TV = d.q_TV - d.p_TV
+        u_TV = excess_TV.sign().mul_(d.q_TV).mul_(0.5)
+        return 0.5 * d.over.sum(excess_TV.abs_()), softmax_gradient(u_TV, d)

@@ -28,7 +28,11 @@ def export_student(
     if dist.get_rank() == 0:
         save_model_folder(
             config=module.model.config,
-            state_dict={name.removeprefix("model."): tensor for name, tensor in state.items()},
+            state_dict={
+                name.removeprefix("model."): tensor
+                for name, tensor in state.items()
+                if name.startswith("model.")  # and not what the algorithm has of its own
+            },
             dtype=dtype,
             generation_config=module.model.generation_config,
             target=target,

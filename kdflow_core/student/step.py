@@ -1,6 +1,6 @@
 """One optimizer step. This is the one place that divides the loss.
 
-Dimensions: B sequences, T tokens, N supervised tokens, G hidden size of the teacher.
+Dimensions: B sequences, T tokens, N supervised tokens, K those of one teacher.
 """
 
 from collections.abc import Sequence
@@ -11,20 +11,27 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from kdflow_core.algorithms.base import MicroBatch, TeacherStates, TokenBatch
 from kdflow_core.batching import pad_right, select_rows, teacher_rows
-from kdflow_core.contracts import Example, Examples, HiddenStateSource
+from kdflow_core.contracts import Example, Examples, HiddenStateSource, TokenSequence
 from kdflow_core.errors import TrainingError
-from kdflow_core.student.module import DistillationModule, MicroBatch
+from kdflow_core.student.module import DistillationModule
 from kdflow_core.student.plan import StepBatches
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
-    """Means over the supervised tokens of a step, over all ranks; nats per token."""
+    """Means over the supervised tokens of a step, over all ranks; nats per token.
+
+    `kd` is the divergence that is trained, at its temperature; the rest is at temperature 1.
+    """
 
     loss: float
     kd: float
     cross_entropy: float
+    forward_kl: float
+    student_entropy: float
+    teacher_entropy: float
     agreement: float
     grad_norm: float
 
@@ -35,27 +42,31 @@ def training_step(
     optimizer: torch.optim.Optimizer,
     batches: StepBatches,
     examples: Examples,
-    states: HiddenStateSource,
+    states: Sequence[HiddenStateSource],
     rank: int,
     max_grad_norm: float,
-    kd_ratio: float,
     device: torch.device,
 ) -> StepMetrics:
     """Accumulate the gradients of this rank's micro-batches, clip once, step.
 
-    Raises TrainingError when loss or gradient is not finite; the weights are then untouched.
+    `states` are those of the algorithm's teachers, in its order. Raises TrainingError when loss or
+    gradient is not finite; the weights are then untouched.
     """
     num_ranks = len(batches.micro_batches)
     # Every supervised token of the step counts the same, whatever rank and micro-batch it is in.
     # FSDP averages gradients over the ranks, hence the factor.
     weight = num_ranks / batches.num_tokens
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    sums = torch.zeros(7, dtype=torch.float64, device=device)
     mine = batches.micro_batches[rank]
     for number, indices in enumerate(mine):
-        module.set_requires_gradient_sync(number == len(mine) - 1)  # type: ignore[operator]
+        last = number == len(mine) - 1
+        module.set_requires_gradient_sync(last)  # type: ignore[operator]
+        # What the root holds, head and embedding, is gathered once for all micro-batches.
+        module.set_reshard_after_backward(last, recurse=False)  # type: ignore[operator]
         stand_in = batches.micro_batches[0][0][:1]
         batch = collate(
             [examples[i] for i in indices or stand_in],
+            module,
             states,
             weight=weight,
             empty=not indices,
@@ -63,20 +74,12 @@ def training_step(
         )
         output = module(batch)
         output.loss.backward()
-        terms = (output.divergence_T, output.cross_entropy_T, output.agreement_T)
-        sums += torch.stack([term.double().sum() for term in terms])
+        sums += torch.stack([term.double().sum() for term in output[1:]])
     grad_norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
     if isinstance(grad_norm, DTensor):
         grad_norm = grad_norm.full_tensor()
     dist.all_reduce(sums)
-    kd, cross_entropy, agreement = (sums / batches.num_tokens).tolist()
-    metrics = StepMetrics(
-        loss=(1 - kd_ratio) * cross_entropy + kd_ratio * kd,
-        kd=kd,
-        cross_entropy=cross_entropy,
-        agreement=agreement,
-        grad_norm=float(grad_norm),
-    )
+    metrics = StepMetrics(**_means(sums, batches), grad_norm=float(grad_norm))
     if not np.isfinite([metrics.loss, metrics.grad_norm]).all():
         raise TrainingError(
             f"loss {metrics.loss} and gradient norm {metrics.grad_norm} are not both finite; "
@@ -84,41 +87,93 @@ def training_step(
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    module.algorithm.after_step(module.model)
     return metrics
+
+
+def _means(sums: torch.Tensor, batches: StepBatches) -> dict[str, float]:
+    """The per-token terms of a loss, as means over the step."""
+    names = (
+        "loss",
+        "kd",
+        "cross_entropy",
+        "forward_kl",
+        "student_entropy",
+        "teacher_entropy",
+        "agreement",
+    )
+    return dict(zip(names, (sums / batches.num_tokens).tolist(), strict=True))
 
 
 def collate(
     examples: Sequence[Example],
-    states: HiddenStateSource,
+    module: DistillationModule,
+    states: Sequence[HiddenStateSource],
     *,
     weight: float,
     empty: bool,
     device: torch.device,
 ) -> MicroBatch:
-    """Pad student ids and join them with the teacher's rows of the same supervised tokens.
+    """Pad student ids and join them with each teacher's rows of the tokens that it teaches.
 
     With `empty`, no token is supervised: the rank only takes part in the collectives.
 
     Raises AlignmentError when rows and tokens differ in number.
     """
-    sequences = [example.student for example in examples]
     supervised = [] if empty else list(examples)
-    rows, positions, targets = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], []
-    for row, example in enumerate(supervised):
-        target_positions_N = example.student.target_positions_N
+    algorithm = module.algorithm
+    targets = [np.zeros(0, np.int64), *[e.student.target_ids_N for e in supervised]]
+    sampled = [e.sampled_log_prob_N for e in supervised]
+    known = [log_prob_N for log_prob_N in sampled if log_prob_N is not None]
+    log_prob_N = np.concatenate([np.zeros(0, np.float32), *known])
+    return MicroBatch(
+        student=_tokens([e.student for e in examples], empty=empty, device=device),
+        target_ids_N=torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(device),
+        weight=weight,
+        teachers=tuple(
+            _teacher_states(supervised, source, teacher.sources, device)
+            for teacher, source in zip(algorithm.teachers, states, strict=True)
+        ),
+        teacher_tokens=_tokens([e.teacher for e in examples], empty=empty, device=device)
+        if algorithm.reads_teacher_tokens
+        else None,
+        sampled_log_prob_N=torch.from_numpy(log_prob_N).to(device)
+        if len(known) == len(sampled)
+        else None,
+    )
+
+
+def _tokens(sequences: Sequence[TokenSequence], *, empty: bool, device: torch.device) -> TokenBatch:
+    rows, positions = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for row, sequence in enumerate([] if empty else sequences):
+        target_positions_N = sequence.target_positions_N
         rows.append(np.full(len(target_positions_N), row))
         positions.append(target_positions_N - 1)  # the state before a token predicts it
-        targets.append(example.student.target_ids_N)
-    target_ids_N = np.concatenate([np.zeros(0, np.int64), *targets]).astype(np.int64)
-    return MicroBatch(
+    return TokenBatch(
         ids_BT=pad_right([s.ids_T for s in sequences]).to(device),
         row_N=torch.from_numpy(np.concatenate(rows)).to(device),
         position_N=torch.from_numpy(np.concatenate(positions)).to(device),
-        target_ids_N=torch.from_numpy(target_ids_N).to(device),
-        teacher_hidden_NG=select_rows(
-            [teacher_rows(example, states) for example in supervised],
+    )
+
+
+def _teacher_states(
+    examples: Sequence[Example],
+    states: HiddenStateSource,
+    sources: frozenset[str] | None,
+    device: torch.device,
+) -> TeacherStates:
+    """A teacher's rows for the examples of its data sources."""
+    taught = [e for e in examples if sources is None or e.source in sources]
+    mine = [
+        np.full(len(e.student.target_positions_N), sources is None or e.source in sources)
+        for e in examples
+    ]
+    index_K = np.flatnonzero(np.concatenate([np.zeros(0, bool), *mine]))
+    return TeacherStates(
+        index_K=torch.from_numpy(index_K).to(device),
+        hidden_KG=select_rows(
+            [teacher_rows(example, states) for example in taught],
             hidden_size=states.hidden_size,
             device=device,
         ),
-        weight=weight,
     )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from kdflow_core.contracts import OutputHead
-from kdflow_core.losses.chunked import LogitProducer
+from kdflow_core.losses.logits import LogitProducer
 
 
 @torch.inference_mode()

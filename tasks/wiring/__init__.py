@@ -11,6 +11,7 @@ from storage.artifact import ArtifactRef
 from tasks.wiring.estimation import estimate_run
 from tasks.wiring.evaluation import evaluate_student, report
 from tasks.wiring.extraction import extract_states
+from tasks.wiring.generation import generate_answers
 from tasks.wiring.preparation import prepare_model, tokenize_data
 from tasks.wiring.stage_run import StageRun
 from tasks.wiring.training import train_student
@@ -20,6 +21,7 @@ STAGES: Mapping[str, Callable[[StageRun], ArtifactRef | None]] = MappingProxyTyp
         "prepare-teacher": prepare_model,
         "prepare-student": prepare_model,
         "tokenize": tokenize_data,
+        "generate": generate_answers,
         "estimate": estimate_run,
         "extract": extract_states,
         "train": train_student,

@@ -35,12 +35,10 @@ def estimate_run(stage: StageRun) -> ArtifactRef | None:
     stage.reporter.message("probing the student's training")
     _reset_peak()
     student_rate = probe_training(
-        module=build_module(stage, head, default_device()),
+        module=build_module(stage, {"teacher": head}, default_device()),
         plan=plan,
         examples=TokenExamples(train),
-        hidden_size=head.weight_VH.shape[1],
         config=stage.run.student,
-        kd_ratio=stage.run.loss.kd_ratio,
         rank=dist.get_rank(),
         device=default_device(),
     )

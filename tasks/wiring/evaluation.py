@@ -1,18 +1,19 @@
 """The stages that judge: evaluation and report."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from kdflow_core.contracts import Example, OutputHead
-from kdflow_core.eval.distribution import score_distributions
+from kdflow_core.contracts import Example
+from kdflow_core.eval.distribution import TeacherSignal, score_distributions
 from kdflow_core.eval.generation import exact_match, generate_greedily
 from kdflow_core.models.loading import DTYPES, load_causal_lm, load_tokenizer
 from storage.artifact import ArtifactRef
-from tasks.adapters import StoredStates, TokenExamples
+from tasks.adapters import TokenExamples
 from tasks.report_page import write_report
 from tasks.wiring.stage_run import StageRun, default_device
 
@@ -27,10 +28,10 @@ def evaluate_student(stage: StageRun) -> ArtifactRef:
         "student before": stage.model_folder("student"),
         "student after": stage.store.local_copy(stage.spec.inputs["student"]) / "model",
     }
-    signal = stage.teacher_signal(default_device())
+    teachers = _teachers(stage)
     models, answers = {}, {}
     for label, folder in folders.items():
-        models[label], answers[label] = _judge(stage, label, folder, examples, shown, signal)
+        models[label], answers[label] = _judge(stage, label, folder, examples, shown, teachers)
     tokenizer = load_tokenizer(folders["teacher"])
     samples = [
         {
@@ -49,13 +50,25 @@ def evaluate_student(stage: StageRun) -> ArtifactRef:
     )
 
 
+def _teachers(stage: StageRun) -> dict[str, TeacherSignal]:
+    """Whom the models are compared with, by data source; `all` is the run's own teacher."""
+    signals = {}
+    for name in stage.run.teacher_names:
+        states, head = stage.of_teacher(name).teacher_signal(default_device())
+        signals[name] = TeacherSignal(states=states, head=head)
+    teachers = {"all": signals["teacher"]}
+    for name, signal in signals.items():
+        teachers |= dict.fromkeys(stage.run.sources_of(name) or (), signal)
+    return teachers
+
+
 def _judge(
     stage: StageRun,
     label: str,
     folder: Path,
     examples: TokenExamples,
     shown: list[Example],
-    signal: tuple[StoredStates, OutputHead],
+    teachers: Mapping[str, TeacherSignal],
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
     """A model's scores by source, and its greedy answers to the shown examples' prompts."""
     side: Literal["teacher", "student"] = "teacher" if label == "teacher" else "student"
@@ -66,12 +79,10 @@ def _judge(
         attention=student.attention,
         device=default_device(),
     )
-    states, head = signal
     scores = score_distributions(
         model=model,
         examples=examples,
-        states=states,
-        teacher_head=head,
+        teachers=teachers,
         tokens_per_batch=stage.run.eval.tokens_per_batch,
         reporter=stage.reporter,
         label=label,

@@ -14,6 +14,7 @@ import torch
 
 from kdflow_core.bounded import BoundedWorker
 from kdflow_core.contracts import OutputHead, TokenSequence
+from kdflow_core.errors import DataError
 from kdflow_core.models.heads import head_digest
 from kdflow_core.models.loading import load_config
 from kdflow_core.teacher import build_engine, longest_allowed
@@ -24,7 +25,7 @@ from storage.states.layout import Layout, Sequences, plan_layout
 from storage.states.writer import HiddenStateWriter
 from storage.tokens import TokenTable
 from tasks.adapters import TeacherSequences, bfloat16_bits, bfloat16_tensor
-from tasks.stages import state_splits
+from tasks.slices import state_splits
 from tasks.wiring.stage_run import StageRun, barrier, default_device, rank_and_size
 
 WINDOW_BATCHES = 8
@@ -56,7 +57,8 @@ def extract_states(stage: StageRun) -> ArtifactRef | None:
     """
     rank, _ = rank_and_size()
     tables = stage.tables()
-    work = distinct_sequences([tables[split] for split in state_splits(stage.run)])
+    splits = [tables[split] for split in state_splits(stage.run)]
+    work = distinct_sequences(splits, stage.spec.identity.config.get("sources"))
     folder = stage.model_folder("teacher")
     check_lengths(int(work.lengths.max()), longest_allowed(stage.run.teacher, folder))
     head = stage.teacher_head(torch.device("cpu"))
@@ -150,9 +152,13 @@ def _info(stage: StageRun, head: OutputHead, layout: Layout) -> dict[str, Any]:
     }
 
 
-def distinct_sequences(tables: list[TokenTable]) -> TeacherWork:
-    """Every distinct teacher sequence once, by digest: digests are uniform, so that this is a
-    random order.
+def distinct_sequences(
+    tables: list[TokenTable], sources: Sequence[str] | None = None
+) -> TeacherWork:
+    """Every distinct teacher sequence once, of some data sources or of all, by digest: digests are
+    uniform, so that this is a random order.
+
+    Raises DataError when no sequence is of these sources.
     """
     digests = np.concatenate([table.digests() for table in tables])
     keys = digests.view(">u8")
@@ -161,9 +167,14 @@ def distinct_sequences(tables: list[TokenTable]) -> TeacherWork:
     first = np.ones(len(order), bool)
     first[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
     chosen = order[first]
-    sources = [table.sources() for table in tables]
-    names = tuple(sorted({name for _, known in sources for name in known}))
-    source = [np.array([names.index(n) for n in known], np.int16)[s] for s, known in sources]
+    known = [table.sources() for table in tables]
+    names = tuple(sorted({name for _, own in known for name in own}))
+    numbers = [np.array([names.index(n) for n in own], np.int16)[s] for s, own in known]
+    source = np.concatenate(numbers)
+    if sources is not None:
+        chosen = chosen[np.isin(source[chosen], [i for i, n in enumerate(names) if n in sources])]
+        if not len(chosen):
+            raise DataError(f"no sample of the data sources {list(sources)} is left for a teacher")
     counts = [table.supervised_counts("teacher") for table in tables]
     return TeacherWork(
         tables=tables,
@@ -173,7 +184,7 @@ def distinct_sequences(tables: list[TokenTable]) -> TeacherWork:
         sequences=Sequences(
             digests=digests[chosen],
             num_rows=np.concatenate(counts)[chosen].astype(np.int32),
-            source=np.concatenate(source)[chosen],
+            source=source[chosen],
             source_names=names,
         ),
     )

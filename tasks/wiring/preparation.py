@@ -14,7 +14,8 @@ from kdflow_core.models.folders import context_length
 from kdflow_core.models.loading import DTYPES, check_same_vocabulary, load_tokenizer
 from storage.artifact import ArtifactRef
 from storage.tokens import TokenTable, TokenWriter
-from tasks.stages import SPLITS, gguf_path
+from tasks.adapters import token_row
+from tasks.slices import SPLITS, gguf_path
 from tasks.wiring.stage_run import StageRun
 
 
@@ -92,17 +93,7 @@ def _write_examples(folder: Path, examples: Iterable[tuple[Split, Example]]) -> 
     ):
         writers = {"train": train, "heldout": heldout}
         for split, example in examples:
-            writers[split].add(
-                {
-                    "source": example.source,
-                    "digest": example.teacher.digest,
-                    "student_ids": example.student.ids_T,
-                    "student_supervised": example.student.supervised_T,
-                    "teacher_ids": example.teacher.ids_T,
-                    "teacher_supervised": example.teacher.supervised_T,
-                    "answer": example.answer,
-                }
-            )
+            writers[split].add(token_row(example))
 
 
 def _counts(folder: Path) -> dict[str, int]:

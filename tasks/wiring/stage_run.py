@@ -20,7 +20,8 @@ from storage.states.reader import HiddenStateReader
 from storage.store import ArtifactStore
 from storage.tokens import TokenTable
 from tasks.adapters import StoredStates
-from tasks.stages import SPLITS, Split, StageSpec, open_store
+from tasks.slices import SPLITS, Split
+from tasks.stages import StageSpec, open_store, spec_of_teacher
 
 
 class StageRun:
@@ -71,9 +72,17 @@ class StageRun:
         return resolve_folder(model.path, model.revision)
 
     def tables(self) -> dict[Split, TokenTable]:
-        """The token tables by split."""
+        """The token tables by split; in training's, answers that a model wrote have their place."""
         folder = self.store.local_copy(self.spec.inputs["tokens"])
-        return {split: TokenTable(folder / f"{split}.arrow") for split in SPLITS}
+        tables: dict[Split, TokenTable] = {s: TokenTable(folder / f"{s}.arrow") for s in SPLITS}
+        if "answers" in self.spec.inputs:
+            folder = self.store.local_copy(self.spec.inputs["answers"])
+            tables["train"] = TokenTable(folder / "train.arrow")
+        return tables
+
+    def of_teacher(self, name: str) -> "StageRun":
+        """This stage as one of several teachers has it: with its model and its states."""
+        return StageRun(spec_of_teacher(self.spec, name), self.reporter)
 
     def teacher_signal(self, device: torch.device) -> tuple[StoredStates, OutputHead]:
         """The teacher's stored states, and the head that they were made for.

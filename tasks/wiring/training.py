@@ -1,6 +1,7 @@
 """The stage that trains the student."""
 
 import shutil
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -8,11 +9,19 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from configs.schema.teacher import InProcessTeacher
+from kdflow_core.algorithms import build_algorithm
+from kdflow_core.algorithms.base import Ingredients
 from kdflow_core.contracts import OutputHead, TokenSequence
 from kdflow_core.loops.offpolicy import train_offpolicy
 from kdflow_core.losses import build_divergence
-from kdflow_core.losses.chunked import LossSpec
-from kdflow_core.models.loading import DTYPES, load_causal_lm, load_tokenizer
+from kdflow_core.losses.elementwise import LossSpec
+from kdflow_core.losses.token_weights import build_token_weight
+from kdflow_core.models.loading import (
+    DTYPES,
+    load_causal_lm,
+    load_tokenizer,
+    true_vocabulary_size,
+)
 from kdflow_core.student.checkpoint import completed_steps
 from kdflow_core.student.export import export_student
 from kdflow_core.student.module import DistillationModule, shard
@@ -22,10 +31,12 @@ from kdflow_core.teacher import build_engine
 from kdflow_core.teacher.live import LiveStates
 from storage.artifact import ArtifactRef
 from storage.tokens import TokenTable
-from tasks.adapters import TokenExamples
+from tasks.adapters import StoredStates, TokenExamples
 from tasks.model_card import model_card
 from tasks.tracking import MetricsLog, NoMetrics
 from tasks.wiring.stage_run import StageRun, default_device
+
+States = PrefetchedStates | LiveStates
 
 
 def train_student(stage: StageRun) -> ArtifactRef | None:
@@ -34,8 +45,8 @@ def train_student(stage: StageRun) -> ArtifactRef | None:
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     device = default_device()
     table = stage.tables()["train"]
-    plan, states, head = _plan_and_signal(stage, table, device)
-    module = build_module(stage, head, device)
+    plan, states, heads = _plan_and_teachers(stage, table, device)
+    module = build_module(stage, heads, device)
     checkpoints = stage.workdir / "checkpoints"
     output = stage.workdir / "artifact"
     metrics: MetricsLog | NoMetrics = NoMetrics()
@@ -48,14 +59,14 @@ def train_student(stage: StageRun) -> ArtifactRef | None:
         examples=TokenExamples(table),
         states=states,
         config=config,
-        kd_ratio=run.loss.kd_ratio,
         checkpoints=checkpoints,
         metrics=metrics,
         reporter=stage.reporter,
         device=device,
     )
     metrics.close()
-    states.close()
+    for source in states:
+        source.close()
     export_student(
         module,
         tokenizer=load_tokenizer(stage.model_folder("student")),
@@ -76,34 +87,57 @@ def train_student(stage: StageRun) -> ArtifactRef | None:
     return ref
 
 
-def _plan_and_signal(
+def _plan_and_teachers(
     stage: StageRun, table: TokenTable, device: torch.device
-) -> tuple[TrainingPlan, PrefetchedStates | LiveStates, OutputHead]:
-    """The steps; stored states or a teacher in these ranks; and the teacher's head."""
-    if stage.run.source == "live":
+) -> tuple[TrainingPlan, Sequence[States], Mapping[str, OutputHead]]:
+    """The steps; the states of every teacher that is asked, stored or from an engine in these
+    ranks; and the teachers' heads by name.
+    """
+    run = stage.run
+    if not run.algorithm.TEACHER_STATES:
+        return training_plan(stage, table, groups=None), (), {}
+    if run.source == "live":
         plan = training_plan(stage, table, groups=None)
-        states, head = _live_states(stage, table, plan, device)
-        return plan, states, head
-    stored, head = stage.teacher_signal(device)
-    windowed = stage.run.student.shuffle_window_shards is not None
-    plan = training_plan(
-        stage, table, groups=stored.shard_of(table.digests()) if windowed else None
-    )
-    rank, examples = dist.get_rank(), TokenExamples(table)
-    prefetched = PrefetchedStates(
+        live, head = _live_states(stage, table, plan, device)
+        return plan, (live,), {"teacher": head}
+    signals = {name: stage.of_teacher(name).teacher_signal(device) for name in run.teacher_names}
+    windowed = run.student.shuffle_window_shards is not None
+    first, _ = next(iter(signals.values()))
+    groups = first.shard_of(table.digests()) if windowed else None
+    plan = training_plan(stage, table, groups=groups)
+    examples = TokenExamples(table)
+    prefetched = [
+        _prefetched(stored, plan, examples, run.sources_of(name))
+        for name, (stored, _) in signals.items()
+    ]
+    return plan, prefetched, {name: head for name, (_, head) in signals.items()}
+
+
+def _prefetched(
+    stored: StoredStates,
+    plan: TrainingPlan,
+    examples: TokenExamples,
+    sources: frozenset[str] | None,
+) -> PrefetchedStates:
+    rank = dist.get_rank()
+    return PrefetchedStates(
         stored,
-        sequences_of=lambda step: _teacher_sequences(plan, examples, step, rank),
+        sequences_of=lambda step: _teacher_sequences(plan, examples, step, rank, sources),
         num_steps=plan.num_steps,
     )
-    return plan, prefetched, head
 
 
 def _teacher_sequences(
-    plan: TrainingPlan, examples: TokenExamples, step: int, rank: int
+    plan: TrainingPlan,
+    examples: TokenExamples,
+    step: int,
+    rank: int,
+    sources: frozenset[str] | None = None,
 ) -> list[TokenSequence]:
-    """What the teacher saw of a rank's part of a step."""
+    """What a teacher of some data sources (None: of all) saw of a rank's part of a step."""
     batches = plan.step(step).micro_batches[rank]
-    return [examples[i].teacher for batch in batches for i in batch]
+    chosen = [examples[i] for batch in batches for i in batch]
+    return [e.teacher for e in chosen if sources is None or e.source in sources]
 
 
 def _live_states(
@@ -137,23 +171,30 @@ def _live_states(
 
 
 def build_module(
-    stage: StageRun, teacher_head: OutputHead, device: torch.device
+    stage: StageRun, heads: Mapping[str, OutputHead], device: torch.device
 ) -> DistillationModule:
-    """The student with its loss, sharded over all ranks."""
+    """The student with its algorithm, sharded over all ranks."""
     config, loss = stage.run.student, stage.run.loss
-    model = load_causal_lm(
-        stage.model_folder("student"), dtype=torch.float32, attention=config.attention
-    )
+    folder = stage.model_folder("student")
+    model = load_causal_lm(folder, dtype=torch.float32, attention=config.attention)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    module = DistillationModule(
-        model=model,
-        teacher_head=teacher_head,
+    vocabulary_size = true_vocabulary_size(load_tokenizer(folder))
+    ingredients = Ingredients(
         spec=LossSpec(
             divergence=build_divergence(loss.divergence),
             kd_ratio=loss.kd_ratio,
-            chunk_tokens=loss.chunk_tokens,
+            logits_bytes=loss.logits_memory_mb * 10**6,
+            token_weight=build_token_weight(loss.token_weight),
         ),
+        model=model,
+        heads=heads,
+        vocabulary_size=vocabulary_size,
+    )
+    module = DistillationModule(
+        model=model,
+        algorithm=build_algorithm(stage.run.algorithm, ingredients),
+        vocabulary_size=vocabulary_size,
     )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     shard(module, mesh=mesh, compute_dtype=DTYPES[config.compute_dtype])

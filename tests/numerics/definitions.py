@@ -1,12 +1,15 @@
 """The divergences as the papers write them, over float64 probabilities, for autograd.
 
-Nothing here is shared with the code under test. Dimensions: T tokens, V vocabulary.
+No formula here is shared with the code under test. Dimensions: T tokens, V vocabulary.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from kdflow_core.losses.base import Distributions, Divergence
+from kdflow_core.losses.vocabulary import WholeVocabulary
 
 Definition = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -51,12 +54,31 @@ def alpha_beta(a: float, b: float) -> Definition:
     return value
 
 
+def hierarchical_ranking(k: int) -> Definition:
+    def value(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        rows = []
+        for p_V, q_V in zip(p, q, strict=True):
+            order = sorted(range(len(p_V)), key=lambda v: -p_V[v].item())[:k]
+            liked = sorted(range(len(q_V)), key=lambda v: -q_V[v].item())[:k]
+            zero = torch.zeros((), dtype=q.dtype)
+            total = sum(torch.maximum(zero, q_V[j] - q_V[order[0]]) for j in order)
+            for i in order:
+                for j in liked:
+                    if p_V[i] > p_V[j]:
+                        total = total + torch.maximum(zero, q_V[j] - q_V[i])
+            rows.append(total)
+        return torch.stack(rows)
+
+    return value
+
+
 def top1(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     best = p.argmax(-1, keepdim=True)
     return -(p.gather(-1, best) * q.gather(-1, best).log()).squeeze(-1)
 
 
 # Each divergence in settings that differ in kind: its `type`, its fields, its definition of (p, q).
+# `sampled_reverse_kl` is no function of these two; it has tests of its own.
 CASES: list[tuple[str, dict[str, Any], Definition]] = [
     ("forward_kl", {}, kl),
     ("reverse_kl", {}, lambda p, q: kl(q, p)),
@@ -80,5 +102,18 @@ CASES: list[tuple[str, dict[str, Any], Definition]] = [
         {"alpha": 0.8},
         lambda p, q: (1 - (p**0.8 * q**0.2).sum(-1)) / (0.8 * 0.2),
     ),
+    ("hierarchical_ranking", {}, hierarchical_ranking(5)),
+    ("hierarchical_ranking", {"top_k": 2}, hierarchical_ranking(2)),
 ]
 NAMES = [f"{name}-{'-'.join(map(str, fields.values()))}".rstrip("-") for name, fields, _ in CASES]
+
+
+def evaluate(
+    divergence: Divergence, log_q_TV: torch.Tensor, log_p_TV: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A divergence's value and gradient, of log-probabilities."""
+    targets_T = torch.zeros(len(log_q_TV), dtype=torch.long)
+    d = Distributions(
+        log_q_TV, log_q_TV.exp(), log_p_TV, log_p_TV.exp(), WholeVocabulary(), targets_T, None
+    )
+    return divergence.value_and_gradient(d)

@@ -5,7 +5,8 @@ import torch
 
 from kdflow_core.contracts import OutputHead
 from kdflow_core.losses import LOSSES, chunked
-from kdflow_core.losses.chunked import LossOutput, LossSpec, distillation_loss
+from kdflow_core.losses.chunked import LossOutput, TeacherStates, distillation_loss
+from kdflow_core.losses.elementwise import LossSpec
 from tests.numerics.definitions import CASES, generalized_jsd, kl
 
 DEFINITIONS = {name: definition for name, fields, definition in CASES if not fields}
@@ -57,8 +58,7 @@ class Problem:
         return distillation_loss(
             student_hidden_TH=self.hidden_TH,
             student_head=head,
-            teacher_hidden_TG=self.teacher_hidden_TG,
-            teacher_head=self.teacher_head,
+            teacher=TeacherStates(self.teacher_hidden_TG, self.teacher_head),
             target_ids_T=self.targets_T,
             weights_T=self.weights_T,
             spec=spec,
@@ -88,14 +88,25 @@ class Problem:
         return (self.weights_T * mixed_T).sum()
 
 
-def spec_of(name: str, *, chunk: int = 4, ratio: float = 0.7, temperature: float = 1.0) -> LossSpec:
+def spec_of(
+    name: str,
+    *,
+    chunk: int = 4,
+    ratio: float = 0.7,
+    temperature: float = 1.0,
+    vocabulary: int = VOCABULARY,
+    itemsize: int = 8,
+) -> LossSpec:
+    """A loss that takes `chunk` tokens at a time."""
     divergence = LOSSES[name](
         temperature=temperature, scale_by_temperature_squared=temperature != 1.0
     )
-    return LossSpec(divergence=divergence, kd_ratio=ratio, chunk_tokens=chunk)
+    return LossSpec(
+        divergence=divergence, kd_ratio=ratio, logits_bytes=2 * chunk * vocabulary * itemsize
+    )
 
 
-@pytest.mark.parametrize("name", list(LOSSES))
+@pytest.mark.parametrize("name", sorted(DEFINITIONS))
 @pytest.mark.parametrize("chunk", [1, 5, 100])
 @pytest.mark.parametrize("ratio", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
@@ -122,7 +133,7 @@ def test_blocks_of_a_chunk_do_not_matter(block: int, monkeypatch: pytest.MonkeyP
     spec = spec_of("generalized_jsd", chunk=8, temperature=2.0)
     ours, witness = Problem(softcap=1.5, bias=True), Problem(softcap=1.5, bias=True)
     expected = witness.definition(spec, "generalized_jsd")
-    monkeypatch.setattr(chunked, "BLOCK_ROWS", block)
+    monkeypatch.setattr(chunked, "_block_rows", lambda *_: block)
     loss = ours.chunked(spec).loss
     torch.testing.assert_close(loss, expected, rtol=1e-11, atol=1e-12)
     loss.backward()
@@ -132,7 +143,7 @@ def test_blocks_of_a_chunk_do_not_matter(block: int, monkeypatch: pytest.MonkeyP
 
 
 # The weights of adaptive_kl are constants to its gradient, but not to a difference quotient.
-@pytest.mark.parametrize("name", sorted(LOSSES.keys() - {"adaptive_kl"}))
+@pytest.mark.parametrize("name", sorted(DEFINITIONS.keys() - {"adaptive_kl"}))
 def test_gradcheck(name: str) -> None:
     problem = Problem(bias=True, softcap=2.0)
     spec = spec_of(name, temperature=1.3)
@@ -187,8 +198,9 @@ def test_student_equal_to_teacher_has_no_divergence() -> None:
     output = distillation_loss(
         student_hidden_TH=problem.hidden_TH,
         student_head=head,
-        teacher_hidden_TG=problem.hidden_TH.detach(),
-        teacher_head=OutputHead(weight_VH=problem.weight_VH.detach()),
+        teacher=TeacherStates(
+            problem.hidden_TH.detach(), OutputHead(weight_VH=problem.weight_VH.detach())
+        ),
         target_ids_T=problem.targets_T,
         weights_T=problem.weights_T,
         spec=spec_of("forward_kl", ratio=1.0),
@@ -234,11 +246,12 @@ def test_never_more_than_a_chunk_of_logits() -> None:
         output = distillation_loss(
             student_hidden_TH=hidden_TH,
             student_head=OutputHead(weight_VH=weight_VH),
-            teacher_hidden_TG=torch.randn(tokens, hidden),
-            teacher_head=OutputHead(weight_VH=torch.randn(vocabulary, hidden)),
+            teacher=TeacherStates(
+                torch.randn(tokens, hidden), OutputHead(weight_VH=torch.randn(vocabulary, hidden))
+            ),
             target_ids_T=torch.zeros(tokens, dtype=torch.long),
             weights_T=torch.ones(tokens),
-            spec=spec_of("forward_kl", chunk=chunk),
+            spec=spec_of("forward_kl", chunk=chunk, vocabulary=vocabulary, itemsize=4),
         )
         output.loss.backward()
     assert largest == chunk * vocabulary

@@ -15,7 +15,7 @@ from configs.schema.loss import Divergence as DivergenceConfig
 from kdflow_core.losses import LOSSES, build_divergence
 from kdflow_core.losses.base import Divergence
 from kdflow_core.losses.weighted_sum import WeightedSum
-from tests.numerics.definitions import CASES, NAMES, Definition
+from tests.numerics.definitions import CASES, NAMES, Definition, evaluate
 
 each = pytest.mark.parametrize(("name", "fields", "definition"), CASES, ids=NAMES)
 SCHEMA: TypeAdapter[Any] = TypeAdapter(DivergenceConfig)
@@ -32,11 +32,11 @@ def log_distributions(
 
 
 def value_of(divergence: Divergence, log_p_TV: torch.Tensor, log_q_TV: torch.Tensor) -> np.ndarray:
-    return divergence.value_and_gradient(log_q_TV, log_p_TV)[0].numpy()
+    return evaluate(divergence, log_q_TV, log_p_TV)[0].numpy()
 
 
 def test_every_divergence_of_the_catalogue_has_cases() -> None:
-    assert {name for name, _, _ in CASES} == set(LOSSES)
+    assert {name for name, _, _ in CASES} == set(LOSSES) - {"sampled_reverse_kl"}
 
 
 @each
@@ -50,7 +50,7 @@ def test_value_and_gradient_are_those_of_the_definition(
     expected_T = definition(log_p_TV.exp(), torch.softmax(logits_TV, -1))
     expected_T.sum().backward()
     log_q_TV = torch.log_softmax(logits_TV.detach(), -1)
-    value_T, gradient_TV = LOSSES[name](**fields).value_and_gradient(log_q_TV, log_p_TV)
+    value_T, gradient_TV = evaluate(LOSSES[name](**fields), log_q_TV, log_p_TV)
     torch.testing.assert_close(value_T, expected_T, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(gradient_TV, logits_TV.grad, rtol=1e-8, atol=1e-12)
 
@@ -60,7 +60,7 @@ def test_float32_is_near_float64(
     name: str, fields: dict[str, float], definition: Definition
 ) -> None:
     log_p_TV, log_q_TV = (log.float() for log in log_distributions(1, (4, 300)))
-    value_T, gradient_TV = LOSSES[name](**fields).value_and_gradient(log_q_TV, log_p_TV)
+    value_T, gradient_TV = evaluate(LOSSES[name](**fields), log_q_TV, log_p_TV)
     assert value_T.dtype == gradient_TV.dtype == torch.float32
     expected_T = definition(log_p_TV.double().exp(), log_q_TV.double().exp())
     torch.testing.assert_close(value_T.double(), expected_T, rtol=2e-5, atol=1e-6)
@@ -70,7 +70,7 @@ def test_float32_is_near_float64(
 def test_equal_distributions(name: str, fields: dict[str, float], definition: Definition) -> None:
     """Zero and flat, but for the cross-entropy, which pulls on to the teacher's choice."""
     log_p_TV, _ = log_distributions(1)
-    value_T, gradient_TV = LOSSES[name](**fields).value_and_gradient(log_p_TV, log_p_TV)
+    value_T, gradient_TV = evaluate(LOSSES[name](**fields), log_p_TV, log_p_TV)
     assert torch.isfinite(gradient_TV).all()
     if name == "top1_cross_entropy":
         assert (value_T > 0).all()
@@ -86,7 +86,7 @@ def test_distributions_far_apart_stay_finite(
 ) -> None:
     """In float32, where most probabilities are zero."""
     log_p_TV, log_q_TV = (log.float() for log in log_distributions(2, (6, 50), spread))
-    value_T, gradient_TV = LOSSES[name](**fields).value_and_gradient(log_q_TV, log_p_TV)
+    value_T, gradient_TV = evaluate(LOSSES[name](**fields), log_q_TV, log_p_TV)
     assert torch.isfinite(value_T).all()
     assert torch.isfinite(gradient_TV).all()
 
@@ -102,14 +102,14 @@ def test_properties(
     """
     divergence = LOSSES[name](**fields)
     log_p_TV, log_q_TV = log_distributions(seed, (3, size), spread)
-    value_T, gradient_TV = divergence.value_and_gradient(log_q_TV, log_p_TV)
+    value_T, gradient_TV = evaluate(divergence, log_q_TV, log_p_TV)
     assert (value_T >= -1e-12).all()
     assert gradient_TV.sum(-1).abs().max() < 1e-9
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
-    permuted_T, permuted_TV = divergence.value_and_gradient(log_q_TV[:, order], log_p_TV[:, order])
+    permuted_T, permuted_TV = evaluate(divergence, log_q_TV[:, order], log_p_TV[:, order])
     torch.testing.assert_close(permuted_T, value_T, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(permuted_TV, gradient_TV[:, order], rtol=1e-9, atol=1e-12)
-    alone_T, alone_TV = divergence.value_and_gradient(log_q_TV[1:2], log_p_TV[1:2])
+    alone_T, alone_TV = evaluate(divergence, log_q_TV[1:2], log_p_TV[1:2])
     torch.testing.assert_close(alone_T, value_T[1:2])
     torch.testing.assert_close(alone_TV, gradient_TV[1:2])
 
@@ -206,8 +206,8 @@ def test_a_weighted_sum() -> None:
     assert divergence.temperature == 2.0
     log_p_TV, log_q_TV = log_distributions(6)
     names = ("forward_kl", "total_variation")
-    parts = [LOSSES[name]().value_and_gradient(log_q_TV, log_p_TV) for name in names]
-    value_T, gradient_TV = divergence.value_and_gradient(log_q_TV, log_p_TV)
+    parts = [evaluate(LOSSES[name](), log_q_TV, log_p_TV) for name in names]
+    value_T, gradient_TV = evaluate(divergence, log_q_TV, log_p_TV)
     torch.testing.assert_close(value_T, 0.3 * parts[0][0] + 1.7 * parts[1][0])
     torch.testing.assert_close(gradient_TV, 0.3 * parts[0][1] + 1.7 * parts[1][1])
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from configs.load import load_run
-from kdflow_core.eval.distribution import score_distributions
+from kdflow_core.eval.distribution import TeacherSignal, score_distributions
 from kdflow_core.models.heads import load_head
 from kdflow_core.models.loading import load_causal_lm, load_config
 from storage.states.reader import HiddenStateReader
@@ -30,8 +30,12 @@ def test_scores_are_those_of_full_logits(
     scores = score_distributions(
         model=load_causal_lm(folder, dtype=torch.float32, attention="sdpa"),
         examples=examples,
-        states=StoredStates(HiddenStateReader(store=open_store(run), ref=refs["states"])),
-        teacher_head=load_head(teacher_folder, load_config(teacher_folder), VOCABULARY),
+        teachers={
+            "all": TeacherSignal(
+                states=StoredStates(HiddenStateReader(store=open_store(run), ref=refs["states"])),
+                head=load_head(teacher_folder, load_config(teacher_folder), VOCABULARY),
+            )
+        },
         tokens_per_batch=100,
         reporter=SilentReporter(),
         label=side,

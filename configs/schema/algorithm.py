@@ -1,0 +1,86 @@
+"""From whom the student learns, on which tokens, with which weights."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from configs.schema.base import StrictModel
+from configs.schema.teacher import Teacher
+
+
+class _Algorithm(StrictModel):
+    """`TEACHER_STATES` says whether training reads states that a teacher has computed before."""
+
+    TEACHER_STATES: ClassVar[bool] = True
+
+
+class SFTConfig(_Algorithm):
+    """Cross-entropy alone; `loss` has no say. The teacher is for evaluation."""
+
+    TEACHER_STATES = False
+
+    type: Literal["sft"] = "sft"
+
+
+class VanillaKDConfig(_Algorithm):
+    """Cross-entropy and a divergence from one teacher, as `loss` says."""
+
+    type: Literal["vanilla_kd"] = "vanilla_kd"
+
+
+class TeacherShare(StrictModel):
+    """What one of several teachers teaches: the examples of some data `sources`, or all of them,
+    its divergence weighted by `weight` over the sum of all weights.
+
+    `teacher` says how it is run; the one named `teacher` is the run's own and has none.
+    """
+
+    teacher: Teacher | None = None
+    weight: float = Field(default=1.0, gt=0)
+    sources: tuple[str, ...] | None = Field(default=None, min_length=1, strict=False)
+
+
+class MultiTeacherConfig(_Algorithm):
+    """Several teachers with one tokenizer and chat template: all with `sources`, or none."""
+
+    type: Literal["multi_teacher"] = "multi_teacher"
+    teachers: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*$")], TeacherShare] = Field(
+        min_length=2
+    )
+
+    @model_validator(mode="after")
+    def _names_and_shares(self) -> "MultiTeacherConfig":
+        without = [name for name, share in self.teachers.items() if share.teacher is None]
+        if without != ["teacher"]:
+            raise ValueError(
+                "of `teachers`, the one named 'teacher' is the run's own and has no `teacher` "
+                f"field; all others have one. Without it are: {without or 'none'}"
+            )
+        routed = [share.sources is not None for share in self.teachers.values()]
+        if any(routed) and not all(routed):
+            raise ValueError("`sources` stand on some teachers only; give them to all or to none")
+        named = [source for share in self.teachers.values() for source in share.sources or ()]
+        if len(set(named)) != len(named):
+            raise ValueError("a data source has two teachers; `sources` must not overlap")
+        return self
+
+
+class SelfDistillationConfig(_Algorithm):
+    """The student's own weights teach it: those of the moment (`synchronized`), or their moving
+    average with `decay` a step (`ema`).
+
+    `teacher.model` is then the student's, for evaluation, and `teacher.chat_template` is what the
+    teacher sees.
+    """
+
+    TEACHER_STATES = False
+
+    type: Literal["self_distillation"] = "self_distillation"
+    update: Literal["synchronized", "ema"] = "ema"
+    decay: float = Field(default=0.999, ge=0, lt=1)
+
+
+Algorithm = Annotated[
+    SFTConfig | VanillaKDConfig | MultiTeacherConfig | SelfDistillationConfig,
+    Field(discriminator="type"),
+]

@@ -1,0 +1,117 @@
+"""What an algorithm is: from whom the student learns, on which tokens, with which weights.
+
+Dimensions: B sequences, T tokens, N supervised tokens of the micro-batch, K those of one teacher,
+H and G hidden sizes of student and teacher.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from transformers import PreTrainedModel
+
+from kdflow_core.contracts import OutputHead
+from kdflow_core.losses.chunked import LossOutput
+from kdflow_core.losses.elementwise import LossSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """Padded ids [B, T], and for each supervised token the row and position of the state that
+    predicts it, [N].
+    """
+
+    ids_BT: torch.Tensor
+    row_N: torch.Tensor
+    position_N: torch.Tensor
+
+    def states_of(self, model: PreTrainedModel) -> torch.Tensor:
+        """The model's last hidden states that predict the supervised tokens, [N, H]."""
+        hidden_BTH = model.base_model(input_ids=self.ids_BT, use_cache=False).last_hidden_state
+        states_NH: torch.Tensor = hidden_BTH[self.row_N, self.position_N]
+        return states_NH
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherStates:
+    """One teacher's states [K, G] for the tokens `index_K` of the micro-batch."""
+
+    index_K: torch.Tensor
+    hidden_KG: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """The student's tokens, their ids [N] and the weight of each in the loss; the teachers' states,
+    in the order of the algorithm's teachers; the teacher's tokens where the algorithm reads them;
+    and the log-probabilities [N] that the tokens were sampled with, if they were.
+    """
+
+    student: TokenBatch
+    target_ids_N: torch.Tensor
+    weight: float
+    teachers: tuple[TeacherStates, ...]
+    teacher_tokens: TokenBatch | None
+    sampled_log_prob_N: torch.Tensor | None
+
+    @property
+    def weights_N(self) -> torch.Tensor:
+        """The weight of every token, [N]."""
+        return torch.full_like(self.target_ids_N, self.weight, dtype=torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherHead:
+    """A teacher's output head; the weight of its divergence; and the data sources whose examples
+    it teaches (None: all of them).
+    """
+
+    head: OutputHead
+    weight: float = 1.0
+    sources: frozenset[str] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ingredients:
+    """What algorithms are made of: the loss, the student, and the teachers' heads by name."""
+
+    spec: LossSpec
+    model: PreTrainedModel
+    heads: Mapping[str, OutputHead]
+    vocabulary_size: int
+
+
+class Algorithm(torch.nn.Module, ABC):
+    """A module, so that weights of its own are sharded and checkpointed with the student's."""
+
+    reads_teacher_tokens: ClassVar[bool] = False
+
+    @property
+    def teachers(self) -> Sequence[TeacherHead]:
+        """Whose states a micro-batch brings, in this order."""
+        return ()
+
+    @property
+    def models(self) -> Sequence[PreTrainedModel]:
+        """Models of its own, to be sharded like the student."""
+        return ()
+
+    @abstractmethod
+    def loss(
+        self,
+        *,
+        model: PreTrainedModel,
+        hidden_NH: torch.Tensor,
+        head: OutputHead,
+        batch: MicroBatch,
+    ) -> LossOutput:
+        """The weighted loss of a micro-batch, from the student's states and head.
+
+        It runs inside the forward of the module that FSDP gathers.
+        """
+
+    def after_step(self, model: PreTrainedModel) -> None:
+        """Called after each optimizer step with the student."""
+        del model

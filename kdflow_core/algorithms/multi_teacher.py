@@ -1,0 +1,74 @@
+"""Several teachers of one vocabulary: each for its data sources, or all of them by weight.
+
+By weight, the loss is sum_k weight_k * ((1 - kd_ratio) CE + kd_ratio D(p_k, q)), the weights
+adding up to 1: the average of the teachers' losses, as You et al., KDD 2017 ("Learning from
+Multiple Teacher Networks"), section 3.1, average their soft targets; for forward KL the gradient is
+that of the averaged distribution. Each teacher's pass makes the student's logits anew.
+Dimensions: N supervised tokens, K those of one teacher, H hidden size.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from configs.schema.algorithm import MultiTeacherConfig
+from kdflow_core.algorithms.base import Algorithm, Ingredients, MicroBatch, TeacherHead
+from kdflow_core.contracts import OutputHead
+from kdflow_core.losses.chunked import LossOutput, TeacherStates, distillation_loss
+
+
+class MultiTeacher(Algorithm):
+    """The sum of the teachers' losses, each over its tokens."""
+
+    def __init__(self, config: MultiTeacherConfig, ingredients: Ingredients) -> None:
+        super().__init__()
+        self._spec = ingredients.spec
+        total = sum(share.weight for share in config.teachers.values())
+        self._teachers = tuple(
+            TeacherHead(
+                head=ingredients.heads[name],
+                weight=1.0 if share.sources is not None else share.weight / total,
+                sources=None if share.sources is None else frozenset(share.sources),
+            )
+            for name, share in config.teachers.items()
+        )
+
+    @property
+    def teachers(self) -> Sequence[TeacherHead]:
+        """See `Algorithm`."""
+        return self._teachers
+
+    def loss(
+        self,
+        *,
+        model: PreTrainedModel,
+        hidden_NH: torch.Tensor,
+        head: OutputHead,
+        batch: MicroBatch,
+    ) -> LossOutput:
+        """See `Algorithm`. The per-token terms are weighted sums over the teachers."""
+        del model
+        sampled_N = batch.sampled_log_prob_N
+        total: LossOutput | None = None
+        for teacher, states in zip(self._teachers, batch.teachers, strict=True):
+            chosen_K = states.index_K
+            output = distillation_loss(
+                student_hidden_TH=hidden_NH[chosen_K],
+                student_head=head,
+                teacher=TeacherStates(states.hidden_KG, teacher.head),
+                target_ids_T=batch.target_ids_N[chosen_K],
+                weights_T=batch.weights_N[chosen_K] * teacher.weight,
+                sampled_log_prob_T=None if sampled_N is None else sampled_N[chosen_K],
+                spec=self._spec,
+            )
+            spread = [
+                torch.zeros_like(batch.weights_N, dtype=term_K.dtype).index_add_(
+                    0, chosen_K, term_K * teacher.weight
+                )
+                for term_K in output[1:]
+            ]
+            part = LossOutput(output.loss, *spread)
+            total = part if total is None else LossOutput(*map(torch.add, total, part))
+        assert total is not None
+        return total

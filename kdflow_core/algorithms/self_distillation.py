@@ -1,0 +1,95 @@
+"""The student as its own teacher: as it is now, or as an average of what it has been.
+
+`synchronized`: the teacher has the student's weights of the moment. With equal contexts it would
+teach nothing; it is for a teacher template that tells the teacher more than the student sees
+(context distillation, Snell et al., arXiv 2209.15189). `ema`: the teacher's weights follow as
+w <- decay * w + (1 - decay) * w_student after each step (Mean Teacher, arXiv 1703.01780, equation
+1). A frozen copy is an ordinary teacher: `vanilla_kd` with the same model on both sides.
+Dimensions: N supervised tokens, H hidden size.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import ClassVar, Self
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from configs.schema.algorithm import SelfDistillationConfig
+from kdflow_core.algorithms.base import Algorithm, Ingredients, MicroBatch
+from kdflow_core.contracts import OutputHead
+from kdflow_core.losses.chunked import LossOutput, TeacherStates, distillation_loss
+from kdflow_core.models.heads import live_head
+
+
+class SelfDistillation(Algorithm):
+    """The teacher's states are computed beside the student's, from the teacher's tokens."""
+
+    reads_teacher_tokens: ClassVar[bool] = True
+
+    def __init__(self, config: SelfDistillationConfig, ingredients: Ingredients) -> None:
+        super().__init__()
+        self._spec = ingredients.spec
+        self._vocabulary_size = ingredients.vocabulary_size
+        self._decay = config.decay
+        self.average: PreTrainedModel | None = None
+        if config.update == "ema":
+            self.average = copy.deepcopy(ingredients.model).requires_grad_(requires_grad=False)
+
+    @property
+    def models(self) -> Sequence[PreTrainedModel]:
+        """See `Algorithm`."""
+        return () if self.average is None else (self.average,)
+
+    def train(self, mode: bool = True) -> Self:
+        """The average stays in evaluation mode: a teacher drops nothing out."""
+        super().train(mode)
+        if self.average is not None:
+            self.average.eval()
+        return self
+
+    def loss(
+        self,
+        *,
+        model: PreTrainedModel,
+        hidden_NH: torch.Tensor,
+        head: OutputHead,
+        batch: MicroBatch,
+    ) -> LossOutput:
+        """See `Algorithm`."""
+        assert batch.teacher_tokens is not None
+        teacher = model if self.average is None else self.average
+        with torch.no_grad():
+            teacher_NH = self._states(teacher, batch)
+            teacher_head = live_head(teacher, self._vocabulary_size)
+        return distillation_loss(
+            student_hidden_TH=hidden_NH,
+            student_head=head,
+            teacher=TeacherStates(teacher_NH, teacher_head),
+            target_ids_T=batch.target_ids_N,
+            weights_T=batch.weights_N,
+            sampled_log_prob_T=batch.sampled_log_prob_N,
+            spec=self._spec,
+        )
+
+    def _states(self, teacher: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
+        assert batch.teacher_tokens is not None
+        training = teacher.training
+        teacher.eval()
+        states_NH = batch.teacher_tokens.states_of(teacher)
+        teacher.train(training)
+        return states_NH
+
+    @torch.no_grad()
+    def after_step(self, model: PreTrainedModel) -> None:
+        """See `Algorithm`."""
+        if self.average is None:
+            return
+        for mine, new in zip(self.average.parameters(), model.parameters(), strict=True):
+            _local(mine).lerp_(_local(new), 1 - self._decay)
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a parameter (a view)."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

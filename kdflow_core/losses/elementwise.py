@@ -1,0 +1,119 @@
+"""What happens between the logits and their gradient, for a few tokens at a time.
+
+Dimensions: B tokens of a block, V vocabulary, M per-token terms.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from kdflow_core.losses.base import Distributions, Divergence
+from kdflow_core.losses.token_weights import TokenStatistics, TokenWeight
+from kdflow_core.losses.vocabulary import ShardedVocabulary, WholeVocabulary
+
+TERMS = (
+    "loss",
+    "divergence",
+    "cross_entropy",
+    "forward_kl",
+    "student_entropy",
+    "teacher_entropy",
+    "agreement",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSpec:
+    """(1 - kd_ratio) * cross-entropy + kd_ratio * token weight * divergence.
+
+    Without a divergence there is no teacher, and `kd_ratio` is 0. `logits_bytes` is the memory for
+    both models' logits of a chunk of tokens. `vocabulary` says whether heads are whole or spread
+    over ranks.
+    """
+
+    divergence: Divergence | None
+    kd_ratio: float
+    logits_bytes: int
+    token_weight: TokenWeight | None = None
+    vocabulary: WholeVocabulary | ShardedVocabulary = WholeVocabulary()
+
+
+class Block(NamedTuple):
+    """Both models' logits [B, V] of some tokens, and what is known of these, [B]."""
+
+    student_BV: torch.Tensor
+    teacher_BV: torch.Tensor | None
+    target_ids_B: torch.Tensor
+    weights_B: torch.Tensor
+    sampled_log_prob_B: torch.Tensor | None
+
+
+def block_terms(block: Block, spec: LossSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `TERMS` [M, B], and the gradient [B, V] of the weighted loss for the student's logits.
+
+    The divergence is at its temperature, all others are at 1. What needs a teacher is 0 without.
+    """
+    over = spec.vocabulary
+    log_q_BV = over.log_softmax(block.student_BV)
+    q_BV = log_q_BV.exp()
+    cross_entropy_B = -over.at(log_q_BV, block.target_ids_B)
+    student_entropy_B = -over.dot(q_BV, log_q_BV)
+    ce_weight_B = block.weights_B * (1 - spec.kd_ratio)
+    loss_B = cross_entropy_B * (1 - spec.kd_ratio)
+    if block.teacher_BV is None or spec.divergence is None:
+        zero_B = torch.zeros_like(loss_B)
+        terms = (loss_B, zero_B, cross_entropy_B, zero_B, student_entropy_B, zero_B, zero_B)
+        gradient_BV = q_BV.mul_(ce_weight_B.unsqueeze(-1))
+    else:
+        log_p_BV = over.log_softmax(block.teacher_BV)
+        p_BV = log_p_BV.exp()
+        top_B = over.top1(block.teacher_BV)
+        agreement_B = over.at(block.student_BV, top_B) == over.max(block.student_BV)
+        teacher_entropy_B = -over.dot(p_BV, log_p_BV)
+        statistics = TokenStatistics(
+            student_entropy_T=student_entropy_B,
+            teacher_entropy_T=teacher_entropy_B,
+            teacher_top_T=over.at(p_BV, top_B),
+            vocabulary=over.size(block.student_BV),
+        )
+        kd_ratio_B = torch.full_like(loss_B, spec.kd_ratio)
+        if spec.token_weight is not None:
+            kd_ratio_B *= spec.token_weight(statistics)
+        at_one = Distributions(
+            log_q_BV, q_BV, log_p_BV, p_BV, over, block.target_ids_B, block.sampled_log_prob_B
+        )
+        divergence_B, gradient_BV = _tempered_divergence(block, spec.divergence, at_one)
+        gradient_BV.mul_((block.weights_B * kd_ratio_B).unsqueeze(-1))
+        if spec.kd_ratio < 1:
+            gradient_BV.addcmul_(q_BV, ce_weight_B.unsqueeze(-1))
+        terms = (
+            loss_B + kd_ratio_B * divergence_B,
+            divergence_B,
+            cross_entropy_B,
+            -teacher_entropy_B - over.dot(p_BV, log_q_BV),
+            student_entropy_B,
+            teacher_entropy_B,
+            agreement_B.to(loss_B.dtype),
+        )
+    if spec.kd_ratio < 1:
+        over.add_at_(gradient_BV, block.target_ids_B, -ce_weight_B)
+    return torch.stack(terms), gradient_BV
+
+
+def _tempered_divergence(
+    block: Block, divergence: Divergence, at_one: Distributions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The divergence at its temperature [B], and its gradient [B, V] for the logits themselves."""
+    temperature = divergence.temperature
+    if temperature == 1.0:
+        return divergence.value_and_gradient(at_one)
+    assert block.teacher_BV is not None
+    log_q_BV = at_one.over.log_softmax(block.student_BV / temperature)
+    log_p_BV = at_one.over.log_softmax(block.teacher_BV / temperature)
+    tempered = at_one._replace(
+        log_q_TV=log_q_BV, q_TV=log_q_BV.exp(), log_p_TV=log_p_BV, p_TV=log_p_BV.exp()
+    )
+    value_B, gradient_BV = divergence.value_and_gradient(tempered)
+    squared = temperature**2 if divergence.scale_by_temperature_squared else 1.0
+    return value_B * squared, gradient_BV.mul_(squared / temperature)

@@ -1,0 +1,129 @@
+"""The products between states and heads, in full precision.
+
+bfloat16 logits would put an error of tens of percent on the gradient of a small KL. So logits and
+weight gradients are float32 (float64 for float64 inputs). On a GPU, products of bfloat16 come out
+in float32. A CPU has no such product: weights are widened a block of the vocabulary at a time, and
+the product of what was bfloat16 may take bfloat16 instructions, which lose nothing of it. The
+logit gradient, too, enters its products as bfloat16 where the other factor is.
+
+Dimensions: C tokens of a chunk, V vocabulary, W rows of a block of it, H hidden size, R rank of a
+low-rank update.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from kdflow_core.contracts import OutputHead
+
+WIDENED_BYTES = 2**26  # of weights, at a time
+
+
+def accumulation_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """float64 for float64 inputs, float32 for all others."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+class LogitProducer:
+    """Logits of one head, chunk by chunk, and the way back through it."""
+
+    def __init__(self, head: OutputHead, dtype: torch.dtype) -> None:
+        self.head = head
+        self._dtype = dtype
+        self._weight_VH = head.weight_VH.detach()
+        self._bias_V = None if head.bias_V is None else head.bias_V.detach().to(dtype)
+        lora = head.lora
+        self._a_RH = None if lora is None else lora.a_RH.detach().to(dtype)
+        self._b_VR = None if lora is None else lora.b_VR.detach().to(dtype) * lora.scale
+
+    def logits(self, hidden_CH: torch.Tensor, out_CV: torch.Tensor | None = None) -> torch.Tensor:
+        """softcap(scale * (h W^T + b)), [C, V], written to `out_CV` where it is given."""
+        head, hidden_CH = self.head, hidden_CH.detach()
+        if out_CV is None:
+            out_CV = hidden_CH.new_empty(len(hidden_CH), len(self._weight_VH), dtype=self._dtype)
+        if widening_product(hidden_CH, self._weight_VH):
+            torch.mm(hidden_CH, self._weight_VH.T, out_dtype=self._dtype, out=out_CV)
+        else:
+            wide_CH = hidden_CH.to(self._dtype)
+            with bfloat16_products(hidden_CH, self._weight_VH):
+                for rows, weight_WH in self._blocks():
+                    torch.mm(wide_CH, weight_WH.T, out=out_CV[:, rows])
+        if self._a_RH is not None and self._b_VR is not None:
+            out_CV.addmm_(hidden_CH.to(self._dtype) @ self._a_RH.T, self._b_VR.T)
+        if self._bias_V is not None:
+            out_CV += self._bias_V
+        if head.logit_scale != 1.0:
+            out_CV *= head.logit_scale
+        if head.softcap is not None:
+            out_CV.div_(head.softcap).tanh_().mul_(head.softcap)
+        return out_CV
+
+    def through_head_(self, grad_CV: torch.Tensor, logits_CV: torch.Tensor) -> None:
+        """Turn, in place, a gradient for the logits into one for h W^T + b."""
+        head = self.head
+        if head.softcap is not None:
+            grad_CV *= 1 - (logits_CV / head.softcap).square()  # d tanh = 1 - tanh^2
+        if head.logit_scale != 1.0:
+            grad_CV *= head.logit_scale
+
+    def hidden_gradient(self, grad_CV: torch.Tensor) -> torch.Tensor:
+        """The gradient for the states, [C, H], from one for h W^T + b."""
+        weight_VH = self._weight_VH
+        if grad_CV.is_cuda and is_half(weight_VH):
+            grad_CH = torch.mm(grad_CV.to(weight_VH.dtype), weight_VH, out_dtype=self._dtype)
+        else:
+            grad_CH = grad_CV.new_zeros(len(grad_CV), weight_VH.shape[1])
+            with bfloat16_products(weight_VH):
+                for rows, weight_WH in self._blocks():
+                    grad_CH.addmm_(grad_CV[:, rows], weight_WH)
+        if self._a_RH is not None and self._b_VR is not None:
+            grad_CH.addmm_(grad_CV @ self._b_VR, self._a_RH)
+        return grad_CH
+
+    def _blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The weight in the dtype of the logits, rows by rows; whole where it has that dtype."""
+        weight_VH = self._weight_VH
+        size = len(weight_VH)
+        if weight_VH.dtype != self._dtype:
+            size = max(1, WIDENED_BYTES // (weight_VH.shape[1] * self._dtype.itemsize))
+        for begin in range(0, len(weight_VH), size):
+            rows = slice(begin, begin + size)
+            yield rows, weight_VH[rows].to(self._dtype)
+
+
+def is_half(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has a 16-bit floating point type."""
+    return tensor.dtype in {torch.bfloat16, torch.float16}
+
+
+def widening_product(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether there is a matrix product of these that comes out in float32: on GPUs alone."""
+    return a.is_cuda and is_half(a) and a.dtype == b.dtype
+
+
+def add_weight_gradient_(
+    grad_VH: torch.Tensor, grad_CV: torch.Tensor, hidden_CH: torch.Tensor
+) -> None:
+    """Add G^T h to a gradient in full precision."""
+    if hidden_CH.is_cuda and is_half(hidden_CH):
+        left_VC = grad_CV.to(hidden_CH.dtype).T
+        torch.addmm(grad_VH, left_VC, hidden_CH, out_dtype=grad_VH.dtype, out=grad_VH)
+    else:
+        with bfloat16_products(hidden_CH):
+            grad_VH.addmm_(grad_CV.T, hidden_CH.to(grad_VH.dtype))
+
+
+@contextmanager
+def bfloat16_products(*factors: torch.Tensor) -> Iterator[None]:
+    """Let a CPU multiply float32 as bfloat16, with sums in float32, where the factors are widened
+    bfloat16.
+    """
+    backend = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    precision = backend.fp32_precision
+    if all(factor.dtype == torch.bfloat16 for factor in factors):
+        backend.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        backend.fp32_precision = precision

@@ -1,0 +1,114 @@
+"""Answers of a transformers model to token prompts.
+
+Dimensions: B prompts of a batch, T tokens, N tokens of an answer, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from kdflow_core.data.rendering import end_of_turn_ids
+from kdflow_core.losses.logits import LogitProducer
+from kdflow_core.models.heads import live_head
+from kdflow_core.models.loading import true_vocabulary_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen: at `temperature` from the smallest set with probability `top_p`; at
+    temperature 0, the most probable one.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int
+
+
+@torch.inference_mode()
+def generate_ids(
+    *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[np.ndarray],
+    sampling: Sampling,
+) -> list[np.ndarray]:
+    """The ids that follow each prompt, through the one that ends the turn, or `max_new_tokens`.
+
+    Only the settings given count, not those that the model brings along.
+    """
+    ends = sorted(end_of_turn_ids(tokenizer))
+    width = max(len(prompt) for prompt in prompts)
+    ids_BT = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask_BT = torch.zeros_like(ids_BT)
+    for row, prompt in enumerate(prompts):
+        ids_BT[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+        mask_BT[row, width - len(prompt) :] = 1
+    brought, model.generation_config = model.generation_config, GenerationConfig()
+    generate: Any = model.generate
+    try:
+        output_BT = generate(
+            input_ids=ids_BT.to(model.device),
+            attention_mask=mask_BT.to(model.device),
+            generation_config=_generation_config(model, tokenizer, ends, sampling),
+        )
+    finally:
+        model.generation_config = brought
+    return [_through_end(ids_T, ends) for ids_T in output_BT[:, width:].cpu().numpy()]
+
+
+def _generation_config(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ends: list[int],
+    sampling: Sampling,
+) -> GenerationConfig:
+    chosen: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature > 0:
+        chosen = {
+            "do_sample": True,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": 0,
+        }
+    # Rows of the head beyond the vocabulary are no tokens.
+    padding = range(true_vocabulary_size(tokenizer), len(model.get_output_embeddings().weight))
+    return GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=0,
+        suppress_tokens=list(padding) or None,
+        **chosen,
+    )
+
+
+def _through_end(ids_T: np.ndarray, ends: list[int]) -> np.ndarray:
+    """The ids through the first that ends the turn."""
+    found = np.flatnonzero(np.isin(ids_T, ends))
+    return ids_T[: int(found[0]) + 1] if len(found) else ids_T
+
+
+@torch.inference_mode()
+def log_probabilities(
+    *,
+    model: PreTrainedModel,
+    prompt: np.ndarray,
+    answer: np.ndarray,
+    vocabulary_size: int,
+    temperature: float,
+) -> np.ndarray:
+    """The log-probability of each token of an answer, in nats, float32 [N], as training computes
+    it: from the last hidden states, over the true vocabulary.
+    """
+    ids_BT = torch.from_numpy(np.concatenate([prompt, answer]).astype(np.int64))[None]
+    hidden_BTH = model.base_model(
+        input_ids=ids_BT.to(model.device), use_cache=False
+    ).last_hidden_state
+    producer = LogitProducer(live_head(model, vocabulary_size), torch.float32)
+    logits_NV = producer.logits(hidden_BTH[0, len(prompt) - 1 : -1])
+    log_q_NV = torch.log_softmax(logits_NV / temperature, -1)
+    targets_N1 = torch.from_numpy(answer.astype(np.int64)).to(model.device).unsqueeze(-1)
+    return log_q_NV.gather(-1, targets_N1).squeeze(-1).cpu().numpy()

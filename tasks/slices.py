@@ -1,0 +1,217 @@
+"""What of a run's config and inputs identifies each stage's output.
+
+Sizes of batches, numbers of ranks and paths stand outside.
+"""
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from configs.schema.algorithm import MultiTeacherConfig
+from configs.schema.data import HubSource, Source
+from configs.schema.models import GgufModel, LayerDropModel, PretrainedModel
+from configs.schema.run import RunConfig
+from kdflow_core.errors import DataError, ModelError
+from kdflow_core.models.folders import TOKENIZER_FILES, context_length, resolve_folder
+from storage.digest import digest
+from storage.fingerprint import Fingerprints
+
+OPERATIONAL_STUDENT_FIELDS = {
+    "model",
+    "chat_template",
+    "activation_checkpointing",
+    "micro_batch_tokens",
+    "num_ranks",
+    "checkpoint_every",
+    "keep_checkpoints",
+}
+
+Split = Literal["train", "heldout"]
+SPLITS: tuple[Split, ...] = ("train", "heldout")
+
+
+def gguf_path(model: GgufModel) -> Path:
+    """Where a GGUF file lies. Raises ModelError when it does not."""
+    if model.path is not None:
+        path = Path(model.path)
+    else:
+        # Found without importing it: the package's own dependencies need not be installed.
+        spec = find_spec(str(model.package))
+        if spec is None or not spec.submodule_search_locations:
+            raise ModelError(
+                f"the package '{model.package}', which carries the model, is not installed; "
+                "`make install` installs the quick start's"
+            )
+        path = Path(spec.submodule_search_locations[0]) / str(model.file)
+    if not path.is_file():
+        raise ModelError(f"there is no GGUF file {path}")
+    return path
+
+
+def gguf_slice(model: GgufModel) -> dict[str, Any]:
+    """Of a converted model."""
+    gguf_path(model)
+    return {"type": "gguf", "sha256": model.sha256, "dtype": model.dtype}
+
+
+def model_identity(
+    model: PretrainedModel | GgufModel | LayerDropModel,
+    prepared: str | None,
+    prints: Fingerprints,
+) -> str:
+    """By its files; of a model that a stage makes, that artifact's digest."""
+    if prepared is not None:
+        return prepared
+    assert isinstance(model, PretrainedModel)
+    folder = resolve_folder(model.path, model.revision, weights=False)
+    if folder.parent.name == "snapshots":  # the hub's cache names folders by commit
+        return digest({"hub": model.path, "commit": folder.name})
+    wanted = {
+        name: mark for name, mark in prints.files(str(folder)).items() if _is_model_file(name)
+    }
+    return digest({"files": wanted})
+
+
+def _is_model_file(name: str) -> bool:
+    return "/" not in name and name.endswith((".json", ".safetensors", ".jinja", ".model", ".txt"))
+
+
+def tokenizer_identity(
+    model: PretrainedModel | GgufModel, prepared: str | None, prints: Fingerprints
+) -> str:
+    """By the tokenizer's files alone, so that models of one family share tokens and states."""
+    if prepared is not None:
+        return prepared
+    assert isinstance(model, PretrainedModel)
+    folder = resolve_folder(model.path, model.revision, weights=False)
+    present = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not present:
+        raise ModelError(f"{folder} holds no tokenizer")
+    return digest({name: prints.files(str(folder / name))[name] for name in present})
+
+
+def tokens_inputs(
+    run: RunConfig, prepared: Mapping[str, str], prints: Fingerprints
+) -> dict[str, str]:
+    """What the tokens are made of; `prepared` are the digests of models made, by side."""
+    teacher = run.teacher.model
+    tokenizer = tokenizer_identity(teacher, prepared.get("teacher"), prints)
+    inputs = {"teacher_tokenizer": tokenizer, "student_tokenizer": tokenizer}
+    student = run.student.model
+    if not isinstance(student, LayerDropModel):  # else it has the teacher's tokenizer
+        inputs["student_tokenizer"] = tokenizer_identity(student, prepared.get("student"), prints)
+    for name, source in zip(run.data.source_names, run.data.sources, strict=True):
+        inputs[f"data {name}"] = _source_identity(source, prints)
+    return inputs
+
+
+def _source_identity(source: Source, prints: Fingerprints) -> str:
+    if not isinstance(source, HubSource):
+        return digest(prints.files(source.path))
+    revision = source.revision
+    if revision is None:
+        from huggingface_hub import HfApi  # noqa: PLC0415 - only for unpinned hub data
+
+        try:
+            revision = HfApi().dataset_info(source.path).sha
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"cannot look up the newest commit of data set '{source.path}': {error}; set "
+                "`revision` to a commit to work offline"
+            ) from error
+    fields = {"hub": source.path, "subset": source.subset, "split": source.split}
+    return digest(fields | {"revision": revision})
+
+
+def tokens_slice(run: RunConfig) -> dict[str, Any]:
+    """Of the token ids."""
+    data = run.data.model_dump(
+        mode="json", exclude={"sources", "max_length", "max_malformed_fraction", "answers"}
+    )
+    data["sources"] = [
+        {"name": name} | source.model_dump(mode="json", include=set(_SOURCE_FIELDS))
+        for name, source in zip(run.data.source_names, run.data.sources, strict=True)
+    ]
+    return {
+        "data": data,
+        "seed": run.seed,
+        "student_template": run.student.chat_template.model_dump(mode="json"),
+        "teacher_template": run.teacher.chat_template.model_dump(mode="json"),
+        "student_limit": _length_limit(run, run.student.model),
+        "teacher_limit": _length_limit(run, run.teacher.model),
+    }
+
+
+_SOURCE_FIELDS = ("layout", "columns", "weight", "max_samples", "format")
+
+
+def _length_limit(run: RunConfig, model: PretrainedModel | GgufModel | LayerDropModel) -> int:
+    """The shorter of the run's limit and the model's context, where that is known beforehand."""
+    if not isinstance(model, PretrainedModel):
+        return run.data.max_length
+    folder = resolve_folder(model.path, model.revision, weights=False)
+    return min(run.data.max_length, context_length(folder))
+
+
+def _teacher_slice(run: RunConfig) -> dict[str, Any]:
+    """What of the teacher's settings can change its states."""
+    return run.teacher.model_dump(mode="json", include=set(run.teacher.RESULT_FIELDS))
+
+
+def state_splits(run: RunConfig) -> tuple[Split, ...]:
+    """The splits whose states are stored: where training reads none, those evaluation needs."""
+    return SPLITS if run.stores_training_states else ("heldout",)
+
+
+def states_slice(run: RunConfig, sources: frozenset[str] | None) -> dict[str, Any]:
+    """Of a teacher's states, of some data sources (None: all); `run` has it as its own."""
+    fields: dict[str, Any] = {
+        "teacher": _teacher_slice(run),
+        "splits": list(state_splits(run)),
+        "shard_rows": run.storage.shard_rows,
+        "chunk_rows": run.storage.chunk_rows,
+        "codec": run.storage.codec,
+    }
+    return fields if sources is None else fields | {"sources": sorted(sources)}
+
+
+def answers_slice(run: RunConfig) -> dict[str, Any]:
+    """Of the answers that a model writes to the training prompts."""
+    assert run.data.answers is not None
+    side = run.teacher if run.data.answers.by == "teacher" else run.student
+    return {
+        "answers": run.data.answers.model_dump(mode="json"),
+        "dtype": run.teacher.dtype if side is run.teacher else run.student.compute_dtype,
+        "max_length": run.data.max_length,
+        "seed": run.seed,
+    }
+
+
+def evaluation_slice(run: RunConfig) -> dict[str, Any]:
+    """Of the evaluation."""
+    return {
+        "eval": run.eval.model_dump(mode="json", exclude={"tokens_per_batch"}),
+        "dtype": run.student.compute_dtype,
+        "teacher_dtype": run.teacher.dtype,
+    }
+
+
+def training_slice(run: RunConfig) -> dict[str, Any]:
+    """Of the trained student. What an algorithm does not use is no part of it."""
+    algorithm = run.algorithm.model_dump(mode="json", exclude={"teachers"})
+    if isinstance(run.algorithm, MultiTeacherConfig):
+        shares = run.algorithm.teachers.items()
+        algorithm["teachers"] = {
+            name: share.model_dump(mode="json", exclude={"teacher"}) for name, share in shares
+        }
+    fields = {
+        "student": run.student.model_dump(mode="json", exclude=OPERATIONAL_STUDENT_FIELDS),
+        "algorithm": algorithm,
+        "seed": run.seed,
+    }
+    if run.algorithm.type != "sft":
+        fields["loss"] = run.loss.model_dump(mode="json", exclude={"logits_memory_mb"})
+    if run.source == "live":
+        fields["live_teacher"] = _teacher_slice(run)
+    return fields
