@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from configs.load import load_run
 from configs.schema.run import RunConfig
 from kdflow_core.contracts import TokenSequence
-from kdflow_core.student.plan import TrainingPlan
 from storage.artifact import ArtifactRef
 from storage.tokens import TokenTable
 from tasks.launch import launch_stage
 from tasks.stages import StageSpec, plan_stages
 from tasks.tracking import read_metrics
-from tests.conftest import VOCABULARY, run_inline
+from tests import naive
+from tests.conftest import run_inline
 
 pytestmark = pytest.mark.ranks
 
@@ -77,58 +76,24 @@ def test_division_of_the_work_does_not_matter(variant: Callable[..., Any]) -> No
             torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=2e-4)
 
 
-def naive_training(run: RunConfig, tokens: Path) -> list[float]:
-    """The same training from the formulas: full logits, autograd, teacher in memory."""
-    rows = TokenTable(tokens / "train.arrow")
-    plan = TrainingPlan(
-        lengths=rows.lengths("student"),
-        supervised_counts=rows.supervised_counts("student"),
-        global_batch_size=run.student.global_batch_size,
-        micro_batch_tokens=10**9,
-        num_ranks=1,
-        seed=run.seed,
-        epochs=None,
-        max_steps=run.student.max_steps,
-    )
-    teacher = AutoModelForCausalLM.from_pretrained(run.teacher.model.path, dtype=torch.float32)
-    student = AutoModelForCausalLM.from_pretrained(run.student.model.path, dtype=torch.float32)
-    optimizer = torch.optim.AdamW(
-        student.parameters(), lr=run.student.lr, betas=(0.9, 0.95), weight_decay=0.0
-    )
-    curve = []
-    for step in range(plan.num_steps):
-        # 3 % of 6 steps rounds to no warm-up: a plain cosine to a tenth of the peak.
-        cosine = 0.5 * (1 + math.cos(math.pi * step / (plan.num_steps - 1)))
-        for group in optimizer.param_groups:
-            group["lr"] = run.student.lr * (0.1 + 0.9 * cosine)
-        total, count = torch.zeros(()), 0
-        for index in plan.sequences(step):
-            ids_BT = torch.tensor(rows[index]["student_ids"]).long()[None]
-            supervised_T = torch.from_numpy(rows[index]["student_supervised"].astype(bool))[1:]
-            with torch.no_grad():
-                states_TH = teacher.model(ids_BT).last_hidden_state[0, :-1].bfloat16().float()
-                teacher_TV = teacher.lm_head(states_TH)[supervised_T, :VOCABULARY]
-            student_TV = student(ids_BT).logits[0, :-1][supervised_T, :VOCABULARY]
-            p_TV, log_q_TV = torch.softmax(teacher_TV, -1), torch.log_softmax(student_TV, -1)
-            kl = (p_TV * (p_TV.log() - log_q_TV)).sum()
-            ce = torch.nn.functional.nll_loss(
-                log_q_TV, ids_BT[0, 1:][supervised_T], reduction="sum"
-            )
-            total = total + 0.1 * ce + 0.9 * kl
-            count += int(supervised_T.sum())
-        (total / count).backward()
-        curve.append((total / count).item())
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return curve
-
-
 def test_curve_is_that_of_a_naive_training_loop(variant: Callable[..., Any]) -> None:
-    run, refs, folder = variant(0)
-    np.testing.assert_allclose(
-        losses(folder), naive_training(run, Path(refs["tokens"].uri)), rtol=RTOL
-    )
+    """200 steps with full logits and autograd give the same curve. Differences of single sums
+    multiply, as training is a chaotic map: the last steps agree less than the first.
+    """
+    run, refs, folder = variant(0, max_steps=200, checkpoint_every=100, warmup_fraction=0.1)
+    teacher = naive.load(run.teacher.model.path)
+
+    def example_loss(student: PreTrainedModel, row: naive.Row) -> torch.Tensor:
+        student_NV = naive.logits_of(student, row, "student")
+        ce = naive.cross_entropy(student_NV, row)
+        return 0.1 * ce + 0.9 * naive.forward_kl(student_NV, naive.stored_logits(teacher, row))
+
+    table = TokenTable(Path(refs["tokens"].uri) / "train.arrow")
+    expected, actual = naive.curve(run, table, example_loss), losses(folder)
+    assert len(actual) == 200
+    assert actual[-1] < 0.5 * actual[0]
+    np.testing.assert_allclose(actual[:20], expected[:20], rtol=RTOL)
+    np.testing.assert_allclose(actual, expected, rtol=0.02)
 
 
 def test_the_result_is_a_plain_hugging_face_folder(variant: Callable[..., Any]) -> None:

@@ -35,16 +35,24 @@ def kill_a_rank_after(checkpoints: Path, step: int, victim: int) -> None:
     os.kill(sorted(p.pid for p in ranks)[victim], signal.SIGKILL)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize(("num_ranks", "algorithm"), [(1, "vanilla_kd"), (2, "self_distillation")])
 def test_killed_training_ends_in_the_same_weights(
-    make_recipe: Callable[..., Path], tmp_path: Path, num_ranks: int
+    make_recipe: Callable[..., Path],
+    tmp_path: Path,
+    student_folder: Path,
+    num_ranks: int,
+    algorithm: str,
 ) -> None:
+    """Also where the teacher is a moving average of the student, which a checkpoint must hold."""
     recipe = make_recipe(num_ranks=num_ranks, max_steps=40, checkpoint_every=5)
-    run = load_run(str(recipe))
+    overrides = {"algorithm.type": algorithm}
+    if algorithm == "self_distillation":
+        overrides |= {"teacher.model.path": str(student_folder), "algorithm.decay": 0.9}
+    run = load_run(str(recipe), overrides)
     refs = run_inline(run, until="extract")
     other = {"storage.root": str(tmp_path / "whole"), "storage.scratch": str(tmp_path / "s")}
     shutil.copytree(tmp_path / "store", tmp_path / "whole")
-    uninterrupted = load_run(str(recipe), other)
+    uninterrupted = load_run(str(recipe), overrides | other)
     spec = StageSpec(identity=plan_stages(run)["train"], run=run, inputs=refs)
     whole_spec = StageSpec(identity=spec.identity, run=uninterrupted, inputs=refs)
     log = logging.getLogger("test")

@@ -28,7 +28,7 @@ def digests(run: RunConfig) -> dict[str, str]:
         ({"student.lr": 0.1}, ("train", "evaluate", "report")),
         ({"loss.kd_ratio": 0.5}, ("train", "evaluate", "report")),
         ({"student.num_ranks": 4}, ("report",)),
-        ({"student.micro_batch_tokens": 99, "loss.chunk_tokens": 7}, ("report",)),
+        ({"student.micro_batch_tokens": 99, "loss.logits_memory_mb": 7}, ("report",)),
         ({"teacher.tokens_per_batch": 99}, ("report",)),
         ({"teacher.dtype": "bfloat16"}, ("extract", "train", "evaluate", "report")),
         ({"eval.max_generations": 0}, ("evaluate", "report")),

@@ -1,0 +1,189 @@
+"""Each algorithm trains as its formula says, by a naive loop over full logits."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from configs.load import load_run
+from configs.schema.run import RunConfig
+from kdflow_core.errors import ModelError
+from storage.artifact import ArtifactRef
+from storage.tokens import TokenTable
+from tasks.launch import launch_stage
+from tasks.stages import plan_stages, stage_spec
+from tasks.tracking import read_metrics
+from tasks.wiring import STAGES
+from tasks.wiring.stage_run import StageRun
+from tests import naive
+from tests.conftest import CHATML, SilentReporter, make_llama, make_tokenizer
+
+pytestmark = pytest.mark.ranks
+LOG = logging.getLogger("test")
+# float32 sums taken in another order; see test_training.
+RTOL = 1e-4
+
+
+def run_until(run: RunConfig, until: str) -> dict[str, ArtifactRef]:
+    """The stages of a run through `until`; those with ranks in worker processes."""
+    done: dict[str, ArtifactRef] = {}
+    for stage, identity in plan_stages(run).items():
+        spec = stage_spec(identity, run, done)
+        if identity.stage in {"train", "generate"}:
+            ref = launch_stage(spec, LOG)
+        else:
+            inline = StageRun(spec, SilentReporter())
+            ref = inline.store.find(identity.kind, identity.digest)
+            ref = ref or STAGES[identity.stage](inline)
+        assert ref is not None
+        done = done | {identity.output: ref}
+        if stage == until:
+            return done
+    raise AssertionError(until)
+
+
+def losses(done: dict[str, ArtifactRef]) -> list[float]:
+    return [r["loss"] for r in read_metrics(Path(done["student"].uri) / "metrics.jsonl")]
+
+
+def train_table(done: dict[str, ArtifactRef]) -> TokenTable:
+    return TokenTable(Path(done["tokens"].uri) / "train.arrow")
+
+
+def test_sft_is_cross_entropy_and_asks_no_teacher(make_recipe: Callable[..., Path]) -> None:
+    run = load_run(str(make_recipe(num_ranks=2)), {"algorithm": {"type": "sft"}})
+    done = run_until(run, "train")
+
+    def example_loss(student: PreTrainedModel, row: naive.Row) -> torch.Tensor:
+        return naive.cross_entropy(naive.logits_of(student, row, "student"), row)
+
+    np.testing.assert_allclose(
+        losses(done), naive.curve(run, train_table(done), example_loss), rtol=RTOL
+    )
+    heldout = TokenTable(Path(done["tokens"].uri) / "heldout.arrow")
+    assert done["states"].counts["sequences"] == len(set(map(bytes, heldout.digests())))
+
+
+@pytest.fixture
+def two_sources(tmp_path: Path, data_file: Path) -> dict[str, Any]:
+    """The sums in two files, as the data sources `low` and `high`."""
+    lines = data_file.read_text().splitlines(keepends=True)
+    sources = []
+    for name, part in (("low", lines[: len(lines) // 2]), ("high", lines[len(lines) // 2 :])):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(part))
+        sources.append({"type": "files", "name": name, "path": str(path)})
+    return {"data.sources": sources}
+
+
+@pytest.fixture
+def second_teacher(tmp_path: Path, teacher_folder: Path) -> dict[str, Any]:
+    """Another teacher, of another width, with the same tokenizer files."""
+    folder = tmp_path / "second"
+    make_llama(folder, hidden=40, layers=2, rows=448, seed=7)
+    for file in teacher_folder.glob("*token*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    template = teacher_folder / "chat_template.jinja"
+    (folder / template.name).write_bytes(template.read_bytes())
+    model = {"type": "pretrained", "path": str(folder)}
+    return {"type": "transformers", "model": model, "dtype": "float32", "tokens_per_batch": 512}
+
+
+@pytest.mark.parametrize("by", ["weight", "source"])
+def test_several_teachers(
+    make_recipe: Callable[..., Path],
+    two_sources: dict[str, Any],
+    second_teacher: dict[str, Any],
+    by: str,
+) -> None:
+    shares = {
+        "weight": ({"weight": 3.0}, {"weight": 1.0}),
+        "source": ({"sources": ["low"]}, {"sources": ["high"]}),
+    }[by]
+    teachers = {"teacher": shares[0], "second": shares[1] | {"teacher": second_teacher}}
+    algorithm = {"type": "multi_teacher", "teachers": teachers}
+    overrides = two_sources | {"algorithm": algorithm}
+    run = load_run(str(make_recipe(num_ranks=2, micro_batch_tokens=90)), overrides)
+    done = run_until(run, "evaluate")
+    first = naive.load(run.teacher.model.path)
+    second = naive.load(second_teacher["model"]["path"])
+
+    def example_loss(student: PreTrainedModel, row: naive.Row) -> torch.Tensor:
+        student_NV = naive.logits_of(student, row, "student")
+        kls = [
+            naive.forward_kl(student_NV, naive.stored_logits(teacher, row))
+            for teacher in (first, second)
+        ]
+        share = 0.75 if by == "weight" else float(row["source"] == "low")
+        kl = share * kls[0] + (1 - share) * kls[1]
+        return 0.1 * naive.cross_entropy(student_NV, row) + 0.9 * kl
+
+    np.testing.assert_allclose(
+        losses(done), naive.curve(run, train_table(done), example_loss), rtol=RTOL
+    )
+    counts = [done[name].counts["sequences"] for name in ("states", "states_second")]
+    if by == "weight":
+        assert counts[0] == counts[1]
+    else:  # each teacher has seen its own samples only
+        whole = {bytes(d) for s in ("train", "heldout") for d in table(done, s).digests()}
+        assert sum(counts) == len(whole)
+
+
+def table(done: dict[str, ArtifactRef], split: str) -> TokenTable:
+    return TokenTable(Path(done["tokens"].uri) / f"{split}.arrow")
+
+
+TOLD = CHATML.replace("{% for m", "{{ '<|im_start|>system\nSums of small numbers.' }}{% for m", 1)
+
+
+@pytest.mark.parametrize("update", ["ema", "synchronized"])
+def test_self_distillation(
+    make_recipe: Callable[..., Path], student_folder: Path, update: str
+) -> None:
+    """The teacher sees more than the student, and its weights follow the student's."""
+    overrides = {
+        "algorithm": {"type": "self_distillation", "update": update, "decay": 0.5},
+        "teacher.model.path": str(student_folder),
+        "teacher.chat_template": {"template": TOLD},
+        "loss.divergence": {"type": "reverse_kl"},
+        "loss.kd_ratio": 0.5,
+    }
+    run = load_run(str(make_recipe(num_ranks=2, micro_batch_tokens=90)), overrides)
+    done = run_until(run, "train")
+    average = naive.load(student_folder)
+
+    def example_loss(student: PreTrainedModel, row: naive.Row) -> torch.Tensor:
+        student_NV = naive.logits_of(student, row, "student")
+        with torch.no_grad():
+            teacher_NV = naive.logits_of(average if update == "ema" else student, row, "teacher")
+        # KL(student || teacher) is the forward KL of the pair the other way round.
+        kl = naive.forward_kl(teacher_NV, student_NV)
+        return 0.5 * naive.cross_entropy(student_NV, row) + 0.5 * kl
+
+    def follow(student: PreTrainedModel) -> None:
+        with torch.no_grad():
+            for mine, new in zip(average.parameters(), student.parameters(), strict=True):
+                mine.copy_(0.5 * mine + 0.5 * new)
+
+    expected = naive.curve(run, train_table(done), example_loss, follow)
+    np.testing.assert_allclose(losses(done), expected, rtol=RTOL)
+    names = load_file(Path(done["student"].uri) / "model/model.safetensors").keys()
+    assert not any("average" in name or "algorithm" in name for name in names)
+
+
+def test_two_tokenizers_are_no_pair_of_teachers(
+    make_recipe: Callable[..., Path], second_teacher: dict[str, Any]
+) -> None:
+    make_tokenizer(Path(second_teacher["model"]["path"]), texts=["other words"])
+    teachers = {"teacher": {}, "second": {"teacher": second_teacher}}
+    run = load_run(
+        str(make_recipe()), {"algorithm": {"type": "multi_teacher", "teachers": teachers}}
+    )
+    with pytest.raises(ModelError, match=r"algorithm\.teachers\.second has other tokenizer files"):
+        plan_stages(run)
