@@ -10,12 +10,14 @@ Dimensions: T supervised tokens, C tokens of a chunk, B tokens of a block, V voc
 size of the student, G hidden size of the teacher, R rank of a low-rank update, M per-token terms.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from kdflow_core.contracts import OutputHead
@@ -107,8 +109,14 @@ def distillation_loss(
 
 
 def chunk_rows(spec: LossSpec, vocabulary: int, dtype: torch.dtype) -> int:
-    """Tokens of a chunk: as many as `logits_bytes` has room for, of all models' logits."""
+    """Tokens of a chunk: as many as `logits_bytes` has room for, of all models' logits.
+
+    Ranks that share a vocabulary have chunks of the same size, by its average part.
+    """
     models = 1 if spec.divergence is None else 2
+    if isinstance(spec.vocabulary, ShardedVocabulary):
+        ranks = dist.get_world_size(spec.vocabulary.group)
+        vocabulary = math.ceil(spec.vocabulary.whole / ranks)
     return max(1, spec.logits_bytes // (models * vocabulary * dtype.itemsize))
 
 

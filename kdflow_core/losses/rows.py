@@ -23,9 +23,9 @@ class RowExchange:
         self._begin = 0
         if isinstance(vocabulary, ShardedVocabulary):
             mine = torch.tensor([num_rows], device=device)
-            counts = torch.empty(dist.get_world_size(self._group), dtype=mine.dtype, device=device)
-            dist.all_gather_into_tensor(counts, mine, group=self._group)
-            self._counts = [int(count) for count in counts.tolist()]
+            counts = [torch.empty_like(mine) for _ in range(dist.get_world_size(self._group))]
+            dist.all_gather(counts, mine, group=self._group)
+            self._counts = [int(count) for count in counts]
             self._begin = sum(self._counts[: dist.get_rank(self._group)])
         self._own = slice(self._begin, self._begin + num_rows)
         self._sharded = isinstance(vocabulary, ShardedVocabulary)

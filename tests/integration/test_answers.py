@@ -1,0 +1,166 @@
+"""Answers that a model writes in place of the data's, and training on them."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from configs.load import load_run
+from configs.schema.run import RunConfig
+from kdflow_core.contracts import Example
+from kdflow_core.data.rendering import end_of_turn_ids
+from storage.artifact import ArtifactRef
+from storage.tokens import TokenTable
+from tasks.adapters import TokenExamples
+from tasks.launch import launch_stage
+from tasks.stages import plan_stages, stage_spec
+from tasks.tracking import read_metrics
+from tests.conftest import VOCABULARY, run_inline
+
+pytestmark = pytest.mark.ranks
+LOG = logging.getLogger("test")
+NEW_TOKENS = 12
+
+
+def generate(run: RunConfig) -> dict[str, ArtifactRef]:
+    """The stages through `generate`, which has two ranks."""
+    done = run_inline(run, until="tokenize")
+    identity = plan_stages(run)["generate"]
+    return done | {"answers": launch_stage(stage_spec(identity, run, done), LOG)}
+
+
+def examples(ref: ArtifactRef) -> list[Example]:
+    table = TokenExamples(TokenTable(Path(ref.uri) / "train.arrow"))
+    return [table[i] for i in range(len(table))]
+
+
+def settings(**answers: Any) -> dict[str, Any]:
+    config = {"max_new_tokens": NEW_TOKENS, "prompts_per_batch": 3} | answers
+    return {"data.answers": config}
+
+
+def test_the_teachers_greedy_answers(
+    make_recipe: Callable[..., Path], teacher_folder: Path
+) -> None:
+    """They are those of transformers on the prompt alone; an answer that is cut has no end."""
+    run = load_run(
+        str(make_recipe(num_ranks=2)), settings(by="teacher", temperature=0.0, fraction=0.5)
+    )
+    done = generate(run)
+    before, after = examples(done["tokens"]), examples(done["answers"])
+    assert len(before) == len(after)
+    changed = [
+        (b, a) for b, a in zip(before, after, strict=True) if b.student.digest != a.student.digest
+    ]
+    assert 0.3 * len(before) < len(changed) < 0.7 * len(before)
+    assert done["answers"].counts["answered"] == len(changed)
+    model = AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=torch.float32)
+    ends = end_of_turn_ids(AutoTokenizer.from_pretrained(teacher_folder))
+    for old, new in changed[:10]:
+        prompt = torch.tensor(old.teacher.prompt_ids_T).long()[None]
+        answer = new.teacher.target_ids_N
+        for token in answer:
+            with torch.no_grad():
+                logits_V = model(prompt).logits[0, -1, :VOCABULARY]
+            assert logits_V[token] == pytest.approx(logits_V.max().item(), abs=1e-4)
+            prompt = torch.cat([prompt, torch.tensor([[token]])], 1)
+        assert len(answer) == NEW_TOKENS or answer[-1] in ends
+        assert not set(answer[:-1].tolist()) & ends
+        np.testing.assert_array_equal(new.student.target_ids_N, answer)
+        np.testing.assert_array_equal(new.student.prompt_ids_T, old.student.prompt_ids_T)
+        assert new.sampled_log_prob_N is None
+
+
+def test_the_students_samples_and_a_policy_gradient_on_them(
+    make_recipe: Callable[..., Path], student_folder: Path
+) -> None:
+    """Their log-probabilities are those of the model that sampled them; the first step's estimate
+    of the reverse KL is then log q - log p of these tokens, at a ratio of one.
+    """
+    overrides = settings(by="student", temperature=0.8) | {
+        "loss.divergence": {"type": "sampled_reverse_kl", "temperature": 0.8},
+        "loss.kd_ratio": 1.0,
+    }
+    run = load_run(str(make_recipe(num_ranks=2)), overrides)
+    done = generate(run)
+    model = AutoModelForCausalLM.from_pretrained(student_folder, dtype=torch.float32)
+    answered = examples(done["answers"])
+    assert len({example.student.digest for example in answered}) > 0.9 * len(answered)
+    for example in answered[:10]:
+        assert example.sampled_log_prob_N is not None
+        with torch.no_grad():
+            logits_TV = model(torch.tensor(example.student.ids_T).long()[None]).logits[0]
+        rows = example.student.target_positions_N - 1
+        log_q_NV = torch.log_softmax(logits_TV[rows, :VOCABULARY] / 0.8, -1)
+        expected_N = log_q_NV[
+            torch.arange(len(rows)), torch.tensor(example.student.target_ids_N).long()
+        ]
+        np.testing.assert_allclose(example.sampled_log_prob_N, expected_N, rtol=1e-4, atol=1e-5)
+
+    for stage in ("extract", "train"):
+        identity = plan_stages(run)[stage]
+        done |= {identity.output: launch_stage(stage_spec(identity, run, done), LOG)}
+    records = read_metrics(Path(done["student"].uri) / "metrics.jsonl")
+    assert records[0]["kd"] > 0.5  # two unrelated random models
+    assert all(record["loss"] == pytest.approx(record["kd"]) for record in records)
+    assert done["states"].counts["sequences"] > len(answered)
+
+
+def test_a_stopped_generation_goes_on_with_its_parts(
+    make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Parts that are there are kept, and the result does not depend on who wrote which."""
+    overrides = settings(by="student") | {"student.num_ranks": 2}
+    run = load_run(str(make_recipe()), overrides)
+    done = generate(run)
+    whole = (Path(done["answers"].uri) / "train.arrow").read_bytes()
+    parts = tmp_path / "scratch/answers" / done["answers"].digest / "parts"
+    kept = keep_first_part(run, done, parts)
+    (Path(done["answers"].uri) / "manifest.json").unlink()
+    one = load_run(str(make_recipe()), overrides | {"student.num_ranks": 1})
+    again = generate(one)["answers"]
+    assert again.digest == done["answers"].digest
+    # The first part was taken as it stood: its answers are not what the model writes.
+    marked = examples(again)[: len(kept)]
+    assert all((example.student.target_ids_N == 7).all() for example in marked)
+    assert (Path(again.uri) / "train.arrow").read_bytes() != whole
+
+
+def keep_first_part(run: RunConfig, done: dict[str, ArtifactRef], parts: Path) -> list[Example]:
+    """Put a first part with answers of sevens where the stage looks for it."""
+    from storage.tokens import TokenWriter
+    from tasks.adapters import token_row
+
+    parts.mkdir(parents=True)
+    kept = examples(done["answers"])[:24]
+    with TokenWriter(parts / "000000.arrow") as writer:
+        for example in kept:
+            row = token_row(example)
+            ids_T = row["student_ids"].copy()
+            ids_T[example.student.supervised_T] = 7
+            writer.add(row | {"student_ids": ids_T})
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("answers", "temperature"),
+    [
+        (None, 1.0),
+        ({"by": "teacher"}, 1.0),
+        ({"by": "student", "fraction": 0.5}, 1.0),
+        ({"by": "student", "top_p": 0.9}, 1.0),
+        ({"by": "student"}, 2.0),
+    ],
+)
+def test_a_policy_gradient_without_its_samples_is_refused(
+    make_recipe: Callable[..., Path], answers: dict[str, Any] | None, temperature: float
+) -> None:
+    divergence = {"type": "sampled_reverse_kl", "temperature": temperature}
+    overrides = {"loss.divergence": divergence, "data.answers": answers}
+    with pytest.raises(ValueError, match="learns from what the student has sampled"):
+        load_run(str(make_recipe()), overrides)
