@@ -23,6 +23,7 @@ OPERATIONAL_STUDENT_FIELDS = {
     "activation_checkpointing",
     "micro_batch_tokens",
     "num_ranks",
+    "vocabulary_parallel",
     "checkpoint_every",
     "keep_checkpoints",
 }

@@ -1,6 +1,7 @@
 """The divergences and how they mix with cross-entropy."""
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -9,8 +10,11 @@ from configs.schema.base import StrictModel
 
 class _Tempered(StrictModel):
     """`temperature` divides both models' logits. `scale_by_temperature_squared` multiplies the
-    divergence by its square, as Hinton et al. (1503.02531) do; GKD and TRL do not.
+    divergence by its square, as Hinton et al. (1503.02531) do; GKD and TRL do not. One that
+    `NEEDS_WHOLE_VOCABULARY` cannot do with a part of it on each rank.
     """
+
+    NEEDS_WHOLE_VOCABULARY: ClassVar[bool] = False
 
     temperature: float = Field(default=1.0, gt=0)
     scale_by_temperature_squared: bool = False
@@ -56,6 +60,8 @@ class AdaptiveKLConfig(_Tempered):
     tokens, with a mass of `head_mass`) and in its tail.
     """
 
+    NEEDS_WHOLE_VOCABULARY = True
+
     type: Literal["adaptive_kl"] = "adaptive_kl"
     head_mass: float = Field(default=0.5, gt=0, lt=1)
 
@@ -89,6 +95,8 @@ class AlphaDivergenceConfig(_Tempered):
 
 class HierarchicalRankingConfig(_Tempered):
     """Hinges on the student's order of both models' `top_k` tokens."""
+
+    NEEDS_WHOLE_VOCABULARY = True
 
     type: Literal["hierarchical_ranking"] = "hierarchical_ranking"
     top_k: int = Field(default=5, gt=1)
@@ -184,10 +192,15 @@ class LossConfig(StrictModel):
     @property
     def learns_from_samples(self) -> bool:
         """Whether the divergence reads the log-probabilities that tokens were sampled with."""
-        divergence = self.divergence
-        terms = (
-            [term.divergence for term in divergence.terms]
-            if isinstance(divergence, WeightedSumConfig)
-            else [divergence]
-        )
-        return any(isinstance(term, SampledReverseKLConfig) for term in terms)
+        return any(isinstance(term, SampledReverseKLConfig) for term in self._terms)
+
+    @property
+    def needs_whole_vocabulary(self) -> bool:
+        """Whether the divergence cannot do with a part of the vocabulary on each rank."""
+        return any(term.NEEDS_WHOLE_VOCABULARY for term in self._terms)
+
+    @property
+    def _terms(self) -> Sequence[_Tempered]:
+        if isinstance(self.divergence, WeightedSumConfig):
+            return [term.divergence for term in self.divergence.terms]
+        return [self.divergence]

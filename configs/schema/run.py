@@ -19,7 +19,9 @@ class StudentConfig(StrictModel):
     bounds the padded area of one forward pass of one rank. Weights and optimizer states are
     float32; `compute_dtype` is what the layers compute in. Train for `epochs`, or for `max_steps`.
     An epoch is shuffled as a whole, or with `shuffle_window_shards` within so many shards of the
-    stored states at a time: for a store that is larger than memory or far away.
+    stored states at a time: for a store that is larger than memory or far away. With
+    `vocabulary_parallel`, no rank holds the whole output heads: each has a part of the vocabulary,
+    and makes the logits of all ranks' tokens for it.
     """
 
     model: StudentModel
@@ -40,6 +42,7 @@ class StudentConfig(StrictModel):
     shuffle_window_shards: int | None = Field(default=None, gt=0)
     micro_batch_tokens: int = Field(default=8192, gt=0)
     num_ranks: int = Field(default=1, gt=0)
+    vocabulary_parallel: bool = False
     checkpoint_every: int = Field(default=100, gt=0)
     keep_checkpoints: int = Field(default=2, gt=0)
 
@@ -154,6 +157,14 @@ class RunConfig(StrictModel):
                 f"source={self.source} is not for algorithm.type={kind}, which reads "
                 + ("stored states" if self.algorithm.TEACHER_STATES else "no teacher states")
                 + "; leave `source` out"
+            )
+        if self.student.vocabulary_parallel and (
+            kind == "self_distillation" or self.loss.needs_whole_vocabulary
+        ):
+            what = kind if kind == "self_distillation" else self.loss.divergence.type
+            raise ValueError(
+                f"student.vocabulary_parallel is not for {what}, which needs whole output heads; "
+                "leave it out"
             )
         if kind == "self_distillation" and self.teacher.model != self.student.model:
             raise ValueError(

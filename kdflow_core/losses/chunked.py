@@ -11,7 +11,7 @@ size of the student, G hidden size of the teacher, R rank of a low-rank update, 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -88,7 +88,11 @@ def distillation_loss(
     Raises:
         ValueError: rows, vocabularies or a divergence that do not fit together.
     """
-    _check(student_hidden_TH, student_head, teacher, (target_ids_T, weights_T), spec)
+    per_token = [target_ids_T, weights_T]
+    if sampled_log_prob_T is not None:
+        per_token.append(sampled_log_prob_T)
+    has_samples = sampled_log_prob_T is not None
+    _check(student_hidden_TH, student_head, teacher, per_token, spec, has_samples=has_samples)
     lora = student_head.lora
     outputs = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         student_hidden_TH,
@@ -167,9 +171,10 @@ def _run_chunks(
     spec, teacher = inputs.spec, inputs.teacher
     targets_T = exchange.gather(inputs.target_ids_T)
     weights_T = exchange.gather(inputs.weights_T).to(dtype)
-    sampled_T = inputs.sampled_log_prob_T
-    if sampled_T is not None:
-        sampled_T = exchange.gather(sampled_T).to(dtype)
+    sampled_T = None
+    if spec.divergence is not None and spec.divergence.needs_samples:
+        assert inputs.sampled_log_prob_T is not None
+        sampled_T = exchange.gather(inputs.sampled_log_prob_T).to(dtype)
     producer = gradients.producer
     vocabulary = inputs.head.weight_VH.shape[0]
     size = min(chunk_rows(spec, vocabulary, dtype), len(hidden_TH))
@@ -274,8 +279,10 @@ def _check(
     student_hidden_TH: torch.Tensor,
     student_head: OutputHead,
     teacher: TeacherStates | None,
-    per_token: tuple[torch.Tensor, ...],
+    per_token: Sequence[torch.Tensor],
     spec: LossSpec,
+    *,
+    has_samples: bool,
 ) -> None:
     num_rows = len(student_hidden_TH)
     rows = [len(tensor) for tensor in per_token]
@@ -289,6 +296,10 @@ def _check(
         raise ValueError("a divergence goes with a teacher, and no teacher with kd_ratio 0")
     if teacher is None or spec.divergence is None:
         return
+    if spec.divergence.needs_samples and not has_samples:
+        raise ValueError(
+            f"{type(spec.divergence).__name__} needs the log-probabilities of sampled tokens"
+        )
     if student_head.weight_VH.shape[0] != teacher.head.weight_VH.shape[0]:
         raise ValueError(
             f"the student's head has {student_head.weight_VH.shape[0]} tokens, the teacher's "

@@ -15,28 +15,38 @@ from kdflow_core.algorithms.base import Algorithm, MicroBatch
 from kdflow_core.errors import ModelError
 from kdflow_core.losses.chunked import LossOutput
 from kdflow_core.models.heads import live_head
+from kdflow_core.student.head_part import HeadPart, spread_head_, student_part
 
 
 class DistillationModule(torch.nn.Module):
-    """A causal language model whose forward returns the algorithm's loss."""
+    """A causal language model whose forward returns the algorithm's loss.
+
+    With a `head_part`, the output head is spread over the ranks by vocabulary.
+    """
 
     def __init__(
-        self, *, model: PreTrainedModel, algorithm: Algorithm, vocabulary_size: int
+        self,
+        *,
+        model: PreTrainedModel,
+        algorithm: Algorithm,
+        vocabulary_size: int,
+        head_part: HeadPart | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.algorithm = algorithm
+        self.head_part = head_part
         self._vocabulary_size = vocabulary_size
 
     def forward(self, batch: MicroBatch) -> LossOutput:
         """The weighted loss of a micro-batch and its per-token terms."""
         hidden_NH = batch.student.states_of(self.model)
-        return self.algorithm.loss(
-            model=self.model,
-            hidden_NH=hidden_NH,
-            head=live_head(self.model, self._vocabulary_size),
-            batch=batch,
+        head = (
+            live_head(self.model, self._vocabulary_size)
+            if self.head_part is None
+            else student_part(self.model, self.head_part)
         )
+        return self.algorithm.loss(model=self.model, hidden_NH=hidden_NH, head=head, batch=batch)
 
 
 def shard(module: DistillationModule, *, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
@@ -52,7 +62,8 @@ def shard(module: DistillationModule, *, mesh: DeviceMesh, compute_dtype: torch.
     root_policy = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    fully_shard(module, mesh=mesh, mp_policy=root_policy)
+    spread = set() if module.head_part is None else spread_head_(module.model, mesh)
+    fully_shard(module, mesh=mesh, mp_policy=root_policy, ignored_params=spread)
     if not isinstance(module, FSDPModule):
         raise ModelError("FSDP2 did not take the student module")
 

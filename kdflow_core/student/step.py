@@ -123,9 +123,9 @@ def collate(
     supervised = [] if empty else list(examples)
     algorithm = module.algorithm
     targets = [np.zeros(0, np.int64), *[e.student.target_ids_N for e in supervised]]
-    sampled = [e.sampled_log_prob_N for e in supervised]
-    known = [log_prob_N for log_prob_N in sampled if log_prob_N is not None]
-    log_prob_N = np.concatenate([np.zeros(0, np.float32), *known])
+    sampled = [e.sampled_log_prob_N for e in supervised if e.sampled_log_prob_N is not None]
+    all_sampled = all(e.sampled_log_prob_N is not None for e in examples)
+    log_prob_N = np.concatenate([np.zeros(0, np.float32), *sampled])
     return MicroBatch(
         student=_tokens([e.student for e in examples], empty=empty, device=device),
         target_ids_N=torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(device),
@@ -137,9 +137,7 @@ def collate(
         teacher_tokens=_tokens([e.teacher for e in examples], empty=empty, device=device)
         if algorithm.reads_teacher_tokens
         else None,
-        sampled_log_prob_N=torch.from_numpy(log_prob_N).to(device)
-        if len(known) == len(sampled)
-        else None,
+        sampled_log_prob_N=torch.from_numpy(log_prob_N).to(device) if all_sampled else None,
     )
 
 

@@ -16,6 +16,7 @@ from kdflow_core.loops.offpolicy import train_offpolicy
 from kdflow_core.losses import build_divergence
 from kdflow_core.losses.elementwise import LossSpec
 from kdflow_core.losses.token_weights import build_token_weight
+from kdflow_core.losses.vocabulary import WholeVocabulary
 from kdflow_core.models.loading import (
     DTYPES,
     load_causal_lm,
@@ -24,6 +25,7 @@ from kdflow_core.models.loading import (
 )
 from kdflow_core.student.checkpoint import completed_steps
 from kdflow_core.student.export import export_student
+from kdflow_core.student.head_part import part_of, teacher_part
 from kdflow_core.student.module import DistillationModule, shard
 from kdflow_core.student.plan import TrainingPlan
 from kdflow_core.student.prefetch import PrefetchedStates
@@ -180,12 +182,21 @@ def build_module(
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     vocabulary_size = true_vocabulary_size(load_tokenizer(folder))
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    compute_dtype = DTYPES[config.compute_dtype]
+    part = None
+    if config.vocabulary_parallel:
+        part = part_of(
+            model, vocabulary_size=vocabulary_size, mesh=mesh, compute_dtype=compute_dtype
+        )
+        heads = {name: teacher_part(head, part) for name, head in heads.items()}
     ingredients = Ingredients(
         spec=LossSpec(
             divergence=build_divergence(loss.divergence),
             kd_ratio=loss.kd_ratio,
             logits_bytes=loss.logits_memory_mb * 10**6,
             token_weight=build_token_weight(loss.token_weight),
+            vocabulary=WholeVocabulary() if part is None else part.vocabulary,
         ),
         model=model,
         heads=heads,
@@ -195,9 +206,9 @@ def build_module(
         model=model,
         algorithm=build_algorithm(stage.run.algorithm, ingredients),
         vocabulary_size=vocabulary_size,
+        head_part=part,
     )
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    shard(module, mesh=mesh, compute_dtype=DTYPES[config.compute_dtype])
+    shard(module, mesh=mesh, compute_dtype=compute_dtype)
     return module
 
 

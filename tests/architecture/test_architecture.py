@@ -88,5 +88,6 @@ def test_every_divergence_has_schema_class_and_test() -> None:
     for name, cls in LOSSES.items():
         fields = set(schemas[name].model_fields) - {"type"}
         assert fields == {field.name for field in dataclasses.fields(cls)}
+        assert cls.needs_whole_vocabulary == schemas[name].NEEDS_WHOLE_VOCABULARY
         assert f'"{name}"' in numerics
         assert f"| `{name}` |" in papers

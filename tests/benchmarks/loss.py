@@ -30,7 +30,7 @@ from tasks.launch import KEEP_BUFFERS
 
 ROOT = Path(__file__).parents[2]
 # How many tensors of full logits a subject holds at a time, roughly; others hold chunks.
-FULL_LOGITS = {"naive forward_kl": 6, "naive generalized_jsd": 12}
+FULL_LOGITS = {"naive forward_kl": 9, "naive generalized_jsd": 12}
 
 
 class Problem:

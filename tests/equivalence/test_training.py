@@ -58,12 +58,15 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_division_of_the_work_does_not_matter(variant: Callable[..., Any]) -> None:
-    """One rank or two, one micro-batch or many, recomputed activations or kept ones."""
+    """One rank or two, one micro-batch or many, recomputed activations or kept ones, output heads
+    gathered or spread.
+    """
     settings = (
         {},
         {"num_ranks": 2},
         {"micro_batch_tokens": 40},
         {"num_ranks": 2, "micro_batch_tokens": 40, "activation_checkpointing": True},
+        {"num_ranks": 2, "micro_batch_tokens": 90, "vocabulary_parallel": True},
     )
     folders = [variant(i, **student)[2] for i, student in enumerate(settings)]
     reference = losses(folders[0])
