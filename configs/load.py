@@ -156,13 +156,16 @@ def _with_absolute_paths(tree: dict[str, Any], base: Path) -> dict[str, Any]:
     """The tree with relative data and GGUF paths, and model paths starting with a dot, made
     absolute. Other model paths may be names on the hub.
     """
+    algorithm = tree.get("algorithm")
+    teachers = algorithm.get("teachers") if isinstance(algorithm, dict) else None
+    shares = teachers.values() if isinstance(teachers, dict) else []
+    others = [share.get("teacher") for share in shares if isinstance(share, dict)]
     data = tree.get("data")
     sources = data.get("sources") if isinstance(data, dict) else None
     for source in sources if isinstance(sources, list) else []:
         if isinstance(source, dict) and source.get("type", "files") != "hub":
             _make_absolute(source, base)
-    for section in ("teacher", "student"):
-        part = tree.get(section)
+    for part in (tree.get("teacher"), tree.get("student"), *others):
         model = part.get("model") if isinstance(part, dict) else None
         if isinstance(model, dict) and (
             model.get("type") == "gguf" or str(model.get("path", "")).startswith(".")

@@ -66,7 +66,7 @@ def plan(recipe: RecipeArgument, overrides: OverrideArgument = None) -> None:
     for status in stage_status(config):
         identity = status.identity
         table.add_row(
-            identity.stage,
+            identity.name,
             f"{identity.kind}/{identity.digest[:12]}",
             "be served from cache" if status.cached else "run",
             "\n".join(status.reasons),

@@ -1,5 +1,6 @@
 """Estimate a run without Prefect: prepare and tokenize, which any run needs, then probe."""
 
+from configs.load import ConfigError
 from configs.schema.run import RunConfig
 from storage.artifact import ArtifactRef
 from tasks.estimate import Estimate, Prospect, prospect, read_estimate
@@ -8,7 +9,15 @@ from tasks.stages import open_store, plan_stages, stage_spec
 
 
 def estimate(run: RunConfig, logger: Logger) -> tuple[Estimate, Prospect]:
-    """What the run will take. Its stages up to the probe are computed, or come from the store."""
+    """What the run will take. Its stages up to the probe are computed, or come from the store.
+
+    Raises ConfigError for an algorithm that has no teacher states to store or not.
+    """
+    if not run.algorithm.TEACHER_STATES:
+        raise ConfigError(
+            f"algorithm.type={run.algorithm.type} reads no teacher states in training, so there is "
+            "no choice between live and replay to estimate; set algorithm.type=vanilla_kd"
+        )
     done: dict[str, ArtifactRef] = {}
     for identity in plan_stages(run.model_copy(update={"source": "auto"})).values():
         ref = launch_stage(stage_spec(identity, run, done), logger)

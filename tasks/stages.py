@@ -70,6 +70,11 @@ class StageIdentity(BaseModel):
     inputs: dict[str, str]
 
     @property
+    def name(self) -> str:
+        """The stage, and the teacher where it is not the run's own."""
+        return self.stage if self.teacher == "teacher" else f"{self.stage}-{self.teacher}"
+
+    @property
     def digest(self) -> str:
         """The artifact's digest. The names of stage, output and teacher are not part of it."""
         return artifact_digest(
@@ -135,7 +140,6 @@ def plan_stages(run: RunConfig) -> dict[str, StageIdentity]:
     extracted = plan.data_inputs if run.stores_training_states else plan.tokens_input
     upstream: dict[str, str] = dict(plan.data_inputs)
     for name, teacher_id in plan.teacher_ids.items():
-        suffix = "" if name == "teacher" else f"_{name}"
         states = plan.add(
             "extract",
             "states",
@@ -143,7 +147,10 @@ def plan_stages(run: RunConfig) -> dict[str, StageIdentity]:
             extracted | {"teacher_model": teacher_id},
             teacher=name,
         )
-        upstream |= {f"states{suffix}": states.digest, f"teacher_model{suffix}": teacher_id}
+        upstream |= {
+            of_teacher("states", name): states.digest,
+            of_teacher("teacher_model", name): teacher_id,
+        }
     upstream["student_model"] = plan.student_id
     training = {
         key: value
@@ -180,17 +187,16 @@ class _Plan:
         teacher: str = "teacher",
     ) -> StageIdentity:
         """One more stage, of one of the teachers where there are several."""
-        own = teacher == "teacher"
         identity = StageIdentity(
             stage=stage,
-            output=OUTPUTS[stage] if own else f"{OUTPUTS[stage]}_{teacher}",
+            output=of_teacher(OUTPUTS[stage], teacher),
             teacher=teacher,
             kind=kind,
             code_version=CODE_VERSIONS[kind],
             config=dict(config),
             inputs=dict(inputs),
         )
-        self.stages[stage if own else f"{stage}-{teacher}"] = identity
+        self.stages[identity.name] = identity
         return identity
 
     def prepare(self) -> None:
@@ -238,6 +244,11 @@ class _Plan:
             self.data_inputs["answers"] = written.digest
 
 
+def of_teacher(output: str, name: str) -> str:
+    """Under which name a stage's artifact is found that is about one of several teachers."""
+    return output if name == "teacher" else f"{output}_{name}"
+
+
 def run_of_teacher(run: RunConfig, name: str) -> RunConfig:
     """The run as one of its teachers has it: with that one as its own."""
     if not isinstance(run.algorithm, MultiTeacherConfig) or name == "teacher":
@@ -252,8 +263,8 @@ def spec_of_teacher(spec: StageSpec, name: str) -> StageSpec:
         return spec
     inputs = {k: v for k, v in spec.inputs.items() if k not in {"teacher_model", "states"}}
     for key in ("teacher_model", "states"):
-        if f"{key}_{name}" in spec.inputs:
-            inputs[key] = spec.inputs[f"{key}_{name}"]
+        if of_teacher(key, name) in spec.inputs:
+            inputs[key] = spec.inputs[of_teacher(key, name)]
     return spec.model_copy(update={"run": run_of_teacher(spec.run, name), "inputs": inputs})
 
 

@@ -54,7 +54,9 @@ def make_tokenizer(folder: Path, *, texts: list[str], template: str = CHATML) ->
     fast.save_pretrained(folder)
 
 
-def make_llama(folder: Path, *, hidden: int, layers: int, rows: int, seed: int) -> None:
+def make_llama(
+    folder: Path, *, hidden: int, layers: int, rows: int, seed: int, tied: bool = False
+) -> None:
     """A random Llama; `rows` of its vocabulary may go beyond the tokenizer's."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -65,7 +67,7 @@ def make_llama(folder: Path, *, hidden: int, layers: int, rows: int, seed: int) 
         num_key_value_heads=2,
         vocab_size=rows,
         max_position_embeddings=256,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         initializer_range=0.3,  # distributions far from uniform, unlike each other
     )
     LlamaForCausalLM(config).save_pretrained(folder)

@@ -29,13 +29,14 @@ def estimate_run(stage: StageRun) -> ArtifactRef | None:
     train = tables["train"]
     work = distinct_sequences(list(tables.values()))
     plan = training_plan(stage, train, groups=None)
-    head = stage.teacher_head(default_device())
-    stage.reporter.message("probing the teacher")
-    teacher, teacher_peak = _probe_teacher(stage, work, head)
+    heads = {n: stage.of_teacher(n).teacher_head(default_device()) for n in stage.run.teacher_names}
+    others = "" if len(heads) == 1 else ": the run's own, not the others"
+    stage.reporter.message(f"probing the teacher{others}")
+    teacher, teacher_peak = _probe_teacher(stage, work, heads["teacher"])
     stage.reporter.message("probing the student's training")
     _reset_peak()
     student_rate = probe_training(
-        module=build_module(stage, {"teacher": head}, default_device()),
+        module=build_module(stage, heads, default_device()),
         plan=plan,
         examples=TokenExamples(train),
         config=stage.run.student,
@@ -44,7 +45,7 @@ def estimate_run(stage: StageRun) -> ArtifactRef | None:
     )
     if dist.get_rank() != 0:
         return None
-    row_bytes, int8_kl = _codecs(head, teacher.states_NH)
+    row_bytes, int8_kl = _codecs(heads["teacher"], teacher.states_NH)
     heldout = int(tables["heldout"].lengths("teacher").sum())
     estimate = Estimate(
         sequences=len(work.sequences),

@@ -1,6 +1,7 @@
 """Each algorithm trains as its formula says, by a naive loop over full logits."""
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,15 @@ def train_table(done: dict[str, ArtifactRef]) -> TokenTable:
     return TokenTable(Path(done["tokens"].uri) / "train.arrow")
 
 
-def test_sft_is_cross_entropy_and_asks_no_teacher(make_recipe: Callable[..., Path]) -> None:
-    run = load_run(str(make_recipe(num_ranks=2)), {"algorithm": {"type": "sft"}})
+def test_sft_is_cross_entropy_and_asks_no_teacher(
+    make_recipe: Callable[..., Path], tmp_path: Path, teacher_folder: Path
+) -> None:
+    """Of a student whose head is its embedding: that gets both gradients."""
+    folder = tmp_path / "tied"
+    make_llama(folder, hidden=32, layers=2, rows=416, seed=3, tied=True)
+    copy_tokenizer(teacher_folder, folder)
+    overrides = {"algorithm.type": "sft", "student.model.path": str(folder)}
+    run = load_run(str(make_recipe(num_ranks=2, micro_batch_tokens=90)), overrides)
     done = run_until(run, "train")
 
     def example_loss(student: PreTrainedModel, row: naive.Row) -> torch.Tensor:
@@ -68,6 +76,11 @@ def test_sft_is_cross_entropy_and_asks_no_teacher(make_recipe: Callable[..., Pat
     )
     heldout = TokenTable(Path(done["tokens"].uri) / "heldout.arrow")
     assert done["states"].counts["sequences"] == len(set(map(bytes, heldout.digests())))
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    for file in (*source.glob("*token*"), source / "chat_template.jinja"):
+        shutil.copy(file, target)
 
 
 @pytest.fixture
@@ -87,10 +100,7 @@ def second_teacher(tmp_path: Path, teacher_folder: Path) -> dict[str, Any]:
     """Another teacher, of another width, with the same tokenizer files."""
     folder = tmp_path / "second"
     make_llama(folder, hidden=40, layers=2, rows=448, seed=7)
-    for file in teacher_folder.glob("*token*"):
-        (folder / file.name).write_bytes(file.read_bytes())
-    template = teacher_folder / "chat_template.jinja"
-    (folder / template.name).write_bytes(template.read_bytes())
+    copy_tokenizer(teacher_folder, folder)
     model = {"type": "pretrained", "path": str(folder)}
     return {"type": "transformers", "model": model, "dtype": "float32", "tokens_per_batch": 512}
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from configs.load import ConfigError, load_run, parse_overrides, recipe_names
 
@@ -98,3 +99,64 @@ def test_relative_paths_start_at_the_recipe(
     start = text.index("path: ") + len("path: ")
     recipe.write_text(text[:start] + "beside.jsonl" + text[text.index("\n", start) :])
     assert load_run(str(recipe)).data.sources[0].path == str(tmp_path / "beside.jsonl")
+
+
+SECOND = {"type": "transformers", "model": {"type": "pretrained", "path": "./second"}}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"algorithm.type": "sft", "source": "live"},
+            "no teacher states; leave `source` out",
+        ),
+        ({"algorithm.type": "self_distillation"}, "give teacher.model the same model"),
+        ({"algorithm.type": "vanilla"}, "vanilla_kd"),
+        (
+            {"algorithm": {"type": "multi_teacher", "teachers": {"a": {"teacher": SECOND}}}},
+            "at least 2 items",
+        ),
+        (
+            {"algorithm": {"type": "multi_teacher", "teachers": {"teacher": {}, "b": {}}}},
+            "all others have one",
+        ),
+        (
+            {
+                "algorithm": {
+                    "type": "multi_teacher",
+                    "teachers": {
+                        "teacher": {"sources": ["sums.jsonl"]},
+                        "b": {"teacher": SECOND, "sources": ["code"]},
+                    },
+                }
+            },
+            "each source needs its teacher",
+        ),
+        (
+            {
+                "student.vocabulary_parallel": True,
+                "loss.divergence": {"type": "adaptive_kl"},
+            },
+            "needs whole output heads",
+        ),
+        ({"data.answers": {"by": "nobody"}}, "'teacher' or 'student'"),
+    ],
+)
+def test_what_an_algorithm_refuses(
+    make_recipe: Callable[..., Path], overrides: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_run(str(make_recipe()), overrides)
+
+
+def test_paths_of_further_teachers_start_at_the_recipe(
+    make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = make_recipe()
+    tree = yaml.safe_load(recipe.read_text())
+    teachers = {"teacher": {}, "b": {"teacher": SECOND}}
+    tree["algorithm"] = {"type": "multi_teacher", "teachers": teachers}
+    recipe.write_text(yaml.safe_dump(tree))
+    run = load_run(str(recipe))
+    assert run.algorithm.teachers["b"].teacher.model.path == str(tmp_path / "second")
