@@ -1,5 +1,6 @@
 """Recipes (YAML) and dotted overrides in, a validated `RunConfig` out."""
 
+import copy
 import difflib
 import json
 import re
@@ -87,7 +88,7 @@ def load_run(recipe: str, overrides: Mapping[str, Any] | None = None) -> RunConf
         raise ConfigError(f"{path} does not hold a mapping of sections")
     tree = _with_absolute_paths(tree, path.parent.resolve())
     for key, value in (overrides or {}).items():
-        _set(tree, key, value)
+        _set(tree, key, copy.deepcopy(value))  # paths in it are made absolute in place
     return validate_run(_with_absolute_paths(tree, Path.cwd()))
 
 
