@@ -1,6 +1,7 @@
 """Answers of a transformers model to token prompts.
 
-Dimensions: B prompts of a batch, T tokens, N tokens of an answer, H hidden size, V vocabulary.
+Dimensions: B prompts of a batch, T tokens, N tokens of an answer, C some of
+them, H hidden size, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,9 @@ from kdflow_core.data.rendering import end_of_turn_ids
 from kdflow_core.losses.logits import LogitProducer
 from kdflow_core.models.heads import live_head
 from kdflow_core.models.loading import true_vocabulary_size
+
+
+CHUNK_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +112,12 @@ def log_probabilities(
         input_ids=ids_BT.to(model.device), use_cache=False
     ).last_hidden_state
     producer = LogitProducer(live_head(model, vocabulary_size), torch.float32)
-    logits_NV = producer.logits(hidden_BTH[0, len(prompt) - 1 : -1])
-    log_q_NV = torch.log_softmax(logits_NV / temperature, -1)
     targets_N1 = torch.from_numpy(answer.astype(np.int64)).to(model.device).unsqueeze(-1)
-    return log_q_NV.gather(-1, targets_N1).squeeze(-1).cpu().numpy()
+    hidden_NH = hidden_BTH[0, len(prompt) - 1 : -1]
+    parts = []
+    for hidden_CH, targets_C1 in zip(
+        hidden_NH.split(CHUNK_TOKENS), targets_N1.split(CHUNK_TOKENS), strict=True
+    ):
+        log_q_CV = torch.log_softmax(producer.logits(hidden_CH) / temperature, -1)
+        parts.append(log_q_CV.gather(-1, targets_C1).squeeze(-1))
+    return torch.cat(parts).cpu().numpy()
