@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kdflow_core.contracts import OutputHead
-from kdflow_core.losses.chunked import LossOutput
+from kdflow_core.losses.chunked import LossOutput, TeacherStates, distillation_loss
 from kdflow_core.losses.elementwise import LossSpec
 
 
@@ -35,7 +35,7 @@ class TokenBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherStates:
+class TaughtRows:
     """One teacher's states [K, G] for the tokens `index_K` of the micro-batch."""
 
     index_K: torch.Tensor
@@ -52,7 +52,7 @@ class MicroBatch:
     student: TokenBatch
     target_ids_N: torch.Tensor
     weight: float
-    teachers: tuple[TeacherStates, ...]
+    teachers: tuple[TaughtRows, ...]
     teacher_tokens: TokenBatch | None
     sampled_log_prob_N: torch.Tensor | None
 
@@ -83,6 +83,17 @@ class Ingredients:
     vocabulary_size: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """The student, its states [N, H] of the micro-batch's tokens, and its head (which may be this
+    rank's part of it).
+    """
+
+    model: PreTrainedModel
+    hidden_NH: torch.Tensor
+    head: OutputHead
+
+
 class Algorithm(torch.nn.Module, ABC):
     """A module, so that weights of its own are sharded and checkpointed with the student's."""
 
@@ -99,15 +110,8 @@ class Algorithm(torch.nn.Module, ABC):
         return ()
 
     @abstractmethod
-    def loss(
-        self,
-        *,
-        model: PreTrainedModel,
-        hidden_NH: torch.Tensor,
-        head: OutputHead,
-        batch: MicroBatch,
-    ) -> LossOutput:
-        """The weighted loss of a micro-batch, from the student's states and head.
+    def loss(self, student: Student, batch: MicroBatch) -> LossOutput:
+        """The weighted loss of a micro-batch.
 
         It runs inside the forward of the module that FSDP gathers.
         """
@@ -115,3 +119,18 @@ class Algorithm(torch.nn.Module, ABC):
     def after_step(self, model: PreTrainedModel) -> None:
         """Called after each optimizer step with the student."""
         del model
+
+
+def whole_batch_loss(
+    student: Student, batch: MicroBatch, *, teacher: TeacherStates | None, spec: LossSpec
+) -> LossOutput:
+    """The loss of all tokens of a micro-batch."""
+    return distillation_loss(
+        student_hidden_TH=student.hidden_NH,
+        student_head=student.head,
+        teacher=teacher,
+        target_ids_T=batch.target_ids_N,
+        weights_T=batch.weights_N,
+        sampled_log_prob_T=batch.sampled_log_prob_N,
+        spec=spec,
+    )

@@ -4,17 +4,15 @@ By weight, the loss is sum_k weight_k * ((1 - kd_ratio) CE + kd_ratio D(p_k, q))
 adding up to 1: the average of the teachers' losses, as You et al., KDD 2017 ("Learning from
 Multiple Teacher Networks"), section 3.1, average their soft targets; for forward KL the gradient is
 that of the averaged distribution. Each teacher's pass makes the student's logits anew.
-Dimensions: N supervised tokens, K those of one teacher, H hidden size.
+Dimensions: N supervised tokens, K those of one teacher.
 """
 
 from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedModel
 
 from configs.schema.algorithm import MultiTeacherConfig
-from kdflow_core.algorithms.base import Algorithm, Ingredients, MicroBatch, TeacherHead
-from kdflow_core.contracts import OutputHead
+from kdflow_core.algorithms.base import Algorithm, Ingredients, MicroBatch, Student, TeacherHead
 from kdflow_core.losses.chunked import LossOutput, TeacherStates, distillation_loss
 
 
@@ -39,23 +37,15 @@ class MultiTeacher(Algorithm):
         """See `Algorithm`."""
         return self._teachers
 
-    def loss(
-        self,
-        *,
-        model: PreTrainedModel,
-        hidden_NH: torch.Tensor,
-        head: OutputHead,
-        batch: MicroBatch,
-    ) -> LossOutput:
+    def loss(self, student: Student, batch: MicroBatch) -> LossOutput:
         """See `Algorithm`. The per-token terms are weighted sums over the teachers."""
-        del model
         sampled_N = batch.sampled_log_prob_N
         total: LossOutput | None = None
         for teacher, states in zip(self._teachers, batch.teachers, strict=True):
             chosen_K = states.index_K
             output = distillation_loss(
-                student_hidden_TH=hidden_NH[chosen_K],
-                student_head=head,
+                student_hidden_TH=student.hidden_NH[chosen_K],
+                student_head=student.head,
                 teacher=TeacherStates(states.hidden_KG, teacher.head),
                 target_ids_T=batch.target_ids_N[chosen_K],
                 weights_T=batch.weights_N[chosen_K] * teacher.weight,

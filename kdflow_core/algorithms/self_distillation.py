@@ -5,7 +5,7 @@ teach nothing; it is for a teacher template that tells the teacher more than the
 (context distillation, Snell et al., arXiv 2209.15189). `ema`: the teacher's weights follow as
 w <- decay * w + (1 - decay) * w_student after each step (Mean Teacher, arXiv 1703.01780, equation
 1). A frozen copy is an ordinary teacher: `vanilla_kd` with the same model on both sides.
-Dimensions: N supervised tokens, H hidden size.
+Dimensions: N supervised tokens.
 """
 
 import copy
@@ -17,9 +17,14 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from configs.schema.algorithm import SelfDistillationConfig
-from kdflow_core.algorithms.base import Algorithm, Ingredients, MicroBatch
-from kdflow_core.contracts import OutputHead
-from kdflow_core.losses.chunked import LossOutput, TeacherStates, distillation_loss
+from kdflow_core.algorithms.base import (
+    Algorithm,
+    Ingredients,
+    MicroBatch,
+    Student,
+    whole_batch_loss,
+)
+from kdflow_core.losses.chunked import LossOutput, TeacherStates
 from kdflow_core.models.heads import live_head
 
 
@@ -49,29 +54,14 @@ class SelfDistillation(Algorithm):
             self.average.eval()
         return self
 
-    def loss(
-        self,
-        *,
-        model: PreTrainedModel,
-        hidden_NH: torch.Tensor,
-        head: OutputHead,
-        batch: MicroBatch,
-    ) -> LossOutput:
+    def loss(self, student: Student, batch: MicroBatch) -> LossOutput:
         """See `Algorithm`."""
-        assert batch.teacher_tokens is not None
-        teacher = model if self.average is None else self.average
+        teacher = student.model if self.average is None else self.average
         with torch.no_grad():
             teacher_NH = self._states(teacher, batch)
             teacher_head = live_head(teacher, self._vocabulary_size)
-        return distillation_loss(
-            student_hidden_TH=hidden_NH,
-            student_head=head,
-            teacher=TeacherStates(teacher_NH, teacher_head),
-            target_ids_T=batch.target_ids_N,
-            weights_T=batch.weights_N,
-            sampled_log_prob_T=batch.sampled_log_prob_N,
-            spec=self._spec,
-        )
+        own = TeacherStates(teacher_NH, teacher_head)
+        return whole_batch_loss(student, batch, teacher=own, spec=self._spec)
 
     def _states(self, teacher: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
         assert batch.teacher_tokens is not None

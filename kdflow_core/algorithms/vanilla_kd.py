@@ -1,19 +1,21 @@
 """Distillation of one teacher: cross-entropy and a divergence at every supervised token.
 
 Hinton et al., arXiv 1503.02531; with `reverse_kl` or `generalized_jsd` on answers of the student's
-own, one round of GKD, arXiv 2306.13649, algorithm 1. Dimensions: N supervised tokens, H hidden
-size.
+own, one round of GKD, arXiv 2306.13649, algorithm 1.
 """
 
 from collections.abc import Sequence
 
-import torch
-from transformers import PreTrainedModel
-
 from configs.schema.algorithm import VanillaKDConfig
-from kdflow_core.algorithms.base import Algorithm, Ingredients, MicroBatch, TeacherHead
-from kdflow_core.contracts import OutputHead
-from kdflow_core.losses.chunked import LossOutput, TeacherStates, distillation_loss
+from kdflow_core.algorithms.base import (
+    Algorithm,
+    Ingredients,
+    MicroBatch,
+    Student,
+    TeacherHead,
+    whole_batch_loss,
+)
+from kdflow_core.losses.chunked import LossOutput, TeacherStates
 
 
 class VanillaKD(Algorithm):
@@ -30,23 +32,8 @@ class VanillaKD(Algorithm):
         """See `Algorithm`."""
         return (self._teacher,)
 
-    def loss(
-        self,
-        *,
-        model: PreTrainedModel,
-        hidden_NH: torch.Tensor,
-        head: OutputHead,
-        batch: MicroBatch,
-    ) -> LossOutput:
+    def loss(self, student: Student, batch: MicroBatch) -> LossOutput:
         """See `Algorithm`."""
-        del model
         (states,) = batch.teachers
-        return distillation_loss(
-            student_hidden_TH=hidden_NH,
-            student_head=head,
-            teacher=TeacherStates(states.hidden_KG, self._teacher.head),
-            target_ids_T=batch.target_ids_N,
-            weights_T=batch.weights_N,
-            sampled_log_prob_T=batch.sampled_log_prob_N,
-            spec=self._spec,
-        )
+        teacher = TeacherStates(states.hidden_KG, self._teacher.head)
+        return whole_batch_loss(student, batch, teacher=teacher, spec=self._spec)

@@ -17,7 +17,6 @@ from kdflow_core.losses.logits import LogitProducer
 from kdflow_core.models.heads import live_head
 from kdflow_core.models.loading import true_vocabulary_size
 
-
 CHUNK_TOKENS = 256
 
 
@@ -116,7 +115,7 @@ def log_probabilities(
     hidden_NH = hidden_BTH[0, len(prompt) - 1 : -1]
     parts = []
     for hidden_CH, targets_C1 in zip(
-        hidden_NH.split(CHUNK_TOKENS), targets_N1.split(CHUNK_TOKENS), strict=True
+        torch.split(hidden_NH, CHUNK_TOKENS), torch.split(targets_N1, CHUNK_TOKENS), strict=True
     ):
         log_q_CV = torch.log_softmax(producer.logits(hidden_CH) / temperature, -1)
         parts.append(log_q_CV.gather(-1, targets_C1).squeeze(-1))

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
-from kdflow_core.algorithms.base import Algorithm, MicroBatch
+from kdflow_core.algorithms.base import Algorithm, MicroBatch, Student
 from kdflow_core.errors import ModelError
 from kdflow_core.losses.chunked import LossOutput
 from kdflow_core.models.heads import live_head
@@ -46,7 +46,7 @@ class DistillationModule(torch.nn.Module):
             if self.head_part is None
             else student_part(self.model, self.head_part)
         )
-        return self.algorithm.loss(model=self.model, hidden_NH=hidden_NH, head=head, batch=batch)
+        return self.algorithm.loss(Student(model=self.model, hidden_NH=hidden_NH, head=head), batch)
 
 
 def shard(module: DistillationModule, *, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from kdflow_core.algorithms.base import MicroBatch, TeacherStates, TokenBatch
+from kdflow_core.algorithms.base import MicroBatch, TaughtRows, TokenBatch
 from kdflow_core.batching import pad_right, select_rows, teacher_rows
 from kdflow_core.contracts import Example, Examples, HiddenStateSource, TokenSequence
 from kdflow_core.errors import TrainingError
@@ -131,7 +131,7 @@ def collate(
         target_ids_N=torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(device),
         weight=weight,
         teachers=tuple(
-            _teacher_states(supervised, source, teacher.sources, device)
+            _taught_rows(supervised, source, teacher.sources, device)
             for teacher, source in zip(algorithm.teachers, states, strict=True)
         ),
         teacher_tokens=_tokens([e.teacher for e in examples], empty=empty, device=device)
@@ -154,12 +154,12 @@ def _tokens(sequences: Sequence[TokenSequence], *, empty: bool, device: torch.de
     )
 
 
-def _teacher_states(
+def _taught_rows(
     examples: Sequence[Example],
     states: HiddenStateSource,
     sources: frozenset[str] | None,
     device: torch.device,
-) -> TeacherStates:
+) -> TaughtRows:
     """A teacher's rows for the examples of its data sources."""
     taught = [e for e in examples if sources is None or e.source in sources]
     mine = [
@@ -167,7 +167,7 @@ def _teacher_states(
         for e in examples
     ]
     index_K = np.flatnonzero(np.concatenate([np.zeros(0, bool), *mine]))
-    return TeacherStates(
+    return TaughtRows(
         index_K=torch.from_numpy(index_K).to(device),
         hidden_KG=select_rows(
             [teacher_rows(example, states) for example in taught],
