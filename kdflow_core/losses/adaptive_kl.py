@@ -4,7 +4,7 @@ Language Models", arXiv 2404.02657, section 4.
 AKL = g_head / (g_head + g_tail) KL(p || q) + g_tail / (g_head + g_tail) KL(q || p), where the head
 is the fewest of the teacher's tokens that hold a mass of `head_mass`, and g sums |p - q| over head
 and tail. The weights are constants to the gradient; where p = q exactly, both are 1/2.
-Dimensions: T tokens, V vocabulary.
+Dimensions: T tokens, V vocabulary, K top tokens.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,8 @@ from typing import ClassVar
 import torch
 
 from kdflow_core.losses.base import Distributions, Divergence, softmax_gradient
+
+FIRST_TOP = 64  # tokens; mostly they hold the head, and to sort all takes 35 times as long
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +36,24 @@ class AdaptiveKL(Divergence):
         return value_T, gradient_TV
 
     def _forward_weight(self, q_TV: torch.Tensor, p_TV: torch.Tensor) -> torch.Tensor:
-        sorted_TV, order_TV = p_TV.sort(dim=-1, descending=True)
-        before_TV = sorted_TV.cumsum(-1) - sorted_TV
+        top_TK, order_TK, mass_TK = self._top(p_TV)
         # A token is of the head while those before it do not hold the mass yet.
-        in_head_TV = before_TV < self.head_mass
+        in_head_TK = mass_TK - top_TK < self.head_mass
         gap_TV = (p_TV - q_TV).abs()
-        head_T1 = (gap_TV.gather(-1, order_TV) * in_head_TV).sum(-1, keepdim=True)
+        head_T1 = (gap_TV.gather(-1, order_TK) * in_head_TK).sum(-1, keepdim=True)
         total_T1 = gap_TV.sum(-1, keepdim=True)
         return torch.where(total_T1 > 0, head_T1 / total_T1.where(total_T1 > 0, 1.0), 0.5)
+
+    def _top(self, p_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The top tokens' probabilities in falling order, their ids, and the mass through each: at
+        least the head of every row.
+        """
+        count = FIRST_TOP
+        while count < p_TV.shape[-1]:
+            top_TK, order_TK = p_TV.topk(count, dim=-1)
+            mass_TK = top_TK.cumsum(-1)
+            if (mass_TK[:, -1] >= self.head_mass).all():
+                return top_TK, order_TK, mass_TK
+            count *= 8
+        top_TK, order_TK = p_TV.sort(dim=-1, descending=True)
+        return top_TK, order_TK, top_TK.cumsum(-1)

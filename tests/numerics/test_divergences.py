@@ -15,7 +15,7 @@ from configs.schema.loss import Divergence as DivergenceConfig
 from kdflow_core.losses import LOSSES, build_divergence
 from kdflow_core.losses.base import Divergence
 from kdflow_core.losses.weighted_sum import WeightedSum
-from tests.numerics.definitions import CASES, NAMES, Definition, evaluate
+from tests.numerics.definitions import CASES, NAMES, Definition, adaptive_kl, evaluate
 
 each = pytest.mark.parametrize(("name", "fields", "definition"), CASES, ids=NAMES)
 SCHEMA: TypeAdapter[Any] = TypeAdapter(DivergenceConfig)
@@ -234,3 +234,12 @@ def test_a_weighted_sum() -> None:
 def test_what_a_schema_refuses(config: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         SCHEMA.validate_python(config)
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 6.0])
+def test_the_head_of_adaptive_kl_may_be_a_few_tokens_or_most(spread: float) -> None:
+    """Of a vocabulary that is not sorted as a whole where a few tokens hold the mass."""
+    log_p_TV, log_q_TV = log_distributions(8, (4, 2000), spread)
+    value_T, _ = evaluate(LOSSES["adaptive_kl"](), log_q_TV, log_p_TV)
+    expected_T = adaptive_kl(0.5)(log_p_TV.exp(), log_q_TV.exp())
+    torch.testing.assert_close(value_T, expected_T, rtol=1e-9, atol=1e-12)
