@@ -117,6 +117,8 @@ def why_not_live(run: RunConfig, estimate: Estimate) -> str:
     width = run.teacher.ranks_per_replica
     if not isinstance(run.teacher, InProcessTeacher):
         return f"teacher.type={run.teacher.type} does not run in the training ranks"
+    if len(run.teacher_names) > 1:
+        return "several teachers are replayed, not run in the training ranks"
     if run.student.num_ranks % width:
         return f"{run.student.num_ranks} training ranks cannot hold a teacher over {width}"
     if run.student.shuffle_window_shards is not None:

@@ -48,6 +48,11 @@ class MultiTeacherConfig(_Algorithm):
         min_length=2
     )
 
+    @property
+    def by_source(self) -> bool:
+        """Whether each teacher has data sources of its own."""
+        return any(share.sources is not None for share in self.teachers.values())
+
     @model_validator(mode="after")
     def _names_and_shares(self) -> "MultiTeacherConfig":
         without = [name for name, share in self.teachers.items() if share.teacher is None]

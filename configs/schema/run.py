@@ -171,6 +171,15 @@ class RunConfig(StrictModel):
                 "algorithm.type=self_distillation has the student for a teacher; give "
                 "teacher.model the same model as student.model"
             )
+        if (
+            isinstance(self.algorithm, MultiTeacherConfig)
+            and self.algorithm.by_source
+            and self.student.shuffle_window_shards is not None
+        ):
+            raise ValueError(
+                "student.shuffle_window_shards goes by the shards of one teacher, and here each "
+                "teacher has those of its own `sources`; leave it out"
+            )
         if isinstance(self.algorithm, MultiTeacherConfig):
             _check_teachers(self.algorithm, self.data.source_names, self.teacher)
         return self

@@ -141,6 +141,19 @@ SECOND = {"type": "transformers", "model": {"type": "pretrained", "path": "./sec
             "needs whole output heads",
         ),
         ({"data.answers": {"by": "nobody"}}, "'teacher' or 'student'"),
+        (
+            {
+                "student.shuffle_window_shards": 2,
+                "algorithm": {
+                    "type": "multi_teacher",
+                    "teachers": {
+                        "teacher": {"sources": ["sums.jsonl"]},
+                        "b": {"teacher": SECOND, "sources": ["code"]},
+                    },
+                },
+            },
+            "goes by the shards of one teacher",
+        ),
     ],
 )
 def test_what_an_algorithm_refuses(
