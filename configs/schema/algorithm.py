@@ -61,6 +61,8 @@ class MultiTeacherConfig(_Algorithm):
                 "of `teachers`, the one named 'teacher' is the run's own and has no `teacher` "
                 f"field; all others have one. Without it are: {without or 'none'}"
             )
+        if "student" in self.teachers:
+            raise ValueError("a teacher cannot be named 'student'; give it another name")
         routed = [share.sources is not None for share in self.teachers.values()]
         if any(routed) and not all(routed):
             raise ValueError("`sources` stand on some teachers only; give them to all or to none")

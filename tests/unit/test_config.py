@@ -143,6 +143,15 @@ SECOND = {"type": "transformers", "model": {"type": "pretrained", "path": "./sec
         ({"data.answers": {"by": "nobody"}}, "'teacher' or 'student'"),
         (
             {
+                "algorithm": {
+                    "type": "multi_teacher",
+                    "teachers": {"teacher": {}, "student": {"teacher": SECOND}},
+                }
+            },
+            "cannot be named 'student'",
+        ),
+        (
+            {
                 "student.shuffle_window_shards": 2,
                 "algorithm": {
                     "type": "multi_teacher",
