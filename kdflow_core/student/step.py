@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from kdflow_core.algorithms.base import MicroBatch, TaughtRows, TokenBatch
+from kdflow_core.algorithms.base import Algorithm, MicroBatch, TaughtRows, TokenBatch
 from kdflow_core.batching import pad_right, select_rows, teacher_rows
 from kdflow_core.contracts import Example, Examples, HiddenStateSource, TokenSequence
 from kdflow_core.errors import TrainingError
@@ -66,7 +66,7 @@ def training_step(
         stand_in = batches.micro_batches[0][0][:1]
         batch = collate(
             [examples[i] for i in indices or stand_in],
-            module,
+            module.algorithm,
             states,
             weight=weight,
             empty=not indices,
@@ -107,7 +107,7 @@ def _means(sums: torch.Tensor, batches: StepBatches) -> dict[str, float]:
 
 def collate(
     examples: Sequence[Example],
-    module: DistillationModule,
+    algorithm: Algorithm,
     states: Sequence[HiddenStateSource],
     *,
     weight: float,
@@ -121,7 +121,6 @@ def collate(
     Raises AlignmentError when rows and tokens differ in number.
     """
     supervised = [] if empty else list(examples)
-    algorithm = module.algorithm
     targets = [np.zeros(0, np.int64), *[e.student.target_ids_N for e in supervised]]
     sampled = [e.sampled_log_prob_N for e in supervised if e.sampled_log_prob_N is not None]
     all_sampled = all(e.sampled_log_prob_N is not None for e in examples)

@@ -11,17 +11,25 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from configs.load import ConfigError, load_run
+from configs.schema.run import RunConfig
+from kdflow_core.algorithms import build_algorithm
+from kdflow_core.algorithms.base import Algorithm, Ingredients
 from kdflow_core.errors import AlignmentError, ModelError, WorkerError
+from kdflow_core.losses.elementwise import LossSpec
+from kdflow_core.losses.forward_kl import ForwardKL
+from kdflow_core.models.heads import load_head
+from kdflow_core.models.loading import load_causal_lm, load_config
 from kdflow_core.sglang_runtime.versions import require_sglang
 from storage.errors import RowsMismatchError
 from storage.tokens import TokenTable, TokenWriter
 from tasks.adapters import StoredStates, TeacherSequences
 from tasks.launch import launch_stage
 from tasks.stages import StageSpec, open_store, plan_stages
-from tests.conftest import make_llama, make_tokenizer, run_inline
+from tests.conftest import VOCABULARY, make_llama, make_tokenizer, run_inline
 
 
 def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -142,7 +150,26 @@ def test_tokens_changed_behind_the_stores_back_are_refused(
 
         states = StoredStates(HiddenStateReader(store=open_store(run), ref=stage.inputs["states"]))
         with pytest.raises((RowsMismatchError, AlignmentError)):
-            collate([TokenExamples(changed)[0]], states, weight=1.0, empty=False, device="cpu")  # type: ignore[arg-type]
+            collate(
+                [TokenExamples(changed)[0]],
+                vanilla_kd(run),
+                [states],
+                weight=1.0,
+                empty=False,
+                device=torch.device("cpu"),
+            )
+
+
+def vanilla_kd(run: RunConfig) -> Algorithm:
+    """The algorithm of a run."""
+    folder = Path(run.teacher.model.path)
+    ingredients = Ingredients(
+        spec=LossSpec(divergence=ForwardKL(), kd_ratio=0.9, logits_bytes=10**6),
+        model=load_causal_lm(folder, dtype=torch.float32, attention="sdpa"),
+        heads={"teacher": load_head(folder, load_config(folder), VOCABULARY)},
+        vocabulary_size=VOCABULARY,
+    )
+    return build_algorithm(run.algorithm, ingredients)
 
 
 def test_a_teacher_changed_behind_the_stores_back_is_refused(
