@@ -145,7 +145,9 @@ class Problem:
 
 
 def fits(name: str, args: argparse.Namespace) -> bool:
-    """Whether there is memory for a subject's full logits."""
+    """Whether a subject is asked for, and there is memory for its full logits."""
+    if args.subjects and name not in ("bare products", *args.subjects):
+        return False
     logits = FULL_LOGITS.get(name, 0) * args.tokens * args.vocabulary * 4
     return logits < psutil.virtual_memory().available
 
@@ -181,13 +183,19 @@ def peak_bytes(problem: Problem, name: str) -> int:
 
 
 def peaks(args: argparse.Namespace) -> dict[str, float]:
-    """Megabytes of each subject, in a process of its own."""
+    """Megabytes of each subject, in a process of its own, which gives back what it has freed."""
     found = {}
+    env = {name: value for name, value in os.environ.items() if name not in KEEP_BUFFERS}
     for name in Problem.subjects(Problem.__new__(Problem)):
         if fits(name, args):
             command = [sys.executable, "-m", "tests.benchmarks.loss", *sys.argv[1:]]
             output = subprocess.run(
-                [*command, "--peak-of", name], check=True, capture_output=True, text=True, cwd=ROOT
+                [*command, "--peak-of", name],
+                check=True,
+                capture_output=True,
+                text=True,
+                cwd=ROOT,
+                env=env,
             )
             found[name] = int(output.stdout.split()[-1]) / 1e6
     return found
@@ -201,10 +209,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--logits-mb", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--subjects", nargs="*", help="these only, beside the bare products")
     parser.add_argument("--peak-of", help="measure one subject's memory alone")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    if not KEEP_BUFFERS.items() <= os.environ.items():  # as training runs
+    if not args.peak_of and not KEEP_BUFFERS.items() <= os.environ.items():  # as training runs
         os.execve(
             sys.executable,
             [sys.executable, "-m", "tests.benchmarks.loss", *sys.argv[1:]],
@@ -223,7 +232,7 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {problem.device.type}",
         "versions": {name: metadata.version(name) for name in versions},
         "sizes": vars(args) | {"chunk": rows},
-        "left out for memory": [n for n in problem.subjects() if n not in taken],
+        "left out": [n for n in problem.subjects() if n not in taken],
         "seconds": {name: round(value, 3) for name, value in taken.items()},
         "times the bare products": {
             name: round(value / taken["bare products"], 3) for name, value in taken.items()
