@@ -180,10 +180,10 @@ def states_slice(run: RunConfig, sources: frozenset[str] | None) -> dict[str, An
 def answers_slice(run: RunConfig) -> dict[str, Any]:
     """Of the answers that a model writes to the training prompts."""
     assert run.data.answers is not None
-    side = run.teacher if run.data.answers.by == "teacher" else run.student
+    by_teacher = run.data.answers.by == "teacher"
     return {
         "answers": run.data.answers.model_dump(mode="json"),
-        "dtype": run.teacher.dtype if side is run.teacher else run.student.compute_dtype,
+        "dtype": run.teacher.dtype if by_teacher else run.student.compute_dtype,
         "max_length": run.data.max_length,
         "seed": run.seed,
     }

@@ -1,9 +1,10 @@
 """Tiny real models, a real tokenizer and small real data for all tests."""
 
 import json
+import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -16,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from configs.load import load_run
 from configs.schema.run import RunConfig
 from storage.artifact import ArtifactRef
+from tasks.launch import launch_stage
 from tasks.stages import plan_stages, stage_spec
 from tasks.wiring import STAGES
 from tasks.wiring.stage_run import StageRun
@@ -172,13 +174,20 @@ class SilentReporter:
         self.messages.append(text)
 
 
-def run_inline(run: RunConfig, *, until: str) -> dict[str, ArtifactRef]:
-    """The stages before and including `until`, without Prefect, in this process (not `train`)."""
+def run_inline(
+    run: RunConfig, *, until: str, launched: Collection[str] = ()
+) -> dict[str, ArtifactRef]:
+    """The stages before and including `until`, without Prefect, in this process; those in
+    `launched` (`train` must be) in worker processes.
+    """
     done: dict[str, ArtifactRef] = {}
     for stage, identity in plan_stages(run).items():
-        stage_run = StageRun(stage_spec(identity, run, done), SilentReporter())
-        found = stage_run.store.find(identity.kind, identity.digest)
-        ref = found or STAGES[identity.stage](stage_run)
+        spec = stage_spec(identity, run, done)
+        stage_run = StageRun(spec, SilentReporter())
+        ref = stage_run.store.find(identity.kind, identity.digest)
+        if ref is None and stage in launched:
+            ref = launch_stage(spec, logging.getLogger("test"))
+        ref = ref or STAGES[identity.stage](stage_run)
         assert ref is not None
         done = done | {identity.output: ref}
         if stage == until:

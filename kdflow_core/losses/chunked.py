@@ -91,8 +91,7 @@ def distillation_loss(
     per_token = [target_ids_T, weights_T]
     if sampled_log_prob_T is not None:
         per_token.append(sampled_log_prob_T)
-    has_samples = sampled_log_prob_T is not None
-    _check(student_hidden_TH, student_head, teacher, per_token, spec, has_samples=has_samples)
+    _check(student_hidden_TH, student_head, teacher, per_token, spec)
     lora = student_head.lora
     outputs = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         student_hidden_TH,
@@ -173,8 +172,9 @@ def _run_chunks(
     weights_T = exchange.gather(inputs.weights_T).to(dtype)
     sampled_T = None
     if spec.divergence is not None and spec.divergence.needs_samples:
-        assert inputs.sampled_log_prob_T is not None
-        sampled_T = exchange.gather(inputs.sampled_log_prob_T).to(dtype)
+        sampled_T = inputs.sampled_log_prob_T  # without them, it raises
+    if sampled_T is not None:
+        sampled_T = exchange.gather(sampled_T).to(dtype)
     producer = gradients.producer
     vocabulary = inputs.head.weight_VH.shape[0]
     size = min(chunk_rows(spec, vocabulary, dtype), len(hidden_TH))
@@ -281,8 +281,6 @@ def _check(
     teacher: TeacherStates | None,
     per_token: Sequence[torch.Tensor],
     spec: LossSpec,
-    *,
-    has_samples: bool,
 ) -> None:
     num_rows = len(student_hidden_TH)
     rows = [len(tensor) for tensor in per_token]
@@ -296,10 +294,6 @@ def _check(
         raise ValueError("a divergence goes with a teacher, and no teacher with kd_ratio 0")
     if teacher is None or spec.divergence is None:
         return
-    if spec.divergence.needs_samples and not has_samples:
-        raise ValueError(
-            f"{type(spec.divergence).__name__} needs the log-probabilities of sampled tokens"
-        )
     if student_head.weight_VH.shape[0] != teacher.head.weight_VH.shape[0]:
         raise ValueError(
             f"the student's head has {student_head.weight_VH.shape[0]} tokens, the teacher's "

@@ -18,17 +18,16 @@ class RowExchange:
         vocabulary: WholeVocabulary | ShardedVocabulary,
         device: torch.device,
     ) -> None:
-        self._group = vocabulary.group if isinstance(vocabulary, ShardedVocabulary) else None
-        self._counts = [num_rows]
-        self._begin = 0
+        self._sharded = isinstance(vocabulary, ShardedVocabulary)
+        self._counts, begin = [num_rows], 0
         if isinstance(vocabulary, ShardedVocabulary):
+            self._group = vocabulary.group
             mine = torch.tensor([num_rows], device=device)
             counts = [torch.empty_like(mine) for _ in range(dist.get_world_size(self._group))]
             dist.all_gather(counts, mine, group=self._group)
             self._counts = [int(count) for count in counts]
-            self._begin = sum(self._counts[: dist.get_rank(self._group)])
-        self._own = slice(self._begin, self._begin + num_rows)
-        self._sharded = isinstance(vocabulary, ShardedVocabulary)
+            begin = sum(self._counts[: dist.get_rank(self._group)])
+        self._own = slice(begin, begin + num_rows)
 
     def gather(self, x_T: torch.Tensor) -> torch.Tensor:
         """All ranks' rows."""

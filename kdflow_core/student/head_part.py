@@ -8,7 +8,7 @@ Dimensions: V vocabulary (of this rank's part), H hidden size.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -68,12 +68,8 @@ def spread_head_(model: PreTrainedModel, mesh: DeviceMesh) -> set[torch.nn.Param
 def teacher_part(head: OutputHead, part: HeadPart) -> OutputHead:
     """The teacher's head over this rank's tokens, in memory of its own."""
     rows = slice(part.vocabulary.first, part.vocabulary.first + part.size)
-    return OutputHead(
-        weight_VH=head.weight_VH[rows].clone(),
-        bias_V=None if head.bias_V is None else head.bias_V[rows].clone(),
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-    )
+    bias_V = None if head.bias_V is None else head.bias_V[rows].clone()
+    return replace(head, weight_VH=head.weight_VH[rows].clone(), bias_V=bias_V)
 
 
 def student_part(model: PreTrainedModel, part: HeadPart) -> OutputHead:

@@ -4,7 +4,7 @@ Dimensions: B sequences, T tokens, N supervised tokens, K those of one teacher.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from kdflow_core.algorithms.base import Algorithm, MicroBatch, TaughtRows, Token
 from kdflow_core.batching import pad_right, select_rows, teacher_rows
 from kdflow_core.contracts import Example, Examples, HiddenStateSource, TokenSequence
 from kdflow_core.errors import TrainingError
+from kdflow_core.losses.elementwise import TERMS
 from kdflow_core.student.module import DistillationModule
 from kdflow_core.student.plan import StepBatches
 
@@ -56,7 +57,7 @@ def training_step(
     # Every supervised token of the step counts the same, whatever rank and micro-batch it is in.
     # FSDP averages gradients over the ranks, hence the factor.
     weight = num_ranks / batches.num_tokens
-    sums = torch.zeros(7, dtype=torch.float64, device=device)
+    sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)
     mine = batches.micro_batches[rank]
     for number, indices in enumerate(mine):
         last = number == len(mine) - 1
@@ -92,16 +93,8 @@ def training_step(
 
 
 def _means(sums: torch.Tensor, batches: StepBatches) -> dict[str, float]:
-    """The per-token terms of a loss, as means over the step."""
-    names = (
-        "loss",
-        "kd",
-        "cross_entropy",
-        "forward_kl",
-        "student_entropy",
-        "teacher_entropy",
-        "agreement",
-    )
+    """The per-token terms of a loss, as means over the step; they are the metrics but the last."""
+    names = [field.name for field in fields(StepMetrics)][:-1]
     return dict(zip(names, (sums / batches.num_tokens).tolist(), strict=True))
 
 

@@ -40,8 +40,8 @@ def generate_answers(stage: StageRun) -> ArtifactRef | None:
     config = stage.run.data.answers
     assert config is not None
     rank, size = rank_and_size()
-    examples = TokenExamples(stage.tables()["train"])
-    answered = [i for i in range(len(examples)) if _chosen(examples[i], config.fraction)]
+    table = stage.tables()["train"]
+    examples, answered = TokenExamples(table), _chosen(table, config.fraction)
     length = config.prompts_per_batch * BATCHES_PER_PART
     parts = [answered[k : k + length] for k in range(0, len(answered), length)]
     folder = stage.workdir / "parts"
@@ -67,9 +67,11 @@ def generate_answers(stage: StageRun) -> ArtifactRef | None:
     return ref
 
 
-def _chosen(example: Example, fraction: float) -> bool:
-    """Whether an example's prompt is answered anew, by its digest, which is uniform."""
-    return int.from_bytes(example.teacher.digest[:8], "big") < fraction * 2**64
+def _chosen(table: TokenTable, fraction: float) -> list[int]:
+    """Which examples' prompts are answered anew, by their digests, which are uniform."""
+    # 53 bits of each: as many as a float compares exactly.
+    uniform = table.digests().view(">u8")[:, 0] >> np.uint64(11)
+    return [int(i) for i in np.flatnonzero(uniform < fraction * 2**53)]
 
 
 class _Answerer:

@@ -1,6 +1,5 @@
 """Each algorithm trains as its formula says, by a naive loop over full logits."""
 
-import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,36 +16,19 @@ from configs.schema.run import RunConfig
 from kdflow_core.errors import ModelError
 from storage.artifact import ArtifactRef
 from storage.tokens import TokenTable
-from tasks.launch import launch_stage
-from tasks.stages import plan_stages, stage_spec
+from tasks.stages import plan_stages
 from tasks.tracking import read_metrics
-from tasks.wiring import STAGES
-from tasks.wiring.stage_run import StageRun
 from tests import naive
-from tests.conftest import CHATML, SilentReporter, make_llama, make_tokenizer
+from tests.conftest import CHATML, make_llama, make_tokenizer, run_inline
 
 pytestmark = pytest.mark.ranks
-LOG = logging.getLogger("test")
 # float32 sums taken in another order; see test_training.
 RTOL = 1e-4
 
 
 def run_until(run: RunConfig, until: str) -> dict[str, ArtifactRef]:
-    """The stages of a run through `until`; those with ranks in worker processes."""
-    done: dict[str, ArtifactRef] = {}
-    for stage, identity in plan_stages(run).items():
-        spec = stage_spec(identity, run, done)
-        if identity.stage in {"train", "generate"}:
-            ref = launch_stage(spec, LOG)
-        else:
-            inline = StageRun(spec, SilentReporter())
-            ref = inline.store.find(identity.kind, identity.digest)
-            ref = ref or STAGES[identity.stage](inline)
-        assert ref is not None
-        done = done | {identity.output: ref}
-        if stage == until:
-            return done
-    raise AssertionError(until)
+    """The stages of a run through `until`; training in worker processes."""
+    return run_inline(run, until=until, launched={"train"})
 
 
 def losses(done: dict[str, ArtifactRef]) -> list[float]:
