@@ -103,14 +103,15 @@ def _token_sums(
         rows = slice(begin, begin + CHUNK_TOKENS)
         log_q_CV = torch.log_softmax(producers[0].logits(hidden_NH[rows]), -1)
         log_p_CV = torch.log_softmax(producers[1].logits(teacher_NG[rows]), -1)
-        targets_C, target_C1 = targets_N[rows], targets_N[rows].unsqueeze(-1)
+        targets_C = targets_N[rows]
+        target_C1 = targets_C.unsqueeze(-1)
         d = Distributions(
             log_q_CV,
             log_q_CV.exp(),
             log_p_CV,
             log_p_CV.exp(),
             WholeVocabulary(),
-            targets_N[rows],
+            targets_C,
             None,
         )
         columns = (
