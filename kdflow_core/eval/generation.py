@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdflow_core.contracts import Reporter, TokenSequence
-from kdflow_core.rollout.hf import Sampling, generate_ids
+from kdflow_core.data.rendering import end_of_turn_ids
+from kdflow_core.models.loading import true_vocabulary_size
+from kdflow_core.rollout.base import Sampling
+from kdflow_core.rollout.generation import generate_ids
 
 PROMPTS_PER_BATCH = 16
 
@@ -24,12 +27,17 @@ def generate_greedily(
 ) -> list[str]:
     """The model's answers, as text, to the prompts of the sequences (in order)."""
     texts: list[str] = []
+    sampling = Sampling(
+        temperature=0.0,
+        max_new_tokens=max_new_tokens,
+        stop_ids=tuple(sorted(end_of_turn_ids(tokenizer))),
+    )
     for begin in range(0, len(sequences), PROMPTS_PER_BATCH):
         answers = generate_ids(
             model=model,
-            tokenizer=tokenizer,
+            vocabulary_size=true_vocabulary_size(tokenizer),
             prompts=[s.prompt_ids_T for s in sequences[begin : begin + PROMPTS_PER_BATCH]],
-            sampling=Sampling(max_new_tokens=max_new_tokens),
+            sampling=sampling,
         )
         texts += tokenizer.batch_decode([ids.tolist() for ids in answers], skip_special_tokens=True)
         reporter.progress(done=len(texts), total=len(sequences), unit="answers", detail=label)

@@ -1,1 +1,45 @@
-"""Models that answer prompts: token ids in, token ids out."""
+"""Rollout engines: prompts' ids in, answers' ids with their log-probabilities out."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+
+from configs.schema.rollout import Rollout
+from kdflow_core.rollout.base import RolloutEngine
+
+# Lazy, so that a backend's libraries are loaded by those who use it.
+ENGINES: Mapping[str, str] = MappingProxyType(
+    {
+        "transformers": "kdflow_core.rollout.hf:TransformersRolloutEngine",
+        "sglang": "kdflow_core.rollout.sglang:SglangRolloutEngine",
+    }
+)
+
+
+def build_rollout_engine(
+    config: Rollout,
+    *,
+    folder: Path,
+    vocabulary_size: int,
+    max_length: int,
+    seed: int,
+    device: torch.device,
+) -> RolloutEngine:
+    """The engine that `config` names, over the model in `folder`.
+
+    It samples from the first `vocabulary_size` tokens, and takes prompts with answers of up to
+    `max_length` tokens in all. Raises ModelError.
+    """
+    module, _, name = ENGINES[config.type].partition(":")
+    engine: RolloutEngine = getattr(import_module(module), name)(
+        config,
+        folder=folder,
+        vocabulary_size=vocabulary_size,
+        max_length=max_length,
+        seed=seed,
+        device=device,
+    )
+    return engine

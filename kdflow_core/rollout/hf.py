@@ -1,122 +1,123 @@
-"""Answers of a transformers model to token prompts.
+"""The rollout engine in Hugging Face transformers: the reference, on any device.
 
-Dimensions: B prompts of a batch, T tokens, N tokens of an answer, C some of
-them, H hidden size, V vocabulary.
+Dimensions: N tokens of an answer.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from kdflow_core.data.rendering import end_of_turn_ids
-from kdflow_core.losses.logits import LogitProducer
-from kdflow_core.models.heads import live_head
-from kdflow_core.models.loading import true_vocabulary_size
-
-CHUNK_TOKENS = 256
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How tokens are chosen: at `temperature` from the smallest set with probability `top_p`; at
-    temperature 0, the most probable one.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_new_tokens: int
+from configs.schema.rollout import TransformersRollout
+from kdflow_core.errors import ModelError
+from kdflow_core.models.loading import DTYPES, load_causal_lm
+from kdflow_core.models.offload import OffloadedModule
+from kdflow_core.rollout.base import Completion, Sampling, refuse_missing
+from kdflow_core.rollout.generation import generate_ids, log_probabilities
 
 
-@torch.inference_mode()
-def generate_ids(
-    *,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[np.ndarray],
-    sampling: Sampling,
-) -> list[np.ndarray]:
-    """The ids that follow each prompt, through the one that ends the turn, or `max_new_tokens`.
+class TransformersRolloutEngine:
+    """Batches of prompts, each as long as its longest answer takes; nothing is cut."""
 
-    Only the settings given count, not those that the model brings along.
-    """
-    ends = sorted(end_of_turn_ids(tokenizer))
-    width = max(len(prompt) for prompt in prompts)
-    ids_BT = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask_BT = torch.zeros_like(ids_BT)
-    for row, prompt in enumerate(prompts):
-        ids_BT[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
-        mask_BT[row, width - len(prompt) :] = 1
-    brought, model.generation_config = model.generation_config, GenerationConfig()
-    generate: Any = model.generate
-    try:
-        output_BT = generate(
-            input_ids=ids_BT.to(model.device),
-            attention_mask=mask_BT.to(model.device),
-            generation_config=_generation_config(model, tokenizer, ends, sampling),
+    def __init__(
+        self,
+        config: TransformersRollout,
+        *,
+        folder: Path,
+        vocabulary_size: int,
+        max_length: int,  # noqa: ARG002 - a model without a cache of its own needs no sizes
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        model = load_causal_lm(
+            folder, dtype=DTYPES[config.dtype], attention=config.attention, device=device
         )
-    finally:
-        model.generation_config = brought
-    return [_through_end(ids_T, ends) for ids_T in output_BT[:, width:].cpu().numpy()]
+        self.version = 0
+        self._model: PreTrainedModel | None = model
+        self._offload = OffloadedModule(model)
+        self._vocabulary_size = vocabulary_size
+        self._batch_size = config.prompts_per_batch
+        self._missing: set[str] = set()
+        torch.manual_seed(seed)
 
+    def generate(
+        self,
+        prompts: Sequence[np.ndarray],
+        sampling: Sampling,
+        *,
+        enough: float = 1.0,  # noqa: ARG002 - a batch ends as a whole
+    ) -> Iterator[tuple[int, Completion]]:
+        """See `RolloutEngine`."""
+        for prompt in prompts:
+            sampling.room(prompt)
+        return self._generate(prompts, sampling)
 
-def _generation_config(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    ends: list[int],
-    sampling: Sampling,
-) -> GenerationConfig:
-    chosen: dict[str, Any] = {"do_sample": False}
-    if sampling.temperature > 0:
-        chosen = {
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": 0,
-        }
-    # Rows of the head beyond the vocabulary are no tokens.
-    padding = range(true_vocabulary_size(tokenizer), len(model.get_output_embeddings().weight))
-    return GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=ends or None,
-        pad_token_id=0,
-        suppress_tokens=list(padding) or None,
-        **chosen,
-    )
+    def _generate(
+        self, prompts: Sequence[np.ndarray], sampling: Sampling
+    ) -> Iterator[tuple[int, Completion]]:
+        model = self._running()
+        for begin in range(0, len(prompts), self._batch_size):
+            batch = prompts[begin : begin + self._batch_size]
+            answers = generate_ids(
+                model=model,
+                vocabulary_size=self._vocabulary_size,
+                prompts=batch,
+                sampling=sampling,
+            )
+            for row, (prompt, ids_N) in enumerate(zip(batch, answers, strict=True)):
+                yield begin + row, self._completion(prompt, ids_N, sampling)
 
+    def _completion(self, prompt: np.ndarray, ids_N: np.ndarray, sampling: Sampling) -> Completion:
+        log_prob_N = log_probabilities(
+            model=self._running(),
+            prompt=prompt,
+            answer=ids_N,
+            vocabulary_size=self._vocabulary_size,
+            temperature=sampling.temperature or 1.0,
+        )
+        stopped = int(ids_N[-1]) in sampling.stop_ids
+        return Completion(
+            ids_N=ids_N,
+            log_prob_N=log_prob_N,
+            finish_reason="stop" if stopped else "length",
+            version=self.version,
+        )
 
-def _through_end(ids_T: np.ndarray, ends: list[int]) -> np.ndarray:
-    """The ids through the first that ends the turn."""
-    found = np.flatnonzero(np.isin(ids_T, ends))
-    return ids_T[: int(found[0]) + 1] if len(found) else ids_T
+    def begin_weights(self) -> None:
+        """See `RolloutEngine`."""
+        self._missing = set(dict(self._running().named_parameters()))
 
+    @torch.no_grad()
+    def load_weights(self, named: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """See `RolloutEngine`."""
+        parameters = dict(self._running().named_parameters())
+        for name, tensor in named:
+            if name not in parameters:
+                raise ModelError(f"the rollout engine's model has no parameter '{name}'")
+            parameters[name].copy_(tensor)
+            self._missing.discard(name)
 
-@torch.inference_mode()
-def log_probabilities(
-    *,
-    model: PreTrainedModel,
-    prompt: np.ndarray,
-    answer: np.ndarray,
-    vocabulary_size: int,
-    temperature: float,
-) -> np.ndarray:
-    """The log-probability of each token of an answer, in nats, float32 [N], as training computes
-    it: from the last hidden states, over the true vocabulary.
-    """
-    ids_BT = torch.from_numpy(np.concatenate([prompt, answer]).astype(np.int64))[None]
-    hidden_BTH = model.base_model(
-        input_ids=ids_BT.to(model.device), use_cache=False
-    ).last_hidden_state
-    producer = LogitProducer(live_head(model, vocabulary_size), torch.float32)
-    targets_N1 = torch.from_numpy(answer.astype(np.int64)).to(model.device).unsqueeze(-1)
-    hidden_NH = hidden_BTH[0, len(prompt) - 1 : -1]
-    parts = []
-    for hidden_CH, targets_C1 in zip(
-        torch.split(hidden_NH, CHUNK_TOKENS), torch.split(targets_N1, CHUNK_TOKENS), strict=True
-    ):
-        log_q_CV = torch.log_softmax(producer.logits(hidden_CH) / temperature, -1)
-        parts.append(log_q_CV.gather(-1, targets_C1).squeeze(-1))
-    return torch.cat(parts).cpu().numpy()
+    def end_weights(self, version: int) -> None:
+        """See `RolloutEngine`."""
+        refuse_missing(sorted(self._missing))
+        self.version = version
+
+    def sleep(self) -> None:
+        """See `RolloutEngine`."""
+        self._offload.sleep()
+
+    def wake(self) -> None:
+        """See `RolloutEngine`."""
+        self._offload.wake()
+
+    def close(self) -> None:
+        """See `RolloutEngine`."""
+        self._model = None
+        self._offload.close()
+
+    def _running(self) -> PreTrainedModel:
+        if self._model is None:
+            raise ModelError("the rollout engine is closed")
+        return self._model

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from configs.schema.data import AnswersConfig
 from kdflow_core.contracts import Example, TokenSequence
+from kdflow_core.data.rendering import end_of_turn_ids
 from kdflow_core.models.folders import context_length
 from kdflow_core.models.loading import (
     DTYPES,
@@ -24,7 +25,8 @@ from kdflow_core.models.loading import (
     load_tokenizer,
     true_vocabulary_size,
 )
-from kdflow_core.rollout.hf import Sampling, generate_ids, log_probabilities
+from kdflow_core.rollout.base import Sampling
+from kdflow_core.rollout.generation import generate_ids, log_probabilities
 from storage.artifact import ArtifactRef
 from storage.tokens import TokenTable, TokenWriter
 from tasks.adapters import TokenExamples, token_row
@@ -87,8 +89,9 @@ class _Answerer:
             context_length(stage.model_folder("teacher")),
             context_length(stage.model_folder("student")),
         )
-        self._tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder)
-        self._vocabulary_size = true_vocabulary_size(self._tokenizer)
+        tokenizer = load_tokenizer(folder)
+        self._stop_ids = tuple(sorted(end_of_turn_ids(tokenizer)))
+        self._vocabulary_size = true_vocabulary_size(tokenizer)
         self._model: PreTrainedModel = load_causal_lm(
             folder,
             dtype=DTYPES[run.teacher.dtype if teacher else run.student.compute_dtype],
@@ -110,12 +113,16 @@ class _Answerer:
             temperature=config.temperature,
             top_p=config.top_p,
             max_new_tokens=min(config.max_new_tokens, self._limit - longest),
+            stop_ids=self._stop_ids,
         )
         answers = generate_ids(
-            model=self._model, tokenizer=self._tokenizer, prompts=prompts, sampling=sampling
+            model=self._model,
+            vocabulary_size=self._vocabulary_size,
+            prompts=prompts,
+            sampling=sampling,
         )
         for example, prompt, answer in zip(examples, prompts, answers, strict=True):
-            yield self._answered(example, prompt, answer.astype(np.int32))
+            yield self._answered(example, prompt, answer)
 
     def _answered(self, example: Example, prompt: np.ndarray, answer: np.ndarray) -> Example:
         log_prob_N = None

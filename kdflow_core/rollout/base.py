@@ -1,0 +1,111 @@
+"""What a rollout engine is: prompts' ids and new weights in, answers' ids out.
+
+Dimensions: N tokens of an answer.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+
+from kdflow_core.errors import ModelError
+
+FinishReason = Literal["stop", "length", "cut"]
+NAMED = 3  # parameters that an error names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen: at `temperature`, from the `top_k` most probable ones (0: all) and
+    the smallest set with probability `top_p`; at temperature 0, the most probable one.
+
+    An answer ends with one of `stop_ids`, which belongs to it; at `max_new_tokens`; or where prompt
+    and answer have `max_length` tokens.
+    """
+
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    max_length: int = sys.maxsize
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def room(self, prompt: np.ndarray) -> int:
+        """The tokens that an answer to a prompt may have. Raises ModelError when there are none."""
+        room = min(self.max_new_tokens, self.max_length - len(prompt))
+        if room < 1:
+            raise ModelError(
+                f"a prompt of {len(prompt)} tokens leaves no room for an answer within "
+                f"{self.max_length}; raise data.max_length, or shorten the prompts"
+            )
+        return room
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """An answer: ids int32 [N]; the log-probability of each, in nats, float32 [N], at the
+    sampling temperature (at 1 where that is 0) over the whole vocabulary; why it ended (`cut`: it
+    was stopped for the sake of others); and the version of the weights that wrote it.
+    """
+
+    ids_N: np.ndarray
+    log_prob_N: np.ndarray
+    finish_reason: FinishReason
+    version: int
+
+
+class RolloutEngine(Protocol):
+    """A model that answers prompts and takes new weights.
+
+    Weights come under the names that the model's checkpoint has: `begin_weights`, then
+    `load_weights` as often as it takes, then `end_weights`.
+    """
+
+    @property
+    def version(self) -> int:
+        """The version of the weights that it serves; 0 for those that it was started with."""
+        ...
+
+    def generate(
+        self, prompts: Sequence[np.ndarray], sampling: Sampling, *, enough: float = 1.0
+    ) -> Iterator[tuple[int, Completion]]:
+        """Answers, each with its prompt's index, as they are finished.
+
+        When a share `enough` of them is, an engine may cut the others where they are; at least one
+        token is there of each. Raises ModelError for a prompt that leaves no room.
+        """
+        ...
+
+    def begin_weights(self) -> None:
+        """New weights will come; until `end_weights` there are no answers."""
+        ...
+
+    def load_weights(self, named: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Some of the new weights; whole tensors, which are copied. Raises ModelError."""
+        ...
+
+    def end_weights(self, version: int) -> None:
+        """Serve the new weights. Raises ModelError when some have not arrived."""
+        ...
+
+    def sleep(self) -> None:
+        """Leave the device. May be called twice."""
+        ...
+
+    def wake(self) -> None:
+        """Come back to the device. May be called when awake."""
+        ...
+
+    def close(self) -> None:
+        """Free the model. May be called twice."""
+        ...
+
+
+def refuse_missing(names: Sequence[str]) -> None:
+    """Raises ModelError that names weights that have not arrived."""
+    if names:
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        raise ModelError(f"new weights of {', '.join(names[:NAMED])}{more} did not arrive")

@@ -1,0 +1,154 @@
+"""The rollout engine in SGLang: continuous batching, in processes of its own.
+
+Dimensions: N tokens of an answer.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from configs.schema.rollout import SglangRollout
+from kdflow_core.errors import ModelError
+from kdflow_core.models.folders import context_length
+from kdflow_core.rollout.base import Completion, FinishReason, Sampling
+from kdflow_core.sglang_runtime.versions import require_sglang
+
+if TYPE_CHECKING:
+    from kdflow_core.sglang_runtime.engine import GenerationEngine
+
+FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "cut"}
+
+
+class SglangRolloutEngine:
+    """An engine that samples from the true vocabulary alone and reports its weights' version."""
+
+    def __init__(
+        self,
+        config: SglangRollout,
+        *,
+        folder: Path,
+        vocabulary_size: int,
+        max_length: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        require_sglang()
+        if config.sleep and device.type == "cpu":
+            raise ModelError(
+                "on_policy.rollout.sleep gives back the memory of a GPU, and this engine runs on a "
+                "CPU; leave it out"
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about kernels that other hardware has
+            from kdflow_core.sglang_runtime.engine import (  # noqa: PLC0415 - takes 10 s
+                EngineOptions,
+                GenerationEngine,
+            )
+        self._engine: GenerationEngine | None = GenerationEngine(
+            EngineOptions(
+                folder=folder,
+                dtype=config.dtype,
+                vocabulary_size=vocabulary_size,
+                max_length=min(max_length, context_length(folder)),
+                seed=seed,
+                tensor_parallel=config.tensor_parallel,
+                first_gpu=config.first_gpu,
+                max_running=config.max_running,
+                cache_tokens=config.cache_tokens,
+                memory_fraction=config.memory_fraction,
+                attention_backend=config.attention_backend,
+                sleep=config.sleep,
+            ),
+            device,
+        )
+        self.version = 0
+        self._sleeps = config.sleep
+        self._asleep = False
+
+    def generate(
+        self, prompts: Sequence[np.ndarray], sampling: Sampling, *, enough: float = 1.0
+    ) -> Iterator[tuple[int, Completion]]:
+        """See `RolloutEngine`."""
+        rooms = [sampling.room(prompt) for prompt in prompts]
+        answers = self._running().generate(
+            [prompt.tolist() for prompt in prompts],
+            [_parameters(sampling, room) for room in rooms],
+            enough=enough,
+        )
+        return ((number, self._completion(answer)) for number, answer in answers)
+
+    def _completion(self, answer: dict[str, Any]) -> Completion:
+        info = answer["meta_info"]
+        log_probs = [entry[0] for entry in info["output_token_logprobs"]]
+        ids = answer["output_ids"]
+        versions = {span["version"] for span in info["weight_versions"] or ()}
+        if not ids or len(ids) != len(log_probs) or len(versions) > 1:
+            raise ModelError(
+                f"SGLang gave an answer of {len(ids)} tokens with {len(log_probs)} "
+                f"log-probabilities by the weights {sorted(versions)}"
+            )
+        served = info["weight_version"]
+        return Completion(
+            ids_N=np.array(ids, np.int32),
+            log_prob_N=np.array(log_probs, np.float32),
+            finish_reason=FINISH[info["finish_reason"]["type"]],
+            version=0 if served == "default" else int(served),
+        )
+
+    def begin_weights(self) -> None:
+        """See `RolloutEngine`."""
+        self._running().begin_weights()
+
+    def load_weights(self, named: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """See `RolloutEngine`."""
+        self._running().load_weights(named)
+
+    def join_broadcast(self, address: str, port: int) -> None:
+        """Meet the sender of `receive_weights`."""
+        self._running().join_broadcast(address, port)
+
+    def receive_weights(self, names: list[str], dtypes: list[str], shapes: list[list[int]]) -> None:
+        """As `load_weights`, from the group's sender."""
+        self._running().receive_weights(names, dtypes, shapes)
+
+    def end_weights(self, version: int) -> None:
+        """See `RolloutEngine`."""
+        self._running().end_weights(version)
+        self.version = version
+
+    def sleep(self) -> None:
+        """See `RolloutEngine`. The weights are let go of: after `wake`, new ones have to come."""
+        if self._sleeps and not self._asleep:
+            self._running().sleep()
+            self._asleep = True
+
+    def wake(self) -> None:
+        """See `RolloutEngine`."""
+        if self._asleep:
+            self._running().wake()
+            self._asleep = False
+
+    def close(self) -> None:
+        """See `RolloutEngine`."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    def _running(self) -> "GenerationEngine":
+        if self._engine is None:
+            raise ModelError("the rollout engine is closed")
+        return self._engine
+
+
+def _parameters(sampling: Sampling, room: int) -> dict[str, Any]:
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k or -1,
+        "max_new_tokens": room,
+        "stop_token_ids": list(sampling.stop_ids),
+    }

@@ -1,0 +1,216 @@
+"""SGLang's engine for generation: ids in, ids out, new weights in.
+
+The engine runs in processes of its own (scheduler and detokenizer); here are its front and what of
+its private API that takes. `scheduler.py` is our part inside its process.
+"""
+
+import asyncio
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.entrypoints.engine import Engine
+from sglang.srt.managers.io_struct import UpdateWeightVersionReqInput
+from sglang.srt.models.registry import ModelRegistry
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.utils import init_custom_process_group
+
+from kdflow_core.errors import ModelError
+from kdflow_core.sglang_runtime.scheduler import scheduler_for
+
+UPDATE_GROUP = "kdflow-weights"
+DRAW_SLACK = 4096  # cache tokens beyond those that running answers may take
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What of SGLang's many options we set; None leaves the choice to SGLang."""
+
+    folder: Path
+    dtype: str
+    vocabulary_size: int
+    max_length: int
+    seed: int
+    tensor_parallel: int
+    first_gpu: int
+    max_running: int | None
+    cache_tokens: int | None
+    memory_fraction: float | None
+    attention_backend: str | None
+    sleep: bool
+
+
+class GenerationEngine:
+    """One engine; its processes end with this one. Call it from the process's main thread.
+
+    Raises ModelError when SGLang cannot run the model, or not with these options.
+    """
+
+    def __init__(self, options: EngineOptions, device: torch.device) -> None:
+        class MaskedEngine(Engine):  # type: ignore[misc]
+            run_scheduler_process_func = staticmethod(scheduler_for(options.vocabulary_size))
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            arguments = _server_args(options, device)
+            try:
+                _check_architecture(ServerArgs(**arguments))
+                self._engine = MaskedEngine(**arguments)
+            except (RuntimeError, ValueError, AssertionError, OSError) as error:
+                raise ModelError(
+                    f"SGLang cannot serve {options.folder}: {error}. Where memory is short, lower "
+                    "rollout.cache_tokens or rollout.memory_fraction; where the model is the "
+                    "matter, set on_policy.rollout.type=transformers"
+                ) from error
+        self._loop = self._engine.loop
+        self._tensor_parallel = options.tensor_parallel
+        self._requests = 0
+
+    def generate(
+        self, prompts: Sequence[list[int]], sampling: Sequence[Mapping[str, Any]], *, enough: float
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """SGLang's answers with the number of their prompt, as they come; the last share beyond
+        `enough` is aborted.
+        """
+        first, self._requests = self._requests, self._requests + len(prompts)
+        names = [f"kdflow-{first + number}" for number in range(len(prompts))]
+
+        async def answer(number: int) -> tuple[int, dict[str, Any]]:
+            return number, await self._engine.async_generate(
+                input_ids=prompts[number],
+                sampling_params=dict(sampling[number]),
+                return_logprob=True,
+                rid=names[number],
+            )
+
+        tasks = {self._loop.create_task(answer(number)) for number in range(len(prompts))}
+        waiting, aborted = set(range(len(prompts))), False
+        while tasks:
+            done, tasks = self._loop.run_until_complete(
+                asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            )
+            for task in done:
+                number, result = task.result()
+                waiting.discard(number)
+                yield number, result
+            if not aborted and len(prompts) - len(waiting) >= enough * len(prompts):
+                aborted = True
+                for number in waiting:
+                    self._engine.tokenizer_manager.abort_request(names[number])
+
+    def begin_weights(self) -> None:
+        """Open an update; every parameter is not-a-number until it arrives."""
+        _require(self._engine.begin_weight_update())
+        self._remote("kdflow_expect_weights")
+
+    def load_weights(self, named: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Copy tensors into the model; they pass through shared memory."""
+        _require(self._engine.update_weights_from_tensor(list(named), flush_cache=False))
+
+    def join_broadcast(self, address: str, port: int) -> None:
+        """Meet rank 0 of a group, in which the engine's ranks are those from 1 on."""
+        backend = "nccl" if self._engine.server_args.device == "cuda" else "gloo"
+        _require(
+            self._engine.init_weights_update_group(
+                address, port, 1, 1 + self._tensor_parallel, UPDATE_GROUP, backend
+            )
+        )
+
+    def receive_weights(self, names: list[str], dtypes: list[str], shapes: list[list[int]]) -> None:
+        """Take tensors that rank 0 of the group broadcasts."""
+        _require(
+            self._engine.update_weights_from_distributed(
+                names, dtypes, shapes, UPDATE_GROUP, flush_cache=False
+            )
+        )
+
+    def end_weights(self, version: int) -> None:
+        """Close the update. Raises ModelError that names what has not arrived."""
+        self._remote("kdflow_check_weights")
+        _require(self._engine.end_weight_update())
+        self._engine.flush_cache()
+        self._loop.run_until_complete(
+            self._engine.tokenizer_manager.update_weight_version(
+                UpdateWeightVersionReqInput(new_version=str(version))
+            )
+        )
+
+    def sleep(self) -> None:
+        """Give weights and cache back to the device. For engines with `sleep` alone."""
+        self._engine.release_memory_occupation()
+
+    def wake(self) -> None:
+        """Take the memory again; weights have to come anew, the cache is empty."""
+        self._engine.resume_memory_occupation()
+
+    def close(self) -> None:
+        """End the engine's processes."""
+        self._engine.shutdown()
+
+    def _remote(self, method: str) -> None:
+        try:
+            self._engine.collective_rpc(method)
+        except AssertionError as error:  # this is how the engine hands on a scheduler's error
+            raise ModelError(str(error)) from error
+
+
+def join_as_sender(address: str, port: int, ranks: int, device: torch.device) -> Any:
+    """The other end of `join_broadcast`: the process group, in which this is rank 0."""
+    return init_custom_process_group(
+        backend="nccl" if device.type == "cuda" else "gloo",
+        init_method=f"tcp://{address}:{port}",
+        world_size=ranks,
+        rank=0,
+        group_name=UPDATE_GROUP,
+    )
+
+
+def _require(outcome: tuple[bool, str]) -> None:
+    success, message = outcome
+    if not success:
+        raise ModelError(f"SGLang did not take the new weights: {message}")
+
+
+def _check_architecture(args: Any) -> None:
+    architecture = ModelConfig.from_server_args(args).hf_config.architectures[0]
+    if not ModelRegistry.is_arch_supported(architecture):
+        raise ModelError(
+            f"SGLang does not run {architecture}; set on_policy.rollout.type=transformers"
+        )
+
+
+def _server_args(options: EngineOptions, device: torch.device) -> dict[str, Any]:
+    cpu = device.type == "cpu"
+    running = options.max_running or (32 if cpu else None)
+    cache = options.cache_tokens
+    if cache is None and cpu and running is not None:
+        cache = running * options.max_length + DRAW_SLACK
+    chosen = {
+        "max_running_requests": running,
+        "max_total_tokens": cache,
+        "mem_fraction_static": options.memory_fraction or (0.8 if cpu else None),
+        "attention_backend": options.attention_backend or ("torch_native" if cpu else None),
+    }
+    return {
+        "model_path": str(options.folder),
+        "device": device.type,
+        "dtype": options.dtype,
+        "tp_size": options.tensor_parallel,
+        "base_gpu_id": options.first_gpu,
+        "random_seed": options.seed,
+        "context_length": options.max_length,
+        "sampling_backend": "pytorch",
+        "grammar_backend": "none",
+        "disable_cuda_graph": cpu,
+        "disable_radix_cache": cpu,
+        "skip_tokenizer_init": True,
+        "skip_server_warmup": True,
+        "enable_memory_saver": options.sleep,
+        "log_level": "error",
+        **{name: value for name, value in chosen.items() if value is not None},
+        **({"chunked_prefill_size": -1} if cpu else {}),
+    }

@@ -1,0 +1,60 @@
+"""What we add to SGLang's scheduler process: the true vocabulary, and a check of new weights."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.layers.sampler import Sampler
+from sglang.srt.managers.scheduler import Scheduler, run_scheduler_process
+
+NAMED = 3  # missing parameters that an error names
+
+
+def scheduler_for(vocabulary_size: int) -> "partial[None]":
+    """The entry of a scheduler process that samples from the first tokens of the head alone."""
+    return partial(_run, vocabulary_size)
+
+
+def _run(vocabulary_size: int, *args: Any, **kwargs: Any) -> None:
+    _mask_padding(vocabulary_size)
+    # Only the ids that a request names end its answer, not those of the model's own files too.
+    ModelConfig._get_hf_eos_token_id = lambda _self: set()
+    Scheduler.kdflow_expect_weights = _expect_weights
+    Scheduler.kdflow_check_weights = _check_weights
+    run_scheduler_process(*args, **kwargs)
+
+
+def _mask_padding(vocabulary_size: int) -> None:
+    """Rows of the head beyond the vocabulary are no tokens, and get no probability."""
+    prepare = Sampler._preprocess_logits
+
+    def masked(self: Sampler, logits: torch.Tensor, sampling_info: Any) -> torch.Tensor:
+        logits = prepare(self, logits, sampling_info)
+        logits[:, vocabulary_size:] = float("-inf")
+        return logits
+
+    Sampler._preprocess_logits = masked
+
+
+def _parameters(scheduler: Scheduler) -> dict[str, torch.Tensor]:
+    named = scheduler.tp_worker.model_runner.model.named_parameters()
+    return {name: p.data for name, p in named if p.is_floating_point()}
+
+
+@torch.no_grad()
+def _expect_weights(scheduler: Scheduler) -> None:
+    """Make every parameter not-a-number: what does not arrive stays so."""
+    for parameter in _parameters(scheduler).values():
+        parameter.fill_(float("nan"))
+
+
+@torch.no_grad()
+def _check_weights(scheduler: Scheduler) -> None:
+    """Raises RuntimeError, naming them, when parameters have not arrived."""
+    missing = [name for name, p in _parameters(scheduler).items() if bool(p.isnan().any())]
+    if missing:
+        more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+        raise RuntimeError(
+            f"new weights of {', '.join(missing[:NAMED])}{more} did not arrive, or are not finite"
+        )
