@@ -154,8 +154,8 @@ def _index(node: list[Any], part: str, where: str) -> int:
 
 
 def _with_absolute_paths(tree: dict[str, Any], base: Path) -> dict[str, Any]:
-    """The tree with relative data and GGUF paths, and model paths starting with a dot, made
-    absolute. Other model paths may be names on the hub.
+    """The tree with relative paths of data, GGUF files and reward functions, and model paths that
+    start with a dot, made absolute. Other model paths may be names on the hub.
     """
     algorithm = tree.get("algorithm")
     teachers = algorithm.get("teachers") if isinstance(algorithm, dict) else None
@@ -172,10 +172,14 @@ def _with_absolute_paths(tree: dict[str, Any], base: Path) -> dict[str, Any]:
             model.get("type") == "gguf" or str(model.get("path", "")).startswith(".")
         ):
             _make_absolute(model, base)
+    on_policy = tree.get("on_policy")
+    reward = on_policy.get("reward") if isinstance(on_policy, dict) else None
+    if isinstance(reward, dict):
+        _make_absolute(reward, base, "function")
     return tree
 
 
-def _make_absolute(node: dict[str, Any], base: Path) -> None:
-    path = node.get("path")
+def _make_absolute(node: dict[str, Any], base: Path, key: str = "path") -> None:
+    path = node.get(key)
     if isinstance(path, str) and path and "://" not in path and not Path(path).is_absolute():
-        node["path"] = str(base / path)
+        node[key] = str(base / path)

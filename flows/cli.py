@@ -13,7 +13,7 @@ from rich.table import Table
 
 from configs.load import ConfigError, load_run, parse_overrides, recipe_names
 from configs.schema.run import RunConfig
-from flows import store_commands
+from flows import show_commands, store_commands
 from kdflow_core.errors import KdflowError
 from storage.errors import StoreError
 from tasks.estimate import Estimate, Prospect, check_room
@@ -27,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(store_commands.app, name="store")
+app.add_typer(show_commands.app, name="show")
 console = Console()
 EXPECTED = (ConfigError, KdflowError, StoreError)
 RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")]

@@ -7,12 +7,20 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 from prefect.logging import get_run_logger
 
 from configs.schema.run import RunConfig
+from flows.on_policy_round import train_on_policy
 from storage.artifact import ArtifactRef
 from storage.runs import record_run
 from tasks.caching import run_cached
-from tasks.results import check_run, evaluation_rows, report_path, student_path
+from tasks.results import artifact_key, check_run, evaluation_rows, report_path, student_path
 from tasks.stage_tasks import STAGE_TASKS, share_out
-from tasks.stages import StageIdentity, decided, open_store, plan_stages, stage_spec
+from tasks.stages import (
+    StageIdentity,
+    decided,
+    open_store,
+    plan_stages,
+    round_identities,
+    stage_spec,
+)
 
 
 @flow(name="kd", description="Distill a teacher into a student.", validate_parameters=True)
@@ -30,7 +38,8 @@ def kd(
         run = decided(run, done["estimate"])
         get_run_logger().info("source: auto is %s here", run.source)
     plan = plan_stages(run)
-    used = {stage: f"{identity.kind}/{identity.digest}" for stage, identity in plan.items()}
+    made = plan | round_identities(plan["train"], run)
+    used = {stage: f"{identity.kind}/{identity.digest}" for stage, identity in made.items()}
     record_run(open_store(run), run.name, used)
     done = _run_stages(run, plan, done)
     _publish_to_ui(run, done)
@@ -47,14 +56,15 @@ def _run_stages(
         spec = stage_spec(identity, run, done)
         if identity.stage == "extract":
             share_out(spec)
+        if identity.stage == "train" and run.mode == "onpolicy":
+            train_on_policy(spec)
         done = done | {identity.output: run_cached(STAGE_TASKS[identity.stage], spec)}
     return done
 
 
 def _publish_to_ui(run: RunConfig, done: dict[str, ArtifactRef]) -> None:
     rows = evaluation_rows(run, done["evaluation"])
-    # Artifact keys are lower case with dashes only.
-    key = run.name.replace("_", "-").replace(".", "-")
+    key = artifact_key(run.name)
     table = [{k: "" if v is None else v for k, v in row.items()} for row in rows]
     create_table_artifact(key=f"{key}-evaluation", table=table, description="Held-out evaluation")
     sizes = "\n".join(f"| {n} | `{r.digest}` | {r.num_bytes:,} |" for n, r in done.items())

@@ -70,7 +70,7 @@ class Example:
     """One conversation as both models see it, and its gold answer where there is one.
 
     Where the student has sampled the answer, `sampled_log_prob_N` are the log-probabilities that
-    the supervised tokens had then, in nats.
+    the supervised tokens had then, in nats, and `advantage` what a reward makes of the answer.
     """
 
     source: str
@@ -78,6 +78,7 @@ class Example:
     teacher: TokenSequence
     answer: str | None = None
     sampled_log_prob_N: np.ndarray | None = None
+    advantage: float = 0.0
 
 
 class Examples(Protocol):

@@ -28,16 +28,20 @@ class StageCachePolicy(CachePolicy):
         return f"{spec.identity.kind}-{spec.identity.digest}-{store}"
 
 
-def run_cached(task: "Task[[StageSpec], ArtifactRef]", spec: StageSpec) -> ArtifactRef:
-    """Call a stage task. Prefect never looks whether a cached artifact still exists; we do, and
-    refresh the cache when it does not.
+def run_cached(
+    task: "Task[..., ArtifactRef]", spec: StageSpec, *others: Any, valid: bool | None = None
+) -> ArtifactRef:
+    """Call a task with its spec, which the cache goes by, and what `others` it takes. Prefect never
+    looks whether a cached artifact still exists; we do, and refresh the cache when it does not,
+    or where the caller knows that it is not `valid`.
 
     Results lie beside the store's working files, so a new Prefect home does not make them cold.
     """
-    store = open_store(spec.run)
-    intact = store.find(spec.identity.kind, spec.identity.digest) is not None
+    if valid is None:
+        store = open_store(spec.run)
+        valid = store.find(spec.identity.kind, spec.identity.digest) is not None
     return task.with_options(
-        refresh_cache=not intact,
+        refresh_cache=not valid,
         result_storage=Path(spec.run.storage.scratch).absolute() / "prefect-results",
         task_run_name=f"{spec.identity.stage}-{spec.identity.digest[:8]}",
-    )(spec)
+    )(spec, *others)

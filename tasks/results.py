@@ -24,6 +24,11 @@ def check_run(recipe: str, overrides: dict[str, Any]) -> RunConfig:
     return run
 
 
+def artifact_key(name: str) -> str:
+    """A run's name as keys of Prefect artifacts allow it: lower case with dashes only."""
+    return name.replace("_", "-").replace(".", "-")
+
+
 def evaluation_rows(run: RunConfig, ref: ArtifactRef) -> list[dict[str, Any]]:
     """One row per model and source (`all` first) with the scores that there are."""
     path = open_store(run).local_copy(ref) / "evaluation.json"

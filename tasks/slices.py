@@ -11,6 +11,7 @@ from typing import Any, Literal
 from configs.schema.algorithm import MultiTeacherConfig
 from configs.schema.data import HubSource, Source
 from configs.schema.models import GgufModel, LayerDropModel, PretrainedModel
+from configs.schema.on_policy import OnPolicyConfig
 from configs.schema.run import RunConfig
 from kdflow_core.errors import DataError, ModelError
 from kdflow_core.models.folders import TOKENIZER_FILES, context_length, resolve_folder
@@ -24,6 +25,7 @@ OPERATIONAL_STUDENT_FIELDS = {
     "micro_batch_tokens",
     "num_ranks",
     "vocabulary_parallel",
+    "sleep",
     "checkpoint_every",
     "keep_checkpoints",
 }
@@ -213,6 +215,30 @@ def training_slice(run: RunConfig) -> dict[str, Any]:
     }
     if run.algorithm.type != "sft":
         fields["loss"] = run.loss.model_dump(mode="json", exclude={"logits_memory_mb"})
-    if run.source == "live":
+    if run.teacher_in_training:
         fields["live_teacher"] = _teacher_slice(run)
+    if run.on_policy is not None:
+        fields["on_policy"] = _on_policy_slice(run, run.on_policy)
     return fields
+
+
+def _on_policy_slice(run: RunConfig, config: OnPolicyConfig) -> dict[str, Any]:
+    """A reward function is known by its name alone here; its file is an input."""
+    fields = config.model_dump(mode="json", exclude={"rollout", "reward"})
+    fields["rollout"] = config.rollout.model_dump(
+        mode="json", include=set(config.rollout.RESULT_FIELDS)
+    )
+    if config.reward is not None:
+        reward = config.reward.model_dump(mode="json", exclude={"function"})
+        fields["reward"] = reward | {"function": config.reward.name}
+    return fields | {"max_length": run.data.max_length}
+
+
+def reward_input(run: RunConfig, prints: Fingerprints) -> dict[str, str]:
+    """The file of a run's reward function, as an input. Raises DataError when it is not there."""
+    if run.on_policy is None or run.on_policy.reward is None:
+        return {}
+    path = Path(run.on_policy.reward.path)
+    if not path.is_file():
+        raise DataError(f"on_policy.reward.function: there is no file {path}")
+    return {"reward": digest(prints.files(str(path)))}

@@ -23,6 +23,7 @@ from tasks.slices import (
     evaluation_slice,
     gguf_slice,
     model_identity,
+    reward_input,
     states_slice,
     tokenizer_identity,
     tokens_inputs,
@@ -38,6 +39,8 @@ CODE_VERSIONS = {
     "states": 3,
     "estimate": 2,
     "student": 2,
+    "rollouts": 1,
+    "round": 1,
     "evaluation": 2,
     "report": 2,
 }
@@ -155,8 +158,9 @@ def plan_stages(run: RunConfig) -> dict[str, StageIdentity]:
     training = {
         key: value
         for key, value in upstream.items()
-        if run.stores_training_states or not key.startswith("states")
-    }
+        # On-policy, stored states are of the held-out sequences, whose loss ends each round.
+        if run.stores_training_states or run.on_policy or not key.startswith("states")
+    } | reward_input(run, plan.prints)
     upstream["student"] = plan.add("train", "student", training_slice(run), training).digest
     evaluated = plan.add("evaluate", "evaluation", evaluation_slice(run), upstream)
     upstream["evaluation"] = evaluated.digest
@@ -174,7 +178,7 @@ class _Plan:
         self.student_id = ""
         self.tokens_input: dict[str, str] = {}
         self.data_inputs: dict[str, str] = {}
-        self._prints = Fingerprints(run.storage.scratch)
+        self.prints = Fingerprints(run.storage.scratch)
         self._prepared: dict[str, str] = {}
 
     def add(
@@ -207,7 +211,7 @@ class _Plan:
                 made = self.add("prepare-teacher", "model", gguf_slice(model), {}, teacher=name)
                 self._prepared[name] = made.digest
             prepared = self._prepared.get(name)
-            self.teacher_ids[name] = model_identity(model, prepared, self._prints)
+            self.teacher_ids[name] = model_identity(model, prepared, self.prints)
         student = self.run.student.model
         if isinstance(student, GgufModel):
             made = self.add("prepare-student", "model", gguf_slice(student), {})
@@ -216,14 +220,14 @@ class _Plan:
             dropped = {"type": "layer_drop", "drop_layers": sorted(student.drop_layers)}
             of = {"teacher_model": self.teacher_ids["teacher"]}
             self._prepared["student"] = self.add("prepare-student", "model", dropped, of).digest
-        self.student_id = model_identity(student, self._prepared.get("student"), self._prints)
+        self.student_id = model_identity(student, self._prepared.get("student"), self.prints)
 
     def data(self) -> None:
         """Tokens, and answers that a model writes. Raises ModelError for another tokenizer."""
-        inputs = tokens_inputs(self.run, self._prepared, self._prints)
+        inputs = tokens_inputs(self.run, self._prepared, self.prints)
         for name in self.teacher_ids:
             model = run_of_teacher(self.run, name).teacher.model
-            other = tokenizer_identity(model, self._prepared.get(name), self._prints)
+            other = tokenizer_identity(model, self._prepared.get(name), self.prints)
             if other != inputs["teacher_tokenizer"]:
                 raise ModelError(
                     f"algorithm.teachers.{name} has other tokenizer files than `teacher`; teachers "
@@ -242,6 +246,28 @@ class _Plan:
                 self.tokens_input | {f"{by}_model": generator},
             )
             self.data_inputs["answers"] = written.digest
+
+
+def round_identity(train: StageIdentity, stage: str, kind: str, number: int) -> StageIdentity:
+    """What one round of on-policy training makes: `rollouts` the answers, `round` its record."""
+    return StageIdentity(
+        stage=stage,
+        output=f"{kind}-{number}",
+        kind=kind,
+        code_version=CODE_VERSIONS[kind],
+        config=train.config | {"round": number},
+        inputs=train.inputs,
+    )
+
+
+def round_identities(train: StageIdentity, run: RunConfig) -> dict[str, StageIdentity]:
+    """Those of all rounds of a run, by name."""
+    rounds = 0 if run.on_policy is None else run.on_policy.rounds
+    return {
+        f"{stage}-{number}": round_identity(train, stage, kind, number)
+        for number in range(1, rounds + 1)
+        for stage, kind in (("rollout", "rollouts"), ("round", "round"))
+    }
 
 
 def of_teacher(output: str, name: str) -> str:

@@ -16,7 +16,7 @@ import transformers
 
 from configs.load import ConfigError
 from kdflow_core.errors import KdflowError
-from kdflow_core.workers.local import emit, receive_request
+from kdflow_core.workers.local import emit, receive_requests
 from storage.errors import StoreError
 from tasks.stages import StageSpec
 from tasks.wiring import STAGES
@@ -53,19 +53,14 @@ class EventReporter:
 
 def main() -> int:
     """Run one stage as one rank. Returns the exit code."""
-    spec = StageSpec.model_validate_json(receive_request(sys.stdin))
-    rank, num_ranks = int(os.environ["KDFLOW_RANK"]), int(os.environ["KDFLOW_NUM_RANKS"])
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    logging.basicConfig(level=logging.WARNING)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
+    spec = StageSpec.model_validate_json(next(receive_requests(sys.stdin)))
+    rank = prepare_rank()
     try:
         if spec.identity.stage in PARALLEL_STAGES:
-            _join(rank, num_ranks)
+            join_ranks()
         ref = STAGES[spec.identity.stage](StageRun(spec, EventReporter(rank)))
     except Exception as error:  # noqa: BLE001 - the process boundary: all must reach the launcher
-        _report(error)
+        report_error(error)
         return 1
     finally:
         if dist.is_initialized():
@@ -75,17 +70,30 @@ def main() -> int:
     return 0
 
 
-def _join(rank: int, num_ranks: int) -> None:
+def prepare_rank() -> int:
+    """Quiet libraries, and a share of the cores. Returns the rank."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    logging.basicConfig(level=logging.WARNING)
+    num_ranks = int(os.environ["KDFLOW_NUM_RANKS"])
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
+    return int(os.environ["KDFLOW_RANK"])
+
+
+def join_ranks() -> None:
+    """Meet the other ranks of the launcher."""
     backend = "cpu:gloo,cuda:nccl" if default_device().type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
         init_method=f"file://{os.environ['KDFLOW_RENDEZVOUS']}",
-        rank=rank,
-        world_size=num_ranks,
+        rank=int(os.environ["KDFLOW_RANK"]),
+        world_size=int(os.environ["KDFLOW_NUM_RANKS"]),
     )
 
 
-def _report(error: Exception) -> None:
+def report_error(error: Exception) -> None:
+    """Tell the launcher what went wrong, and whether the message alone is for the user."""
     text = "".join(traceback.format_exception(error))
     message, expected = str(error), isinstance(error, EXPECTED)
     if not expected and "No space left on device" in text:
@@ -105,5 +113,12 @@ def _report(error: Exception) -> None:
     emit({"event": "error", "message": message, "expected": expected, "traceback": text})
 
 
+def leave(code: int) -> None:
+    """End this process at once: at a usual exit, threads of native libraries abort some."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -61,7 +61,7 @@ class ChatTemplate(StrictModel):
     """How a model's conversations are rendered.
 
     `template` is Jinja text that replaces the tokenizer's own; `args` go to the template
-    (for instance `enable_thinking: false`).
+    (for instance `enable_thinking: false`). A template may read `answer`, the sample's gold answer.
     """
 
     template: str | None = None

@@ -9,6 +9,7 @@ from configs.schema.base import StrictModel
 from configs.schema.data import DataConfig
 from configs.schema.loss import LossConfig
 from configs.schema.models import Attention, ChatTemplate, Dtype, StudentModel
+from configs.schema.on_policy import ConstantFraction, OnPolicyConfig
 from configs.schema.teacher import InProcessTeacher, Teacher
 
 
@@ -17,11 +18,13 @@ class StudentConfig(StrictModel):
 
     `global_batch_size` counts sequences per optimizer step over all ranks; `micro_batch_tokens`
     bounds the padded area of one forward pass of one rank. Weights and optimizer states are
-    float32; `compute_dtype` is what the layers compute in. Train for `epochs`, or for `max_steps`.
+    float32; `compute_dtype` is what the layers compute in. Train for `epochs`, or for `max_steps`;
+    on-policy, the rounds say how long.
     An epoch is shuffled as a whole, or with `shuffle_window_shards` within so many shards of the
     stored states at a time: for a store that is larger than memory or far away. With
     `vocabulary_parallel`, no rank holds the whole output heads: each has a part of the vocabulary,
-    and makes the logits of all ranks' tokens for it.
+    and makes the logits of all ranks' tokens for it. With `sleep`, weights and optimizer states of
+    an on-policy run wait in host memory while it rolls out and scores.
     """
 
     model: StudentModel
@@ -43,14 +46,9 @@ class StudentConfig(StrictModel):
     micro_batch_tokens: int = Field(default=8192, gt=0)
     num_ranks: int = Field(default=1, gt=0)
     vocabulary_parallel: bool = False
+    sleep: bool = False
     checkpoint_every: int = Field(default=100, gt=0)
     keep_checkpoints: int = Field(default=2, gt=0)
-
-    @model_validator(mode="after")
-    def _one_length(self) -> "StudentConfig":
-        if (self.epochs is None) == (self.max_steps is None):
-            raise ValueError("give exactly one of `epochs` and `max_steps`")
-        return self
 
 
 class StorageConfig(StrictModel):
@@ -102,6 +100,10 @@ class TrackingConfig(StrictModel):
 class RunConfig(StrictModel):
     """One complete run.
 
+    `mode: offpolicy` trains on given answers, `onpolicy` on what the student samples, round by
+    round, as `on_policy` says; there the teacher runs inside the training ranks, and `source` has
+    no say.
+
     With `source: replay` the teacher runs once and training reads its stored states; with `live` it
     runs inside the training ranks, and only held-out states are stored. `auto` probes both for a
     few batches and takes the cheaper one, given that `planned_runs` runs will use the same teacher
@@ -111,6 +113,7 @@ class RunConfig(StrictModel):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     seed: int = Field(default=0, ge=0)
+    mode: Literal["offpolicy", "onpolicy"] = "offpolicy"
     data: DataConfig
     source: Literal["replay", "live", "auto"] = "replay"
     planned_runs: int = Field(default=1, gt=0)
@@ -118,6 +121,7 @@ class RunConfig(StrictModel):
     student: StudentConfig
     algorithm: Algorithm = Field(default_factory=VanillaKDConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
+    on_policy: OnPolicyConfig | None = None
     storage: StorageConfig = Field(default_factory=StorageConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
@@ -125,16 +129,17 @@ class RunConfig(StrictModel):
     @model_validator(mode="after")
     def _live_teacher_fits(self) -> "RunConfig":
         width = self.teacher.ranks_per_replica
+        inside = "mode: onpolicy" if self.mode == "onpolicy" else "source: live"
         if not isinstance(self.teacher, InProcessTeacher):
-            if self.source == "live":
+            if self.teacher_in_training:
                 raise ValueError(
-                    f"source: live runs the teacher inside the training ranks, and teacher.type="
+                    f"{inside} runs the teacher inside the training ranks, and teacher.type="
                     f"{self.teacher.type} runs elsewhere; set source=replay or teacher.type=sglang"
                 )
             return self
-        if self.source == "live" and self.student.num_ranks % width:
+        if self.teacher_in_training and self.student.num_ranks % width:
             raise ValueError(
-                f"source: live runs the teacher in the student's ranks, and student.num_ranks="
+                f"{inside} runs the teacher in the student's ranks, and student.num_ranks="
                 f"{self.student.num_ranks} is not a multiple of the {width} ranks of one copy "
                 "of it (teacher.tensor_parallel x teacher.pipeline_parallel)"
             )
@@ -142,10 +147,31 @@ class RunConfig(StrictModel):
             raise ValueError(
                 "student.shuffle_window_shards is about stored states, and source: live stores none"
             )
-        if self.source == "replay" and (self.teacher.sleep or self.teacher.forward_batches > 1):
+        if not self.teacher_in_training and (
+            self.teacher.sleep or self.teacher.forward_batches > 1
+        ):
             raise ValueError(
                 "teacher.sleep and teacher.forward_batches are for `source: live`; this run replays"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _mode_fits(self) -> "RunConfig":
+        if (self.mode == "onpolicy") != (self.on_policy is not None):
+            raise ValueError("`mode: onpolicy` and the section `on_policy` go together")
+        lengths = [self.student.epochs, self.student.max_steps]
+        if self.on_policy is None:
+            if self.student.sleep:
+                raise ValueError("student.sleep is for `mode: onpolicy`; leave it out")
+            if sum(length is not None for length in lengths) != 1:
+                raise ValueError("student: give exactly one of `epochs` and `max_steps`")
+            return self
+        if any(length is not None for length in lengths):
+            raise ValueError(
+                "student.epochs and student.max_steps are for `mode: offpolicy`; here on_policy."
+                "rounds and on_policy.steps_per_round say how long to train: leave them out"
+            )
+        _check_on_policy(self, self.on_policy)
         return self
 
     @model_validator(mode="after")
@@ -190,6 +216,9 @@ class RunConfig(StrictModel):
         if not self.loss.learns_from_samples or self.algorithm.type == "sft":
             return self
         temperature = self.loss.divergence.temperature
+        if self.on_policy is not None:
+            _check_samples(self.on_policy, temperature)
+            return self
         if (
             answers is None
             or answers.by != "student"
@@ -207,7 +236,13 @@ class RunConfig(StrictModel):
     @property
     def stores_training_states(self) -> bool:
         """Whether the teachers' states of the training split are stored."""
-        return self.source == "replay" and self.algorithm.TEACHER_STATES
+        replays = self.mode == "offpolicy" and self.source == "replay"
+        return replays and self.algorithm.TEACHER_STATES
+
+    @property
+    def teacher_in_training(self) -> bool:
+        """Whether the teacher runs inside the training ranks."""
+        return self.source == "live" or self.mode == "onpolicy"
 
     @property
     def teacher_names(self) -> tuple[str, ...]:
@@ -222,6 +257,38 @@ class RunConfig(StrictModel):
             return None
         sources = self.algorithm.teachers[name].sources
         return None if sources is None else frozenset(sources)
+
+
+def _check_on_policy(run: RunConfig, on_policy: OnPolicyConfig) -> None:
+    if run.source != "replay" or run.data.answers is not None:
+        raise ValueError("`source` and data.answers are for `mode: offpolicy`; leave them out")
+    if run.algorithm.type not in {"vanilla_kd", "self_distillation"}:
+        raise ValueError(
+            f"algorithm.type={run.algorithm.type} is not for `mode: onpolicy`, which has "
+            "vanilla_kd and self_distillation"
+        )
+    if run.student.shuffle_window_shards is not None:
+        raise ValueError(
+            "student.shuffle_window_shards is about stored states, and `mode: onpolicy` stores none"
+        )
+    if on_policy.prompt_weights is not None:
+        unknown = sorted(set(on_policy.prompt_weights) - set(run.data.source_names))
+        if unknown:
+            raise ValueError(
+                f"on_policy.prompt_weights names {unknown}; the data sources are "
+                f"{sorted(run.data.source_names)}"
+            )
+
+
+def _check_samples(on_policy: OnPolicyConfig, temperature: float) -> None:
+    all_sampled = isinstance(on_policy.fraction, ConstantFraction) and on_policy.fraction.value == 1
+    whole = on_policy.top_p == 1 and on_policy.top_k == 0
+    if not (all_sampled and whole and on_policy.temperature == temperature):
+        raise ValueError(
+            "loss.divergence sampled_reverse_kl learns from what the student has sampled; set "
+            "on_policy.fraction to the constant 1, top_p=1, top_k=0 and the divergence's own "
+            f"temperature ({temperature:g})"
+        )
 
 
 def _check_teachers(

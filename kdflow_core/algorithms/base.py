@@ -46,7 +46,8 @@ class TaughtRows:
 class MicroBatch:
     """The student's tokens, their ids [N] and the weight of each in the loss; the teachers' states,
     in the order of the algorithm's teachers; the teacher's tokens where the algorithm reads them;
-    and the log-probabilities [N] that the tokens were sampled with, if they were.
+    the log-probabilities [N] that the tokens were sampled with, if they were; and their advantages
+    [N] where a reward is learned.
     """
 
     student: TokenBatch
@@ -55,6 +56,7 @@ class MicroBatch:
     teachers: tuple[TaughtRows, ...]
     teacher_tokens: TokenBatch | None
     sampled_log_prob_N: torch.Tensor | None
+    advantage_N: torch.Tensor | None
 
     @property
     def weights_N(self) -> torch.Tensor:
@@ -132,5 +134,6 @@ def whole_batch_loss(
         target_ids_T=batch.target_ids_N,
         weights_T=batch.weights_N,
         sampled_log_prob_T=batch.sampled_log_prob_N,
+        advantage_T=batch.advantage_N,
         spec=spec,
     )

@@ -19,7 +19,11 @@ from kdflow_core.data.conversations import Conversation, SampleError
 
 
 class Renderer:
-    """Renders conversations for one model."""
+    """Renders conversations for one model.
+
+    A template may read `answer`, the sample's gold answer (or none): a teacher's that tells it what
+    the student does not see.
+    """
 
     def __init__(
         self,
@@ -40,23 +44,25 @@ class Renderer:
         """Ids and mask. Raises SampleError `prefix_mismatch` or `template_error`."""
         if self._template is None:
             return self._render_plain(conversation)
-        messages = list(conversation.messages)
+        messages, answer = list(conversation.messages), conversation.answer
         if self._has_assistant_mask:
-            return self._render_with_assistant_mask(messages)
-        ids = self._ids(messages, prompt=False)
+            return self._render_with_assistant_mask(messages, answer)
+        ids = self._ids(messages, answer, prompt=False)
         supervised_T = np.zeros(len(ids), bool)
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         for turn in turns if self._supervise == "all" else turns[-1:]:
-            begin, end = self._span(messages, turn, ids)
+            begin, end = self._span(messages, answer, turn, ids)
             supervised_T[begin:end] = True
         return TokenSequence(ids_T=np.array(ids, np.int32), supervised_T=supervised_T)
 
-    def _span(self, messages: list[dict[str, str]], turn: int, ids: list[int]) -> tuple[int, int]:
+    def _span(
+        self, messages: list[dict[str, str]], answer: str | None, turn: int, ids: list[int]
+    ) -> tuple[int, int]:
         """Where the tokens that the assistant would generate in this turn begin and end."""
-        prompt = self._ids(messages[:turn], prompt=True)
+        prompt = self._ids(messages[:turn], answer, prompt=True)
         through = ids
         if turn + 1 < len(messages):
-            through = self._ids(messages[: turn + 1], prompt=False)
+            through = self._ids(messages[: turn + 1], answer, prompt=False)
         if ids[: len(prompt)] != prompt or ids[: len(through)] != through:
             raise SampleError(
                 "prefix_mismatch",
@@ -68,9 +74,11 @@ class Renderer:
         ends = [i for i in range(len(prompt), end) if through[i] in self._end_ids]
         return len(prompt), (ends[-1] + 1 if ends else end)
 
-    def _render_with_assistant_mask(self, messages: list[dict[str, str]]) -> TokenSequence:
+    def _render_with_assistant_mask(
+        self, messages: list[dict[str, str]], answer: str | None
+    ) -> TokenSequence:
         encoded = self._apply(
-            messages, add_generation_prompt=False, return_assistant_tokens_mask=True
+            messages, answer, add_generation_prompt=False, return_assistant_tokens_mask=True
         )
         supervised_T = np.array(encoded["assistant_masks"], bool)
         if not supervised_T.any():
@@ -101,10 +109,12 @@ class Renderer:
         supervised_T = np.arange(len(ids)) >= max(len(head), 1)
         return TokenSequence(ids_T=np.array(ids, np.int32), supervised_T=supervised_T)
 
-    def _ids(self, messages: list[dict[str, str]], *, prompt: bool) -> list[int]:
-        return list(self._apply(messages, add_generation_prompt=prompt)["input_ids"])
+    def _ids(
+        self, messages: list[dict[str, str]], answer: str | None, *, prompt: bool
+    ) -> list[int]:
+        return list(self._apply(messages, answer, add_generation_prompt=prompt)["input_ids"])
 
-    def _apply(self, messages: list[dict[str, str]], **options: Any) -> Any:
+    def _apply(self, messages: list[dict[str, str]], answer: str | None, **options: Any) -> Any:
         try:
             return self._tokenizer.apply_chat_template(
                 messages,
@@ -112,7 +122,7 @@ class Renderer:
                 tokenize=True,
                 return_dict=True,
                 **options,
-                **self._args,
+                **{"answer": answer, **self._args},
             )
         except Exception as error:  # Jinja runs the model author's code; any exception is possible
             raise SampleError("template_error", f"the chat template failed: {error}") from error

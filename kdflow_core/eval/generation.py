@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kdflow_core.contracts import Reporter, TokenSequence
 from kdflow_core.data.rendering import end_of_turn_ids
 from kdflow_core.models.loading import true_vocabulary_size
-from kdflow_core.rollout.base import Sampling
+from kdflow_core.rollout.base import Prompt, Sampling
 from kdflow_core.rollout.generation import generate_ids
 
 PROMPTS_PER_BATCH = 16
@@ -27,16 +27,15 @@ def generate_greedily(
 ) -> list[str]:
     """The model's answers, as text, to the prompts of the sequences (in order)."""
     texts: list[str] = []
-    sampling = Sampling(
-        temperature=0.0,
-        max_new_tokens=max_new_tokens,
-        stop_ids=tuple(sorted(end_of_turn_ids(tokenizer))),
-    )
+    sampling = Sampling(temperature=0.0, stop_ids=tuple(sorted(end_of_turn_ids(tokenizer))))
     for begin in range(0, len(sequences), PROMPTS_PER_BATCH):
         answers = generate_ids(
             model=model,
             vocabulary_size=true_vocabulary_size(tokenizer),
-            prompts=[s.prompt_ids_T for s in sequences[begin : begin + PROMPTS_PER_BATCH]],
+            prompts=[
+                Prompt(ids_T=s.prompt_ids_T, max_new_tokens=max_new_tokens)
+                for s in sequences[begin : begin + PROMPTS_PER_BATCH]
+            ],
             sampling=sampling,
         )
         texts += tokenizer.batch_decode([ids.tolist() for ids in answers], skip_special_tokens=True)

@@ -65,6 +65,7 @@ class _Inputs:
     target_ids_T: torch.Tensor
     weights_T: torch.Tensor
     sampled_log_prob_T: torch.Tensor | None
+    advantage_T: torch.Tensor | None
     spec: LossSpec
 
 
@@ -77,8 +78,10 @@ def distillation_loss(
     weights_T: torch.Tensor,
     spec: LossSpec,
     sampled_log_prob_T: torch.Tensor | None = None,
+    advantage_T: torch.Tensor | None = None,
 ) -> LossOutput:
-    """sum_t weights[t] * ((1 - kd_ratio) * CE[t] + kd_ratio * f[t] * D[t]), in nats.
+    """sum_t weights[t] * ((1 - kd_ratio) * CE[t] + kd_ratio * f[t] * D[t]), in nats, and the policy
+    gradient of the advantages.
 
     f is the token weight. Cross-entropy is at temperature 1 whatever the divergence's temperature
     is. Logits are float32, or float64 when the inputs are. With a vocabulary spread over ranks, the
@@ -88,9 +91,8 @@ def distillation_loss(
     Raises:
         ValueError: rows, vocabularies or a divergence that do not fit together.
     """
-    per_token = [target_ids_T, weights_T]
-    if sampled_log_prob_T is not None:
-        per_token.append(sampled_log_prob_T)
+    optional = (sampled_log_prob_T, advantage_T)
+    per_token = [target_ids_T, weights_T, *(t for t in optional if t is not None)]
     _check(student_hidden_TH, student_head, teacher, per_token, spec)
     lora = student_head.lora
     outputs = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
@@ -105,6 +107,7 @@ def distillation_loss(
             target_ids_T=target_ids_T.long(),
             weights_T=weights_T,
             sampled_log_prob_T=sampled_log_prob_T,
+            advantage_T=advantage_T,
             spec=spec,
         ),
     )
@@ -170,11 +173,7 @@ def _run_chunks(
     spec, teacher = inputs.spec, inputs.teacher
     targets_T = exchange.gather(inputs.target_ids_T)
     weights_T = exchange.gather(inputs.weights_T).to(dtype)
-    sampled_T = None
-    if spec.divergence is not None and spec.divergence.needs_samples:
-        sampled_T = inputs.sampled_log_prob_T  # without them, it raises
-    if sampled_T is not None:
-        sampled_T = exchange.gather(sampled_T).to(dtype)
+    sampled_T, advantage_T = _of_samples(inputs, exchange, dtype)
     producer = gradients.producer
     vocabulary = inputs.head.weight_VH.shape[0]
     size = min(chunk_rows(spec, vocabulary, dtype), len(hidden_TH))
@@ -202,12 +201,34 @@ def _run_chunks(
                 target_ids_B=targets_T[tokens],
                 weights_B=weights_T[tokens],
                 sampled_log_prob_B=None if sampled_T is None else sampled_T[tokens],
+                advantage_B=None if advantage_T is None else advantage_T[tokens],
             )
             terms_MT[:, tokens], grad_BV = stage(block, spec)
             producer.through_head_(grad_BV, block.student_BV)
             block.student_BV.copy_(grad_BV)
         gradients.add(rows, hidden_TH[rows], logits_CV)
     return terms_MT
+
+
+def _of_samples(
+    inputs: _Inputs, exchange: RowExchange, dtype: torch.dtype
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The log-probabilities that tokens were sampled with, and their advantages, where the loss
+    reads them.
+    """
+    spec, sampled_T, advantage_T = inputs.spec, inputs.sampled_log_prob_T, None
+    reads = spec.divergence is not None and spec.divergence.needs_samples
+    if spec.policy_gradient is not None:
+        # Also where no token of these has an advantage: another rank's may, and all exchange them.
+        zero_T = torch.zeros_like(inputs.weights_T)
+        advantage_T = zero_T if inputs.advantage_T is None else inputs.advantage_T
+        advantage_T = exchange.gather(advantage_T).to(dtype)
+        if sampled_T is None and not reads:
+            sampled_T = zero_T
+    elif not reads:
+        return None, None
+    # Without what it reads, the divergence raises.
+    return None if sampled_T is None else exchange.gather(sampled_T).to(dtype), advantage_T
 
 
 class _Gradients:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from kdflow_core.losses.base import Distributions, Divergence
+from kdflow_core.losses.surrogate import PolicyGradient, clipped_surrogate
 from kdflow_core.losses.token_weights import TokenStatistics, TokenWeight
 from kdflow_core.losses.vocabulary import ShardedVocabulary, WholeVocabulary
 
@@ -25,7 +26,8 @@ TERMS = (
 
 @dataclass(frozen=True, kw_only=True)
 class LossSpec:
-    """(1 - kd_ratio) * cross-entropy + kd_ratio * token weight * divergence.
+    """(1 - kd_ratio) * cross-entropy + kd_ratio * token weight * divergence, and the policy
+    gradient of tokens that have an advantage.
 
     Without a divergence there is no teacher, and `kd_ratio` is 0. `logits_bytes` is the memory for
     both models' logits of a chunk of tokens. `vocabulary` says whether heads are whole or spread
@@ -36,17 +38,21 @@ class LossSpec:
     kd_ratio: float
     logits_bytes: int
     token_weight: TokenWeight | None = None
+    policy_gradient: PolicyGradient | None = None
     vocabulary: WholeVocabulary | ShardedVocabulary = WholeVocabulary()
 
 
 class Block(NamedTuple):
-    """Both models' logits [B, V] of some tokens, and what is known of these, [B]."""
+    """Both models' logits [B, V] of some tokens, and what is known of these, [B]. A token that was
+    not sampled has the advantage 0.
+    """
 
     student_BV: torch.Tensor
     teacher_BV: torch.Tensor | None
     target_ids_B: torch.Tensor
     weights_B: torch.Tensor
     sampled_log_prob_B: torch.Tensor | None
+    advantage_B: torch.Tensor | None
 
 
 def block_terms(block: Block, spec: LossSpec) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,7 +104,37 @@ def block_terms(block: Block, spec: LossSpec) -> tuple[torch.Tensor, torch.Tenso
         )
     if spec.kd_ratio < 1:
         over.add_at_(gradient_BV, block.target_ids_B, -ce_weight_B)
+    if spec.policy_gradient is not None and block.advantage_B is not None:
+        value_B = _add_policy_gradient_(
+            gradient_BV, block, -cross_entropy_B, log_q_BV, spec, spec.policy_gradient
+        )
+        terms = (terms[0] + value_B, *terms[1:])
     return torch.stack(terms), gradient_BV
+
+
+def _add_policy_gradient_(
+    gradient_BV: torch.Tensor,
+    block: Block,
+    log_q_B: torch.Tensor,
+    log_q_BV: torch.Tensor,
+    spec: LossSpec,
+    policy_gradient: PolicyGradient,
+) -> torch.Tensor:
+    """Add its gradient; -weight * ratio * advantage, [B]."""
+    assert block.advantage_B is not None
+    assert block.sampled_log_prob_B is not None
+    sampled_B = torch.where(block.advantage_B == 0, log_q_B, block.sampled_log_prob_B)
+    ratio_B, slope_B = clipped_surrogate(
+        log_q_T=log_q_B,
+        sampled_log_prob_T=sampled_B,
+        advantage_T=block.advantage_B,
+        clip_low=policy_gradient.clip_low,
+        clip_high=policy_gradient.clip_high,
+    )
+    slope_B = slope_B * block.weights_B * policy_gradient.weight
+    gradient_BV.addcmul_(log_q_BV.exp(), slope_B.unsqueeze(-1), value=-1)
+    spec.vocabulary.add_at_(gradient_BV, block.target_ids_B, slope_B)
+    return -policy_gradient.weight * ratio_B * block.advantage_B
 
 
 def _tempered_divergence(

@@ -2,10 +2,10 @@
 
 The token y was sampled by an earlier student, the policy b. With the advantage
 A = log p(y) - log q(y), a constant to the gradient, and the ratio r = q(y) / b(y), the surrogate is
-that of PPO (arXiv 1707.06347, equation 7): L = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A).
-For y sampled by q itself (r = 1) the expectation of its gradient is that of KL(q || p) over the
-vocabulary, at a far higher variance; "On-Policy Distillation" (Lu, Thinking Machines Lab, 2025)
-trains so. The value given is r (log q(y) - log p(y)), an estimate of that KL; it may be negative.
+that of PPO (`surrogate.py`). For y sampled by q itself (r = 1) the expectation of its gradient is
+that of KL(q || p) over the vocabulary, at a far higher variance; "On-Policy Distillation" (Lu,
+Thinking Machines Lab, 2025) trains so. The value given is r (log q(y) - log p(y)), an estimate of
+that KL; it may be negative.
 Dimensions: T tokens, V vocabulary.
 """
 
@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 
 from kdflow_core.losses.base import Distributions, Divergence
+from kdflow_core.losses.surrogate import clipped_surrogate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +33,13 @@ class SampledReverseKL(Divergence):
             raise ValueError("sampled_reverse_kl needs the log-probabilities of sampled tokens")
         log_q_T = d.over.at(d.log_q_TV, d.target_ids_T)
         advantage_T = d.over.at(d.log_p_TV, d.target_ids_T) - log_q_T
-        ratio_T = (log_q_T - d.sampled_log_prob_T).exp()
-        beyond_T = torch.where(
-            advantage_T > 0, ratio_T > 1 + self.clip_high, ratio_T < 1 - self.clip_low
+        ratio_T, slope_T = clipped_surrogate(
+            log_q_T=log_q_T,
+            sampled_log_prob_T=d.sampled_log_prob_T,
+            advantage_T=advantage_T,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
         )
-        # dL / d log q(y), zero where the ratio is beyond the clip in the advantage's direction.
-        slope_T = torch.where(beyond_T, 0, -ratio_T * advantage_T)
         gradient_TV = d.q_TV * -slope_T.unsqueeze(-1)
         d.over.add_at_(gradient_TV, d.target_ids_T, slope_T)
         return -ratio_T * advantage_T, gradient_TV

@@ -1,9 +1,8 @@
 """What a rollout engine is: prompts' ids and new weights in, answers' ids out.
 
-Dimensions: N tokens of an answer.
+Dimensions: T tokens of a prompt, N tokens of an answer.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -20,28 +19,22 @@ NAMED = 3  # parameters that an error names
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How tokens are chosen: at `temperature`, from the `top_k` most probable ones (0: all) and
-    the smallest set with probability `top_p`; at temperature 0, the most probable one.
-
-    An answer ends with one of `stop_ids`, which belongs to it; at `max_new_tokens`; or where prompt
-    and answer have `max_length` tokens.
+    the smallest set with probability `top_p`; at temperature 0, the most probable one. An answer
+    ends with one of `stop_ids`, which belongs to it.
     """
 
-    max_new_tokens: int
     stop_ids: tuple[int, ...]
-    max_length: int = sys.maxsize
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
 
-    def room(self, prompt: np.ndarray) -> int:
-        """The tokens that an answer to a prompt may have. Raises ModelError when there are none."""
-        room = min(self.max_new_tokens, self.max_length - len(prompt))
-        if room < 1:
-            raise ModelError(
-                f"a prompt of {len(prompt)} tokens leaves no room for an answer within "
-                f"{self.max_length}; raise data.max_length, or shorten the prompts"
-            )
-        return room
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """Ids [T], and how many tokens an answer may have: one at least."""
+
+    ids_T: np.ndarray
+    max_new_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +63,12 @@ class RolloutEngine(Protocol):
         ...
 
     def generate(
-        self, prompts: Sequence[np.ndarray], sampling: Sampling, *, enough: float = 1.0
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, enough: float = 1.0
     ) -> Iterator[tuple[int, Completion]]:
         """Answers, each with its prompt's index, as they are finished.
 
         When a share `enough` of them is, an engine may cut the others where they are; at least one
-        token is there of each. Raises ModelError for a prompt that leaves no room.
+        token is there of each.
         """
         ...
 

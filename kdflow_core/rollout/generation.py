@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from kdflow_core.losses.logits import LogitProducer
 from kdflow_core.models.heads import live_head
-from kdflow_core.rollout.base import Sampling
+from kdflow_core.rollout.base import Prompt, Sampling
 
 CHUNK_TOKENS = 256
 
@@ -23,34 +23,35 @@ def generate_ids(
     *,
     model: PreTrainedModel,
     vocabulary_size: int,
-    prompts: Sequence[np.ndarray],
+    prompts: Sequence[Prompt],
     sampling: Sampling,
 ) -> list[np.ndarray]:
     """The ids that follow each prompt, int32, as `Sampling` says.
 
     Only the settings given count, not those that the model brings along.
     """
-    width = max(len(prompt) for prompt in prompts)
+    width = max(len(prompt.ids_T) for prompt in prompts)
     ids_BT = torch.zeros(len(prompts), width, dtype=torch.long)
     mask_BT = torch.zeros_like(ids_BT)
     for row, prompt in enumerate(prompts):
-        ids_BT[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
-        mask_BT[row, width - len(prompt) :] = 1
-    rooms = [sampling.room(prompt) for prompt in prompts]
+        begin = width - len(prompt.ids_T)
+        ids_BT[row, begin:] = torch.from_numpy(prompt.ids_T.astype(np.int64))
+        mask_BT[row, begin:] = 1
+    most = max(prompt.max_new_tokens for prompt in prompts)
     brought, model.generation_config = model.generation_config, GenerationConfig()
     generate: Any = model.generate
     try:
         output_BT = generate(
             input_ids=ids_BT.to(model.device),
             attention_mask=mask_BT.to(model.device),
-            generation_config=_generation_config(model, vocabulary_size, max(rooms), sampling),
+            generation_config=_generation_config(model, vocabulary_size, most, sampling),
         )
     finally:
         model.generation_config = brought
     answers = output_BT[:, width:].cpu().numpy().astype(np.int32)
     return [
-        _through_end(ids_T[:room], sampling.stop_ids)
-        for ids_T, room in zip(answers, rooms, strict=True)
+        _through_end(ids_T[: prompt.max_new_tokens], sampling.stop_ids)
+        for ids_T, prompt in zip(answers, prompts, strict=True)
     ]
 
 

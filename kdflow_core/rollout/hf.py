@@ -14,7 +14,7 @@ from configs.schema.rollout import TransformersRollout
 from kdflow_core.errors import ModelError
 from kdflow_core.models.loading import DTYPES, load_causal_lm
 from kdflow_core.models.offload import OffloadedModule
-from kdflow_core.rollout.base import Completion, Sampling, refuse_missing
+from kdflow_core.rollout.base import Completion, Prompt, Sampling, refuse_missing
 from kdflow_core.rollout.generation import generate_ids, log_probabilities
 
 
@@ -44,19 +44,12 @@ class TransformersRolloutEngine:
 
     def generate(
         self,
-        prompts: Sequence[np.ndarray],
+        prompts: Sequence[Prompt],
         sampling: Sampling,
         *,
         enough: float = 1.0,  # noqa: ARG002 - a batch ends as a whole
     ) -> Iterator[tuple[int, Completion]]:
         """See `RolloutEngine`."""
-        for prompt in prompts:
-            sampling.room(prompt)
-        return self._generate(prompts, sampling)
-
-    def _generate(
-        self, prompts: Sequence[np.ndarray], sampling: Sampling
-    ) -> Iterator[tuple[int, Completion]]:
         model = self._running()
         for begin in range(0, len(prompts), self._batch_size):
             batch = prompts[begin : begin + self._batch_size]
@@ -67,7 +60,7 @@ class TransformersRolloutEngine:
                 sampling=sampling,
             )
             for row, (prompt, ids_N) in enumerate(zip(batch, answers, strict=True)):
-                yield begin + row, self._completion(prompt, ids_N, sampling)
+                yield begin + row, self._completion(prompt.ids_T, ids_N, sampling)
 
     def _completion(self, prompt: np.ndarray, ids_N: np.ndarray, sampling: Sampling) -> Completion:
         log_prob_N = log_probabilities(

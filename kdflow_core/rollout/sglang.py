@@ -14,7 +14,7 @@ import torch
 from configs.schema.rollout import SglangRollout
 from kdflow_core.errors import ModelError
 from kdflow_core.models.folders import context_length
-from kdflow_core.rollout.base import Completion, FinishReason, Sampling
+from kdflow_core.rollout.base import Completion, FinishReason, Prompt, Sampling
 from kdflow_core.sglang_runtime.versions import require_sglang
 
 if TYPE_CHECKING:
@@ -70,13 +70,12 @@ class SglangRolloutEngine:
         self._asleep = False
 
     def generate(
-        self, prompts: Sequence[np.ndarray], sampling: Sampling, *, enough: float = 1.0
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, enough: float = 1.0
     ) -> Iterator[tuple[int, Completion]]:
         """See `RolloutEngine`."""
-        rooms = [sampling.room(prompt) for prompt in prompts]
         answers = self._running().generate(
-            [prompt.tolist() for prompt in prompts],
-            [_parameters(sampling, room) for room in rooms],
+            [prompt.ids_T.tolist() for prompt in prompts],
+            [_parameters(sampling, prompt.max_new_tokens) for prompt in prompts],
             enough=enough,
         )
         return ((number, self._completion(answer)) for number, answer in answers)
@@ -144,11 +143,11 @@ class SglangRolloutEngine:
         return self._engine
 
 
-def _parameters(sampling: Sampling, room: int) -> dict[str, Any]:
+def _parameters(sampling: Sampling, max_new_tokens: int) -> dict[str, Any]:
     return {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k or -1,
-        "max_new_tokens": room,
+        "max_new_tokens": max_new_tokens,
         "stop_token_ids": list(sampling.stop_ids),
     }

@@ -51,7 +51,7 @@ class GenerationEngine:
     """
 
     def __init__(self, options: EngineOptions, device: torch.device) -> None:
-        class MaskedEngine(Engine):  # type: ignore[misc]
+        class MaskedEngine(Engine):
             run_scheduler_process_func = staticmethod(scheduler_for(options.vocabulary_size))
 
         with warnings.catch_warnings():

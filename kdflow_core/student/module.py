@@ -12,10 +12,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
 from kdflow_core.algorithms.base import Algorithm, MicroBatch, Student
+from kdflow_core.contracts import OutputHead
 from kdflow_core.errors import ModelError
 from kdflow_core.losses.chunked import LossOutput
 from kdflow_core.models.heads import live_head
-from kdflow_core.student.head_part import HeadPart, spread_head_, student_part
+from kdflow_core.student.head_part import HeadPart, spread_head_, student_part, teacher_part
 
 
 class DistillationModule(torch.nn.Module):
@@ -38,15 +39,22 @@ class DistillationModule(torch.nn.Module):
         self.head_part = head_part
         self._vocabulary_size = vocabulary_size
 
-    def forward(self, batch: MicroBatch) -> LossOutput:
-        """The weighted loss of a micro-batch and its per-token terms."""
+    def part_of_head(self, head: OutputHead) -> OutputHead:
+        """A teacher's head over the tokens that this rank makes logits for."""
+        return head if self.head_part is None else teacher_part(head, self.head_part)
+
+    def forward(self, batch: MicroBatch, algorithm: Algorithm | None = None) -> LossOutput:
+        """The weighted loss of a micro-batch and its per-token terms, by another algorithm than the
+        module's own where one is given: to measure.
+        """
         hidden_NH = batch.student.states_of(self.model)
         head = (
             live_head(self.model, self._vocabulary_size)
             if self.head_part is None
             else student_part(self.model, self.head_part)
         )
-        return self.algorithm.loss(Student(model=self.model, hidden_NH=hidden_NH, head=head), batch)
+        student = Student(model=self.model, hidden_NH=hidden_NH, head=head)
+        return (algorithm or self.algorithm).loss(student, batch)
 
 
 def shard(module: DistillationModule, *, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:

@@ -115,9 +115,7 @@ def collate(
     """
     supervised = [] if empty else list(examples)
     targets = [np.zeros(0, np.int64), *[e.student.target_ids_N for e in supervised]]
-    sampled = [e.sampled_log_prob_N for e in supervised if e.sampled_log_prob_N is not None]
-    all_sampled = all(e.sampled_log_prob_N is not None for e in examples)
-    log_prob_N = np.concatenate([np.zeros(0, np.float32), *sampled])
+    sampled_N, advantage_N = _of_samples(examples, supervised, device)
     return MicroBatch(
         student=_tokens([e.student for e in examples], empty=empty, device=device),
         target_ids_N=torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(device),
@@ -129,8 +127,30 @@ def collate(
         teacher_tokens=_tokens([e.teacher for e in examples], empty=empty, device=device)
         if algorithm.reads_teacher_tokens
         else None,
-        sampled_log_prob_N=torch.from_numpy(log_prob_N).to(device) if all_sampled else None,
+        sampled_log_prob_N=sampled_N,
+        advantage_N=advantage_N,
     )
+
+
+def _of_samples(
+    examples: Sequence[Example], supervised: Sequence[Example], device: torch.device
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The log-probabilities of the supervised tokens, where all have been sampled or some have an
+    advantage; and the advantages, where there are any. A token that was not sampled has the
+    advantage 0, and its log-probability says nothing.
+    """
+    rewarded = any(e.advantage for e in examples)
+    if not rewarded and any(e.sampled_log_prob_N is None for e in examples):
+        return None, None
+    sampled, advantage = [np.zeros(0, np.float32)], [np.zeros(0, np.float32)]
+    for example in supervised:
+        count = len(example.student.target_ids_N)
+        known_N = example.sampled_log_prob_N
+        sampled.append(np.zeros(count, np.float32) if known_N is None else known_N)
+        advantage.append(np.full(count, example.advantage, np.float32))
+    sampled_N = torch.from_numpy(np.concatenate(sampled)).to(device)
+    advantage_N = torch.from_numpy(np.concatenate(advantage)).to(device)
+    return sampled_N, advantage_N if rewarded else None
 
 
 def _tokens(sequences: Sequence[TokenSequence], *, empty: bool, device: torch.device) -> TokenBatch:

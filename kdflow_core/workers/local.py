@@ -10,15 +10,16 @@ import json
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from kdflow_core.errors import WorkerError
 
@@ -33,6 +34,7 @@ class _Rank:
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_LINES))
     error: dict[str, Any] | None = None
     reader: threading.Thread | None = None
+    answers: deque[Any] = field(default_factory=deque)
 
 
 def run_ranks(
@@ -44,30 +46,106 @@ def run_ranks(
     on_line: Callable[[int, str], None],
     env: Mapping[str, str] | None = None,
 ) -> None:
-    """Run `python -m module` as `num_ranks` ranks and wait for all of them.
+    """Run `python -m module` as ranks, each with `request`, and wait for all of them to end.
 
-    Every rank reads `request` (one line) from standard input. `on_event` gets the events that ranks
-    emit, `on_line` every other line that a rank prints; both are called in this thread. `env` adds
-    to the environment what is not set there.
-
-    Raises:
-        WorkerError: a rank failed. All others have been ended by then.
+    See `RankGroup`. Raises WorkerError.
     """
-    lines: queue.Queue[tuple[int, str | None]] = queue.Queue()
-    with tempfile.TemporaryDirectory(prefix="kdflow-rendezvous-") as folder:
-        ranks: list[_Rank] = []
+    with RankGroup(
+        module=module, num_ranks=num_ranks, on_event=on_event, on_line=on_line, env=env
+    ) as group:
+        group.send(request)
+        group.wait()
+
+
+class RankGroup:
+    """`python -m module` as `num_ranks` ranks, which take requests, each a line of standard input.
+
+    `on_event` gets the events that ranks emit, `on_line` every other line that a rank prints; both
+    are called in the thread that waits. `env` adds to the environment what is not set there. Used
+    as a context manager, or closed. What raises WorkerError has ended all ranks.
+    """
+
+    def __init__(
+        self,
+        *,
+        module: str,
+        num_ranks: int,
+        on_event: Callable[[dict[str, Any]], None],
+        on_line: Callable[[int, str], None],
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self._on_event = on_event
+        self._on_line = on_line
+        self._lines: queue.Queue[tuple[int, str | None]] = queue.Queue()
+        self._folder = tempfile.TemporaryDirectory(prefix="kdflow-rendezvous-")
+        self._ranks: list[_Rank] = []
         try:
             for number in range(num_ranks):
-                rank = _start(module, number, num_ranks, f"{folder}/store", env or {})
-                ranks.append(rank)
-                _feed(rank.process, request)
+                rank = _start(module, number, num_ranks, f"{self._folder.name}/store", env or {})
+                self._ranks.append(rank)
                 rank.reader = threading.Thread(
-                    target=_read, args=(number, rank.process, lines), daemon=True
+                    target=_read, args=(number, rank.process, self._lines), daemon=True
                 )
                 rank.reader.start()
-            _supervise(ranks, lines, on_event, on_line)
-        finally:
-            _end(ranks)
+        except BaseException:
+            self.close()
+            raise
+
+    def send(self, request: str) -> None:
+        """Give a request to every rank; they take them in order."""
+        for rank in self._ranks:
+            _feed(rank.process, request)
+
+    def answers(self) -> list[Any]:
+        """Wait for every rank's answer to the oldest request that has none yet, in their order.
+
+        Raises WorkerError: a rank failed.
+        """
+        while not all(rank.answers for rank in self._ranks):
+            if not self._take():
+                self.close()
+                raise WorkerError("a rank ended without an answer")
+        return [rank.answers.popleft() for rank in self._ranks]
+
+    def wait(self) -> None:
+        """Wait for the ranks to end. Raises WorkerError: a rank failed."""
+        running = len(self._ranks)
+        while running:
+            running -= not self._take()
+
+    def close(self) -> None:
+        """End the ranks. May be called twice."""
+        _end(self._ranks)
+        self._folder.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _take(self) -> bool:
+        """Take a line that a rank has printed; False when it has ended well instead."""
+        number, line = self._lines.get()
+        rank = self._ranks[number]
+        if line is None:
+            code = rank.process.wait()
+            if code != 0:
+                self.close()
+                raise _failure(number, rank, code)
+            return False
+        if not line.startswith(EVENT_PREFIX):
+            rank.tail.append(line)
+            self._on_line(number, line)
+            return True
+        event = json.loads(line.removeprefix(EVENT_PREFIX))
+        if event["event"] == "error":
+            rank.error = event
+        elif event["event"] == "answer":
+            rank.answers.append(event["value"])
+        else:
+            self._on_event(event)
+        return True
 
 
 def _start(
@@ -112,32 +190,6 @@ def _read(
     lines.put((rank, None))
 
 
-def _supervise(
-    ranks: list[_Rank],
-    lines: "queue.Queue[tuple[int, str | None]]",
-    on_event: Callable[[dict[str, Any]], None],
-    on_line: Callable[[int, str], None],
-) -> None:
-    running = set(range(len(ranks)))
-    while running:
-        number, line = lines.get()
-        rank = ranks[number]
-        if line is None:
-            running.discard(number)
-            code = rank.process.wait()
-            if code != 0:
-                raise _failure(number, rank, code)
-        elif not line.startswith(EVENT_PREFIX):
-            rank.tail.append(line)
-            on_line(number, line)
-        else:
-            event = json.loads(line.removeprefix(EVENT_PREFIX))
-            if event["event"] == "error":
-                rank.error = event
-            else:
-                on_event(event)
-
-
 def _failure(number: int, rank: _Rank, code: int) -> WorkerError:
     if rank.error is not None:
         message, expected = rank.error["message"], rank.error["expected"]
@@ -177,19 +229,36 @@ def _signal(process: "subprocess.Popen[str]", number: signal.Signals) -> None:
         os.killpg(process.pid, number)
 
 
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 # The side of the rank.
 
 
-def receive_request(stdin: IO[str]) -> str:
-    """The launcher's request; from now on this process ends when the launcher does."""
-    request = stdin.readline()
+def receive_requests(stdin: IO[str]) -> Iterator[str]:
+    """The launcher's requests, as they come; from now on this process ends when the launcher does.
 
-    def watch() -> None:
-        stdin.read()
+    The rest of its process group ends with it.
+    """
+    lines: queue.Queue[str] = queue.Queue()
+
+    def read() -> None:
+        for line in stdin:
+            lines.put(line)
         os.killpg(0, signal.SIGKILL)
 
-    threading.Thread(target=watch, daemon=True).start()
-    return request
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        yield lines.get()
+
+
+def answer(value: Any) -> None:
+    """Answer the request at hand."""
+    emit({"event": "answer", "value": value})
 
 
 def emit(event: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from kdflow_core.models.loading import (
     load_tokenizer,
     true_vocabulary_size,
 )
-from kdflow_core.rollout.base import Sampling
+from kdflow_core.rollout.base import Prompt, Sampling
 from kdflow_core.rollout.generation import generate_ids, log_probabilities
 from storage.artifact import ArtifactRef
 from storage.tokens import TokenTable, TokenWriter
@@ -107,22 +107,22 @@ class _Answerer:
 
     def _batch(self, examples: Sequence[Example]) -> Iterator[Example]:
         config = self._config
-        prompts = [getattr(example, config.by).context_ids_T for example in examples]
         longest = max(len(side.context_ids_T) for e in examples for side in (e.teacher, e.student))
-        sampling = Sampling(
-            temperature=config.temperature,
-            top_p=config.top_p,
-            max_new_tokens=min(config.max_new_tokens, self._limit - longest),
-            stop_ids=self._stop_ids,
-        )
+        room = min(config.max_new_tokens, self._limit - longest)
+        prompts = [
+            Prompt(ids_T=getattr(example, config.by).context_ids_T, max_new_tokens=room)
+            for example in examples
+        ]
         answers = generate_ids(
             model=self._model,
             vocabulary_size=self._vocabulary_size,
             prompts=prompts,
-            sampling=sampling,
+            sampling=Sampling(
+                temperature=config.temperature, top_p=config.top_p, stop_ids=self._stop_ids
+            ),
         )
         for example, prompt, answer in zip(examples, prompts, answers, strict=True):
-            yield self._answered(example, prompt, answer)
+            yield self._answered(example, prompt.ids_T, answer)
 
     def _answered(self, example: Example, prompt: np.ndarray, answer: np.ndarray) -> Example:
         log_prob_N = None
@@ -136,13 +136,13 @@ class _Answerer:
             )
         return replace(
             example,
-            student=_with_answer(example.student, answer),
-            teacher=_with_answer(example.teacher, answer),
+            student=with_answer(example.student, answer),
+            teacher=with_answer(example.teacher, answer),
             sampled_log_prob_N=log_prob_N,
         )
 
 
-def _with_answer(sequence: TokenSequence, answer: np.ndarray) -> TokenSequence:
+def with_answer(sequence: TokenSequence, answer: np.ndarray) -> TokenSequence:
     """The sequence's context with another answer behind it, which alone is supervised."""
     context = sequence.context_ids_T
     supervised_T = np.zeros(len(context) + len(answer), bool)

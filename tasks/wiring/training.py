@@ -8,13 +8,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from configs.schema.run import RunConfig
 from configs.schema.teacher import InProcessTeacher
 from kdflow_core.algorithms import build_algorithm
 from kdflow_core.algorithms.base import Ingredients
 from kdflow_core.contracts import OutputHead, TokenSequence
-from kdflow_core.loops.offpolicy import train_offpolicy
+from kdflow_core.loops.trainer import Trainer
 from kdflow_core.losses import build_divergence
 from kdflow_core.losses.elementwise import LossSpec
+from kdflow_core.losses.surrogate import PolicyGradient
 from kdflow_core.losses.token_weights import build_token_weight
 from kdflow_core.losses.vocabulary import WholeVocabulary
 from kdflow_core.models.loading import (
@@ -23,9 +25,8 @@ from kdflow_core.models.loading import (
     load_tokenizer,
     true_vocabulary_size,
 )
-from kdflow_core.student.checkpoint import completed_steps
 from kdflow_core.student.export import export_student
-from kdflow_core.student.head_part import part_of, teacher_part
+from kdflow_core.student.head_part import HeadPart, part_of, teacher_part
 from kdflow_core.student.module import DistillationModule, shard
 from kdflow_core.student.plan import TrainingPlan
 from kdflow_core.student.prefetch import PrefetchedStates
@@ -51,21 +52,27 @@ def train_student(stage: StageRun) -> ArtifactRef | None:
     module = build_module(stage, heads, device)
     checkpoints = stage.workdir / "checkpoints"
     output = stage.workdir / "artifact"
-    metrics: MetricsLog | NoMetrics = NoMetrics()
-    if rank == 0:
-        first = max(completed_steps(checkpoints), default=0)
-        metrics = MetricsLog(run=run, folder=output, run_id=stage.digest, first_step=first)
-    train_offpolicy(
+    trainer = Trainer(
         module=module,
-        plan=plan,
-        examples=TokenExamples(table),
-        states=states,
+        num_steps=plan.num_steps,
+        seed=plan.seed,
         config=config,
         checkpoints=checkpoints,
-        metrics=metrics,
         reporter=stage.reporter,
         device=device,
     )
+    metrics: MetricsLog | NoMetrics = NoMetrics()
+    if rank == 0:
+        metrics = MetricsLog(run=run, folder=output, run_id=stage.digest, first_step=trainer.step)
+    if trainer.step < plan.num_steps:
+        trainer.run(
+            plan.num_steps,
+            batches_of=plan.step,
+            examples=TokenExamples(table),
+            states=states,
+            metrics=metrics,
+        )
+        trainer.save()
     metrics.close()
     for source in states:
         source.close()
@@ -176,7 +183,7 @@ def build_module(
     stage: StageRun, heads: Mapping[str, OutputHead], device: torch.device
 ) -> DistillationModule:
     """The student with its algorithm, sharded over all ranks."""
-    config, loss = stage.run.student, stage.run.loss
+    config = stage.run.student
     folder = stage.model_folder("student")
     model = load_causal_lm(folder, dtype=torch.float32, attention=config.attention)
     if config.activation_checkpointing:
@@ -191,13 +198,7 @@ def build_module(
         )
         heads = {name: teacher_part(head, part) for name, head in heads.items()}
     ingredients = Ingredients(
-        spec=LossSpec(
-            divergence=build_divergence(loss.divergence),
-            kd_ratio=loss.kd_ratio,
-            logits_bytes=loss.logits_memory_mb * 10**6,
-            token_weight=build_token_weight(loss.token_weight),
-            vocabulary=WholeVocabulary() if part is None else part.vocabulary,
-        ),
+        spec=loss_spec(stage.run, part),
         model=model,
         heads=heads,
         vocabulary_size=vocabulary_size,
@@ -210,6 +211,24 @@ def build_module(
     )
     shard(module, mesh=mesh, compute_dtype=compute_dtype)
     return module
+
+
+def loss_spec(run: RunConfig, part: HeadPart | None) -> LossSpec:
+    """The run's loss, over the whole vocabulary or this rank's part of it."""
+    loss, gradient = run.loss, None
+    if run.on_policy is not None and run.on_policy.reward is not None:
+        reward = run.on_policy.reward
+        gradient = PolicyGradient(
+            weight=reward.weight, clip_low=reward.clip_low, clip_high=reward.clip_high
+        )
+    return LossSpec(
+        divergence=build_divergence(loss.divergence),
+        kd_ratio=loss.kd_ratio,
+        logits_bytes=loss.logits_memory_mb * 10**6,
+        token_weight=build_token_weight(loss.token_weight),
+        policy_gradient=gradient,
+        vocabulary=WholeVocabulary() if part is None else part.vocabulary,
+    )
 
 
 def training_plan(stage: StageRun, table: TokenTable, groups: np.ndarray | None) -> TrainingPlan:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from configs.schema.rollout import SglangRollout, TransformersRollout
 from kdflow_core.errors import ModelError
 from kdflow_core.rollout import build_rollout_engine
-from kdflow_core.rollout.base import Completion, RolloutEngine, Sampling
+from kdflow_core.rollout.base import Completion, Prompt, RolloutEngine, Sampling
 from tests.conftest import VOCABULARY, make_llama
 
 # SGLang's engine leaves sockets to the end of its process.
@@ -26,6 +26,7 @@ CONFIGS = {
     "transformers": TransformersRollout(dtype="float32", prompts_per_batch=5),
     "sglang": SglangRollout(dtype="float32", max_running=16),
 }
+GREEDY = Sampling(stop_ids=(), temperature=0.0)
 ROWS = 416  # of the students' heads: 16 beyond the vocabulary
 
 
@@ -42,7 +43,7 @@ def engine(request: pytest.FixtureRequest, student_folder: Path) -> Iterator[Rol
     yield built
     built.close()
     with pytest.raises(ModelError, match="closed"):
-        list(built.generate(prompts(1), Sampling(max_new_tokens=1, stop_ids=())))
+        list(built.generate([Prompt(ids_T=ids, max_new_tokens=1) for ids in prompts(1)], GREEDY))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         gc.collect()
@@ -59,9 +60,15 @@ def prompts(count: int, *, seed: int = 0) -> list[np.ndarray]:
 
 
 def answers(
-    engine: RolloutEngine, asked: list[np.ndarray], sampling: Sampling, enough: float = 1.0
+    engine: RolloutEngine,
+    asked: list[np.ndarray],
+    sampling: Sampling,
+    length: int | list[int],
+    enough: float = 1.0,
 ) -> list[Completion]:
-    found = dict(engine.generate(asked, sampling, enough=enough))
+    lengths = [length] * len(asked) if isinstance(length, int) else length
+    given = [Prompt(ids_T=i, max_new_tokens=n) for i, n in zip(asked, lengths, strict=True)]
+    found = dict(engine.generate(given, sampling, enough=enough))
     assert sorted(found) == list(range(len(asked)))
     return [found[number] for number in range(len(asked))]
 
@@ -86,8 +93,8 @@ def is_greedy(model: PreTrainedModel, prompt: np.ndarray, completion: Completion
 def test_greedy(engine: RolloutEngine, model: PreTrainedModel, chosen: dict[str, float]) -> None:
     """However it is asked for, it is the most probable token of transformers, each time."""
     asked = prompts(12)
-    sampling = Sampling(max_new_tokens=10, stop_ids=(), **chosen)  # type: ignore[arg-type]
-    for prompt, completion in zip(asked, answers(engine, asked, sampling), strict=True):
+    sampling = Sampling(stop_ids=(), **chosen)  # type: ignore[arg-type]
+    for prompt, completion in zip(asked, answers(engine, asked, sampling, 10), strict=True):
         assert completion.finish_reason == "length"
         assert len(completion.ids_N) == 10
         assert is_greedy(model, prompt, completion)
@@ -101,8 +108,8 @@ def test_log_probabilities(
     whatever top-p takes away.
     """
     asked = prompts(12, seed=1)
-    sampling = Sampling(max_new_tokens=12, stop_ids=(), temperature=temperature, top_p=0.9)
-    for prompt, completion in zip(asked, answers(engine, asked, sampling), strict=True):
+    sampling = Sampling(stop_ids=(), temperature=temperature, top_p=0.9)
+    for prompt, completion in zip(asked, answers(engine, asked, sampling, 12), strict=True):
         ids_N = torch.from_numpy(completion.ids_N).long()
         log_q_NV = log_softmax(model, prompt, completion.ids_N, temperature or 1.0)
         expected_N = log_q_NV[torch.arange(len(ids_N)), ids_N]
@@ -110,13 +117,13 @@ def test_log_probabilities(
 
 
 def test_where_answers_end(engine: RolloutEngine) -> None:
-    """With a stop id, which belongs to the answer; at the most new tokens; at the length in all."""
-    asked = [*prompts(40, seed=2), np.arange(3, 43, dtype=np.int32)]
+    """With a stop id, which belongs to the answer, or at the length that its prompt allows."""
+    asked = prompts(41, seed=2)
+    rooms = [5 + number % 16 for number in range(41)]
     ends = tuple(range(100, 130))
-    sampling = Sampling(max_new_tokens=20, max_length=45, stop_ids=ends, temperature=3.0)
+    sampling = Sampling(stop_ids=ends, temperature=3.0)
     reasons = set()
-    for prompt, completion in zip(asked, answers(engine, asked, sampling), strict=True):
-        room = min(20, 45 - len(prompt))
+    for room, completion in zip(rooms, answers(engine, asked, sampling, rooms), strict=True):
         reasons.add(completion.finish_reason)
         assert 0 < len(completion.ids_N) <= room
         assert len(completion.log_prob_N) == len(completion.ids_N)
@@ -127,18 +134,12 @@ def test_where_answers_end(engine: RolloutEngine) -> None:
     assert reasons == {"stop", "length"}
 
 
-def test_a_prompt_without_room_is_refused(engine: RolloutEngine) -> None:
-    sampling = Sampling(max_new_tokens=5, max_length=20, stop_ids=())
-    with pytest.raises(ModelError, match="a prompt of 20 tokens leaves no room"):
-        engine.generate([np.arange(3, 23, dtype=np.int32)], sampling)
-
-
 def test_samples_follow_the_distribution(engine: RolloutEngine, model: PreTrainedModel) -> None:
     """First tokens of many samples of one prompt; and no token beyond the vocabulary."""
     (prompt,) = prompts(1, seed=4)
     count = 2000
-    sampling = Sampling(max_new_tokens=1, stop_ids=(), temperature=0.6)
-    found = answers(engine, [prompt] * count, sampling)
+    sampling = Sampling(stop_ids=(), temperature=0.6)
+    found = answers(engine, [prompt] * count, sampling, 1)
     observed_V = np.bincount([int(c.ids_N[0]) for c in found], minlength=ROWS) / count
     assert not observed_V[VOCABULARY:].any()
     expected_V = log_softmax(model, prompt, prompt[:1], 0.6)[0].exp().numpy()
@@ -151,8 +152,8 @@ def test_samples_follow_the_distribution(engine: RolloutEngine, model: PreTraine
 def test_some_answers_may_be_cut(engine: RolloutEngine) -> None:
     """All prompts have an answer then, of one token at least."""
     asked = prompts(16, seed=5)
-    sampling = Sampling(max_new_tokens=90, stop_ids=tuple(range(100, 140)), temperature=2.0)
-    found = answers(engine, asked, sampling, enough=0.5)
+    sampling = Sampling(stop_ids=tuple(range(100, 140)), temperature=2.0)
+    found = answers(engine, asked, sampling, 90, enough=0.5)
     assert all(len(c.ids_N) for c in found)
     cut = [c for c in found if c.finish_reason == "cut"]
     assert len(cut) <= 8
@@ -172,7 +173,7 @@ def test_new_weights(
     engine.end_weights(version)
     assert engine.version == version
     asked = prompts(6, seed=6)
-    found = answers(engine, asked, Sampling(max_new_tokens=8, stop_ids=(), temperature=0.0))
+    found = answers(engine, asked, GREEDY, 8)
     new = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     old = AutoModelForCausalLM.from_pretrained(student_folder, dtype=torch.float32)
     for prompt, completion in zip(asked, found, strict=True):
@@ -194,17 +195,16 @@ def test_weights_that_did_not_arrive(engine: RolloutEngine, tmp_path: Path) -> N
     engine.load_weights(list(late.items()))
     engine.end_weights(9)
     asked = prompts(2, seed=7)
-    found = answers(engine, asked, Sampling(max_new_tokens=4, stop_ids=(), temperature=0.0))
+    found = answers(engine, asked, GREEDY, 4)
     assert [c.version for c in found] == [9, 9]
 
 
 def test_sleep_and_wake(engine: RolloutEngine) -> None:
     """Both may be called twice; the engine answers as before."""
     asked = prompts(3, seed=8)
-    sampling = Sampling(max_new_tokens=6, stop_ids=(), temperature=0.0)
-    before = answers(engine, asked, sampling)
+    before = answers(engine, asked, GREEDY, 6)
     for call in (engine.sleep, engine.sleep, engine.wake, engine.wake):
         call()
-    after = answers(engine, asked, sampling)
+    after = answers(engine, asked, GREEDY, 6)
     for one, other in zip(before, after, strict=True):
         np.testing.assert_array_equal(one.ids_N, other.ids_N)

@@ -234,7 +234,7 @@ def test_the_fused_stage_is_the_plain_one(name: str) -> None:
     for tokens in (5, 9):
         student_BV, teacher_BV = torch.randn(2, tokens, VOCABULARY, generator=generator)
         targets_B = torch.arange(tokens)
-        block = Block(student_BV, teacher_BV, targets_B, torch.ones(tokens), None)
+        block = Block(student_BV, teacher_BV, targets_B, torch.ones(tokens), None, None)
         for mine, plain in zip(
             compiled_stage()(block, spec), block_terms(block, spec), strict=True
         ):

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.ranks
 RANK = """
 import os, sys, time
 from pathlib import Path
-from kdflow_core.workers.local import emit, receive_request
-folder = Path(receive_request(sys.stdin).strip())
+from kdflow_core.workers.local import emit, receive_requests
+folder = Path(next(receive_requests(sys.stdin)).strip())
 rank = int(os.environ["KDFLOW_RANK"])
 (folder / f"pid-{rank}").write_text(str(os.getpid()))
 """

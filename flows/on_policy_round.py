@@ -1,0 +1,80 @@
+"""The looped subflow of an on-policy run: rollout -> score -> train."""
+
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+from prefect.logging import get_run_logger
+
+from tasks.on_policy import OnPolicyRun
+from tasks.results import artifact_key
+from tasks.round_tasks import run_round
+from tasks.rounds import RoundRecord
+from tasks.show import Answer, answers_of
+from tasks.stages import StageSpec
+
+SHOWN_ANSWERS = 3
+
+
+def train_on_policy(spec: StageSpec) -> None:
+    """All rounds and the trained student's artifact, unless that is there."""
+    run = OnPolicyRun(spec, get_run_logger())
+    if run.is_finished:
+        return
+    with run:
+        for line in run.memory_plan():
+            get_run_logger().info(line)
+        for number in range(1, run.config.rounds + 1):
+            on_policy_round(number=number, rounds=run.config.rounds, run=run)
+        run.export()
+
+
+@flow(name="on_policy_round", flow_run_name="round-{number}-of-{rounds}", validate_parameters=False)
+def on_policy_round(number: int, rounds: int, run: OnPolicyRun) -> dict[str, Any]:
+    """One round; its record, which also stands in the UI."""
+    record = run.record(run_round(run, number))
+    answers = answers_of(run.spec.run, number)[:SHOWN_ANSWERS]
+    create_markdown_artifact(
+        key=f"{artifact_key(run.spec.run.name)}-round",
+        markdown=round_markdown(record, answers),
+        description=f"Round {number} of {rounds}",
+    )
+    get_run_logger().info(round_line(record, rounds))
+    return record.model_dump(mode="json")
+
+
+def round_line(record: RoundRecord, rounds: int) -> str:
+    """A round for the log."""
+    parts = [f"round {record.number} of {rounds}", f"kd {record.kd:.4f}"]
+    if record.heldout is not None:
+        parts.append(f"held-out reverse KL {record.heldout['reverse_kl']:.4f}")
+    if record.reward_mean is not None:
+        parts.append(f"reward {record.reward_mean:.3f}")
+    parts.append(f"{record.answers} answers of {record.mean_length:.1f} tokens")
+    if record.log_prob_difference is not None:
+        parts.append(f"engine's log-probs differ by {record.log_prob_difference['mean']:.1e}")
+    times = ", ".join(f"{name} {value:.1f}" for name, value in record.seconds.items())
+    return " | ".join([*parts, f"seconds: {times}"])
+
+
+def round_markdown(record: RoundRecord, answers: list[Answer]) -> str:
+    """A round for the UI: figures, times and some answers."""
+    figures: dict[str, Any] = {
+        "answers": record.answers,
+        "tokens per answer": f"{record.mean_length:.1f} (longest {record.longest})",
+        "ended by": ", ".join(f"{k} {v}" for k, v in record.finish_reasons.items()),
+        "student's share of the prompts": f"{record.fraction:.0%}",
+        "weights of round": f"{record.version} (staleness {record.staleness})",
+        "divergence trained (nats/token)": f"{record.kd:.4f}",
+    }
+    if record.reward_mean is not None:
+        figures["mean reward"] = f"{record.reward_mean:.4f}"
+    for name, value in (record.heldout or {}).items():
+        figures[f"held-out {name.replace('_', ' ')}"] = f"{value:.4f}"
+    for name, value in (record.log_prob_difference or {}).items():
+        figures[f"log-prob difference to the engine, {name.replace('_', ' ')}"] = f"{value:.2e}"
+    for name, value in record.seconds.items():
+        figures[f"{name} (s)"] = f"{value:.2f}"
+    rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
+    shown = "\n\n".join(f"```\n{answer.prompt}{answer.answer}\n```" for answer in answers)
+    return f"| | |\n|---|---|\n{rows}\n\n{shown}\n"

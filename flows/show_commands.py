@@ -1,0 +1,43 @@
+"""The commands `kdflow show ...`."""
+
+from typing import Annotated
+
+import typer
+
+from configs.load import parse_overrides
+from tasks.results import check_run
+from tasks.show import answers_of
+
+app = typer.Typer(help="Look at what a run has made.", no_args_is_help=True)
+
+
+@app.callback()
+def show_options() -> None:
+    """Look at what a run has made."""
+
+
+@app.command()
+def rollouts(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="The run's dotted overrides.")
+    ] = None,
+    number: Annotated[int, typer.Option("--round", min=1, help="Which round.")] = 1,
+    limit: Annotated[int, typer.Option(min=1, help="How many answers to print.")] = 10,
+) -> None:
+    """Print what the student answered in a round: prompt, answer, and what is known of it."""
+    answers = answers_of(check_run(recipe, parse_overrides(overrides or [])), number)
+    for answer in answers[:limit]:
+        known = [
+            answer.source,
+            f"{answer.tokens} tokens",
+            f"ended by {answer.finish_reason}",
+            f"weights of round {answer.version}",
+            f"{answer.log_prob:.3f} nats/token",
+        ]
+        if answer.reward is not None:
+            known.append(f"reward {answer.reward:g}")
+        if answer.label is not None:
+            known.append(f"label {answer.label!r}")
+        typer.echo(f"--- {', '.join(known)}\n{answer.prompt}{answer.answer}")
+    typer.echo(f"--- {min(limit, len(answers))} of {len(answers)} answers of round {number}")

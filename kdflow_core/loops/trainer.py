@@ -1,0 +1,141 @@
+"""The one training loop: steps over examples, with checkpoints and metrics."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from configs.schema.run import StudentConfig
+from kdflow_core.contracts import Examples, HiddenStateSource, MetricsSink, Reporter
+from kdflow_core.student.checkpoint import load_newest, save_checkpoint
+from kdflow_core.student.module import DistillationModule
+from kdflow_core.student.optim import build_optimizer
+from kdflow_core.student.plan import StepBatches, learning_rate
+from kdflow_core.student.step import StepMetrics, training_step
+
+
+class Trainer:
+    """A student in training, `step` of its `num_steps` optimizer steps done.
+
+    It begins at the newest of its `checkpoints`.
+    """
+
+    def __init__(
+        self,
+        *,
+        module: DistillationModule,
+        num_steps: int,
+        seed: int,
+        config: StudentConfig,
+        checkpoints: Path,
+        reporter: Reporter,
+        device: torch.device,
+    ) -> None:
+        self.module = module
+        self.optimizer = build_optimizer(
+            module, lr=config.lr, weight_decay=config.weight_decay, betas=config.adam_betas
+        )
+        self.step = load_newest(checkpoints, module, self.optimizer)
+        self._num_steps = num_steps
+        self._seed = seed
+        self._config = config
+        self._checkpoints = checkpoints
+        self._reporter = reporter
+        self._device = device
+        reporter.message(
+            f"training from step {self.step} of {num_steps}"
+            + (" (resumed from a checkpoint)" if self.step else "")
+        )
+
+    def run(
+        self,
+        stop: int,
+        *,
+        batches_of: Callable[[int], StepBatches],
+        examples: Examples,
+        states: Sequence[HiddenStateSource],
+        metrics: MetricsSink,
+        first: int = 0,
+        labels: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Train until `stop` steps are done, and save at every `checkpoint_every`-th; the caller
+        saves at the end.
+
+        What `batches_of` and the `states` are asked for is counted from step `first` on. `labels`
+        stand in the record of every step.
+        """
+        self.module.train()
+        while self.step < stop:
+            self._step(
+                batches_of(self.step - first),
+                self.step - first,
+                examples,
+                states,
+                metrics,
+                labels or {},
+            )
+            if self.step % self._config.checkpoint_every == 0 and self.step < stop:
+                self.save()
+
+    def save(self) -> None:
+        """A checkpoint of what is done."""
+        keep = self._config.keep_checkpoints
+        save_checkpoint(self._checkpoints, self.step, self.module, self.optimizer, keep=keep)
+
+    def _step(
+        self,
+        batches: StepBatches,
+        number: int,
+        examples: Examples,
+        states: Sequence[HiddenStateSource],
+        metrics: MetricsSink,
+        labels: Mapping[str, Any],
+    ) -> None:
+        started, rank = time.perf_counter(), dist.get_rank()
+        lr = self._set_learning_rate()
+        # Dropout, where a model has it, depends on step and rank alone: a resumed run repeats it.
+        torch.manual_seed((self._seed << 40) + (self.step << 16) + rank)
+        for source in states:
+            source.begin_step(number)
+        result = training_step(
+            module=self.module,
+            optimizer=self.optimizer,
+            batches=batches,
+            examples=examples,
+            states=states,
+            rank=rank,
+            max_grad_norm=self._config.max_grad_norm,
+            device=self._device,
+        )
+        self.step += 1
+        seconds = time.perf_counter() - started
+        rate = batches.num_input_tokens / seconds
+        record = {"step": self.step, **labels, "epoch": batches.epoch, "lr": lr}
+        metrics.write(record | {**asdict(result), "seconds": seconds, "tokens_per_s": rate})
+        if rank == 0:  # a step is one for all ranks
+            self._tell(result, rate)
+
+    def _tell(self, result: StepMetrics, rate: float) -> None:
+        self._reporter.progress(
+            done=self.step,
+            total=self._num_steps,
+            unit="steps",
+            detail=f"loss {result.loss:.4f}, kd {result.kd:.4f}, {rate:,.0f} tokens/s",
+        )
+
+    def _set_learning_rate(self) -> float:
+        config = self._config
+        lr = learning_rate(
+            step=self.step,
+            num_steps=self._num_steps,
+            peak=config.lr,
+            warmup_fraction=config.warmup_fraction,
+            min_ratio=config.min_lr_ratio,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr

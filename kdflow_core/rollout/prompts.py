@@ -1,0 +1,39 @@
+"""Which prompts a round has: a pure function of seed and round."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+
+def round_prompts(
+    *,
+    source: np.ndarray,
+    names: Sequence[str],
+    weights: Mapping[str, float] | None,
+    count: int,
+    number: int,
+    seed: int,
+) -> list[int]:
+    """The training examples whose prompts round `number` (from 1 on) takes.
+
+    `source` is the number of each example's data source, in `names`. With `weights`, every prompt's
+    source is drawn by them; each source's examples come in random order, all of them before any
+    comes again. A source without a weight has none.
+    """
+    if weights is None:
+        queues = [_endless(np.arange(len(source)), [seed, 0])]
+        shares = np.ones(1)
+    else:
+        queues = [_endless(np.flatnonzero(source == k), [seed, 1 + k]) for k in range(len(names))]
+        given = np.array([weights.get(name, 0.0) for name in names])
+        shares = given / given.sum()
+    chosen: list[int] = []
+    for round_number in range(1, number + 1):  # the queues have moved on with every round before
+        drawn = np.random.default_rng([seed, round_number]).choice(len(queues), count, p=shares)
+        chosen = [next(queues[k]) for k in drawn]
+    return chosen
+
+
+def _endless(members: np.ndarray, seed: list[int]) -> Iterator[int]:
+    for epoch in range(2**31):
+        yield from (int(i) for i in np.random.default_rng([*seed, epoch]).permutation(members))

@@ -1,0 +1,38 @@
+"""The student's weights and optimizer states in host memory while others use the device."""
+
+import torch
+
+
+class StudentOffload:
+    """Moves a sharded module and its optimizer to host memory and back to the device."""
+
+    def __init__(
+        self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+    ) -> None:
+        self._module = module
+        self._optimizer = optimizer
+        self._device = device
+        self._asleep = False
+
+    def sleep(self) -> None:
+        """Leave the device. Nothing to do when asleep."""
+        if not self._asleep:
+            self._move(torch.device("cpu"))
+            self._asleep = True
+
+    def wake(self) -> None:
+        """Come back. Nothing to do when awake."""
+        if self._asleep:
+            self._move(self._device)
+            self._asleep = False
+
+    def _move(self, device: torch.device) -> None:
+        self._module.to(device)
+        for state in self._optimizer.state.values():
+            for name, value in state.items():
+                # AdamW keeps its step count on the CPU.
+                if isinstance(value, torch.Tensor) and value.ndim:
+                    state[name] = value.to(device)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()

@@ -1,0 +1,70 @@
+"""The Prefect tasks of an on-policy round: thin, like those of the stages."""
+
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from storage.artifact import ArtifactRef
+from tasks.caching import StageCachePolicy, run_cached
+from tasks.on_policy import OnPolicyRun
+from tasks.stage_tasks import died_unexpectedly
+from tasks.stages import StageSpec
+
+# A process of the run may die more than once in many rounds.
+RETRIES = 2
+
+
+@task(
+    name="rollout",
+    description="The student's answers to a round's prompts",
+    cache_policy=StageCachePolicy(),
+    persist_result=True,
+    result_serializer="json",
+    retries=RETRIES,
+    retry_condition_fn=died_unexpectedly,
+    tags=["kdflow"],
+)
+def rollout(spec: StageSpec, run: OnPolicyRun, number: int) -> ArtifactRef:
+    """Roll out, or find what has been."""
+    del spec  # what the cache goes by
+    return run.roll_out(number)
+
+
+@task(
+    name="score",
+    description="The teacher's hidden states of a round, which stay in the ranks",
+    cache_policy=NO_CACHE,
+    retries=RETRIES,
+    retry_condition_fn=died_unexpectedly,
+    tags=["kdflow"],
+)
+def score(run: OnPolicyRun, number: int) -> dict[str, Any]:
+    """Score; the number of examples and rows."""
+    return run.score(number)
+
+
+@task(
+    name="train",
+    description="A round's optimizer steps",
+    cache_policy=StageCachePolicy(),
+    persist_result=True,
+    result_serializer="json",
+    retries=RETRIES,
+    retry_condition_fn=died_unexpectedly,
+    tags=["kdflow"],
+)
+def train(spec: StageSpec, run: OnPolicyRun, number: int) -> ArtifactRef:
+    """Train; the reference of the round's record."""
+    del spec
+    return run.train(number)
+
+
+def run_round(run: OnPolicyRun, number: int) -> ArtifactRef:
+    """The three tasks of a round; the reference of its record."""
+    run_cached(rollout, run.spec_of("rollout", "rollouts", number), run, number)
+    trained = run.is_trained(number)
+    if not trained:
+        score(run, number)
+    spec = run.spec_of("round", "round", number)
+    return run_cached(train, spec, run, number, valid=trained)

@@ -1,0 +1,173 @@
+"""The process that holds the rollout engine of an on-policy run."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from configs.schema.on_policy import OnPolicyConfig
+from kdflow_core.contracts import Example
+from kdflow_core.data.rendering import end_of_turn_ids
+from kdflow_core.models.folders import context_length
+from kdflow_core.models.loading import load_tokenizer, true_vocabulary_size
+from kdflow_core.rollout import build_rollout_engine
+from kdflow_core.rollout.base import Completion, Prompt, RolloutEngine, Sampling
+from kdflow_core.rollout.rewards import RewardFunction, load_reward, reward_of
+from kdflow_core.rollout.sglang import SglangRolloutEngine
+from kdflow_core.weight_buckets import Bucket
+from storage.rollouts import write_rollouts
+from tasks.adapters import TokenExamples
+from tasks.stages import round_identity
+from tasks.wiring.rounds import prompts_of_round
+from tasks.wiring.stage_run import StageRun, default_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """One answer that is wanted: of the training example `index`."""
+
+    index: int
+    example: Example
+    prompt: Prompt
+
+
+class RolloutHost:
+    """Answers a round's prompts and takes new weights, as the methods are called."""
+
+    def __init__(self, stage: StageRun) -> None:
+        assert stage.run.on_policy is not None
+        self._stage = stage
+        self._config: OnPolicyConfig = stage.run.on_policy
+        self._table = stage.tables()["train"]
+        folders = {side: stage.model_folder(side) for side in ("student", "teacher")}
+        self._limit = min(stage.run.data.max_length, *map(context_length, folders.values()))
+        self._tokenizer = load_tokenizer(folders["student"])
+        reward = self._config.reward
+        self._reward: RewardFunction | None = None
+        if reward is not None:
+            self._reward = load_reward(Path(reward.path), reward.name)
+        self._engine: RolloutEngine = build_rollout_engine(
+            self._config.rollout,
+            folder=folders["student"],
+            vocabulary_size=true_vocabulary_size(self._tokenizer),
+            max_length=self._limit,
+            seed=stage.run.seed,
+            device=default_device(),
+        )
+
+    def begin_weights(self) -> None:
+        """New weights will come."""
+        self._engine.wake()
+        self._engine.begin_weights()
+
+    def load_bucket(self, bucket: dict[str, Any]) -> None:
+        """Take a bucket of them."""
+        self._engine.load_weights(Bucket.from_plain(bucket).open())
+
+    def join_broadcast(self, address: str, port: int) -> None:
+        """Meet the trainer's rank 0, which sends."""
+        assert isinstance(self._engine, SglangRolloutEngine)
+        self._engine.join_broadcast(address, port)
+
+    def receive_bucket(self, tensors: list[dict[str, Any]]) -> None:
+        """Take a bucket that the trainer's rank 0 sends."""
+        assert isinstance(self._engine, SglangRolloutEngine)
+        self._engine.receive_weights(
+            [t["name"] for t in tensors],
+            [t["dtype"] for t in tensors],
+            [t["shape"] for t in tensors],
+        )
+
+    def end_weights(self, version: int) -> int:
+        """Serve them; the version that the engine reports."""
+        self._engine.end_weights(version)
+        return self._engine.version
+
+    def roll_out(self, number: int, fraction: float) -> dict[str, Any]:
+        """Answer the prompts of a round; the reference of the artifact."""
+        started = time.perf_counter()
+        identity = round_identity(self._stage.spec.identity, "rollout", "rollouts", number)
+        spec = self._stage.spec.model_copy(update={"identity": identity})
+        stage = StageRun(spec, self._stage.reporter)
+        torch.manual_seed((stage.run.seed << 32) + number)
+        self._engine.wake()
+        rows = self._rows(number, self._asked(number, fraction))
+        self._engine.sleep()
+        write_rollouts(stage.workdir, rows)
+        counts = {"answers": len(rows), "tokens": sum(len(row["answer_ids"]) for row in rows)}
+        info = self._info(rows) | {"seconds": time.perf_counter() - started, "fraction": fraction}
+        return stage.publish(counts=counts, info=info).model_dump(mode="json")
+
+    def _asked(self, number: int, fraction: float) -> list[_Asked]:
+        config, data = self._config, TokenExamples(self._table)
+        chosen, _ = prompts_of_round(config, self._table, self._stage.run.seed, number, fraction)
+        asked = []
+        for index in chosen:
+            example = data[index]
+            longest = max(len(s.context_ids_T) for s in (example.student, example.teacher))
+            prompt = Prompt(
+                ids_T=example.student.context_ids_T,
+                # The data's own answer fits, so there is room for a token at least.
+                max_new_tokens=min(config.max_new_tokens, self._limit - longest),
+            )
+            asked += [_Asked(index=index, example=example, prompt=prompt)]
+        return [one for one in asked for _ in range(config.samples_per_prompt)]
+
+    def _rows(self, number: int, asked: list[_Asked]) -> list[dict[str, Any]]:
+        """The rows of a round, in the order of its prompts."""
+        rows: list[dict[str, Any] | None] = [None] * len(asked)
+        done, tokens = 0, 0
+        for place, completion in self._completions(asked):
+            rows[place] = self._row(number, asked[place], completion)
+            done, tokens = done + 1, tokens + len(completion.ids_N)
+            self._stage.reporter.progress(
+                done=done, total=len(asked), unit="answers", detail=f"{tokens:,} tokens"
+            )
+        return [row for row in rows if row is not None]
+
+    def _completions(self, asked: list[_Asked]) -> Iterator[tuple[int, Completion]]:
+        config = self._config
+        sampling = Sampling(
+            stop_ids=tuple(sorted(end_of_turn_ids(self._tokenizer))),
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+        )
+        prompts = [one.prompt for one in asked]
+        return self._engine.generate(prompts, sampling, enough=config.collect_fraction)
+
+    def _row(self, number: int, asked: _Asked, completion: Completion) -> dict[str, Any]:
+        prompt = str(self._tokenizer.decode(asked.prompt.ids_T))
+        answer = str(self._tokenizer.decode(completion.ids_N, skip_special_tokens=True))
+        label = asked.example.answer
+        reward = None if self._reward is None else reward_of(self._reward, prompt, answer, label)
+        return {
+            "round": number,
+            "prompt": asked.index,
+            "source": asked.example.source,
+            "prompt_ids": asked.prompt.ids_T,
+            "answer_ids": completion.ids_N,
+            "log_probs": completion.log_prob_N,
+            "finish_reason": completion.finish_reason,
+            "version": completion.version,
+            "reward": reward,
+            "prompt_text": prompt,
+            "answer_text": answer,
+            "label": label,
+        }
+
+    def _info(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        lengths = [len(row["answer_ids"]) for row in rows]
+        rewards = [row["reward"] for row in rows if row["reward"] is not None]
+        return {
+            "version": self._engine.version,
+            "finish_reasons": dict(Counter(row["finish_reason"] for row in rows)),
+            "mean_length": float(np.mean(lengths)) if lengths else 0.0,
+            "longest": max(lengths, default=0),
+            "reward_mean": float(np.mean(rewards)) if rewards else None,
+        }
