@@ -1,16 +1,13 @@
-"""Weights on their way from one process to another of this machine: files in shared memory."""
+"""Weights on their way from one process to another of this machine, in shared memory."""
 
-import shutil
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-SHARED_MEMORY = Path("/dev/shm")
 ALIGNMENT = 64
 
 
@@ -50,39 +47,42 @@ class Bucket:
         return cls(path=plain["path"], num_bytes=plain["num_bytes"], tensors=tensors)
 
     def open(self) -> list[tuple[str, torch.Tensor]]:
-        """The tensors by name: views of the file, valid until the next bucket is written to it."""
-        return [(place.name, view) for place, view in self._views()]
+        """The tensors by name: views of the file, valid until it is written to again."""
+        return [(place.name, view) for place, view in self.views()]
 
-    def _views(self) -> Iterator[tuple[TensorPlace, torch.Tensor]]:
+    def views(self) -> Iterator[tuple[TensorPlace, torch.Tensor]]:
+        """Each tensor's place, and the tensor."""
         whole = torch.from_file(self.path, shared=True, size=self.num_bytes, dtype=torch.uint8)
         for place in self.tensors:
             part = whole[place.offset : place.offset + place.num_bytes]
             yield place, part.view(place.torch_dtype).view(place.shape)
 
 
-def write_bucket(path: Path, named: Sequence[tuple[str, torch.Tensor]]) -> Bucket:
-    """Copy tensors, of whatever device, into a file."""
-    places, end = [], 0
-    for name, tensor in named:
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        place = TensorPlace(name=name, dtype=dtype, shape=tuple(tensor.shape), offset=end)
-        places.append(place)
-        end += -(-place.num_bytes // ALIGNMENT) * ALIGNMENT
-    bucket = Bucket(path=str(path), num_bytes=max(end, 1), tensors=tuple(places))
-    with path.open("ab") as file:
-        if file.tell() < bucket.num_bytes:  # it only grows: the pages of the last bucket serve on
-            file.truncate(bucket.num_bytes)
-    for (_, view), (_, tensor) in zip(bucket._views(), named, strict=True):
-        view.copy_(tensor)
-    return bucket
-
-
-@contextmanager
-def bucket_folder(num_bytes: int) -> Iterator[Path]:
-    """A folder for buckets of `num_bytes` in all, gone afterwards: in shared memory where that has
-    room (a container's often has 64 MB), else among temporary files, which the page cache holds.
+class BucketFile:
+    """A file for one bucket after another, of memory that is free again when this process ends,
+    however it does. Another process of the user opens it by its `path`.
     """
-    roomy = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > num_bytes
-    place = SHARED_MEMORY if roomy else None
-    with tempfile.TemporaryDirectory(prefix="kdflow-weights-", dir=place) as folder:
-        yield Path(folder)
+
+    def __init__(self) -> None:
+        if hasattr(os, "memfd_create"):
+            self._fd = os.memfd_create("kdflow-weights")
+            self._path = f"/proc/{os.getpid()}/fd/{self._fd}"
+        else:  # not on Linux
+            self._fd, self._path = tempfile.mkstemp(prefix="kdflow-weights-")
+        self._size = 0
+
+    def write(self, named: Sequence[tuple[str, torch.Tensor]]) -> Bucket:
+        """Copy tensors, of whatever device, into it."""
+        places, end = [], 0
+        for name, tensor in named:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            place = TensorPlace(name=name, dtype=dtype, shape=tuple(tensor.shape), offset=end)
+            places.append(place)
+            end += -(-place.num_bytes // ALIGNMENT) * ALIGNMENT
+        if end > self._size:  # it only grows: the pages of the last bucket serve on
+            os.truncate(self._fd, end)
+            self._size = end
+        bucket = Bucket(path=self._path, num_bytes=end, tensors=tuple(places))
+        for (_, view), (_, tensor) in zip(bucket.views(), named, strict=True):
+            view.copy_(tensor)
+        return bucket

@@ -5,7 +5,8 @@ No Prefect here, and no tensors: those stay in the processes that are called.
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -95,21 +96,19 @@ class OnPolicyRun:
 
     def roll_out(self, number: int) -> ArtifactRef:
         """The student's answers to a round's prompts."""
-        self._timing, started = {}, time.perf_counter()
-        self._round_started = started
-        ref = None if number in self._begun else self.find("rollout", "rollouts", number)
-        if ref is None:
-            if number not in self._begun:
-                self._begin_rollout(number)
-            ref = self._finish_rollouts(number)
-        self._timing["rollout"] = time.perf_counter() - started - self._timing.get("swap", 0.0)
+        self._timing, self._round_started = {}, time.perf_counter()
+        with self._timed("rollout"):
+            ref = None if number in self._begun else self.find("rollout", "rollouts", number)
+            if ref is None:
+                if number not in self._begun:
+                    self._begin_rollout(number)
+                ref = self._finish_rollouts(number)
         return ref
 
     def score(self, number: int) -> dict[str, Any]:
         """The teacher's states of a round; they stay in the ranks."""
-        started = time.perf_counter()
-        counts: dict[str, Any] = self._train("score", request=self._request(number))[0]
-        self._timing["score"] = time.perf_counter() - started
+        with self._timed("score"):
+            counts: dict[str, Any] = self._train("score", request=self._request(number))[0]
         return counts
 
     def train(self, number: int) -> ArtifactRef:
@@ -161,9 +160,8 @@ class OnPolicyRun:
         trained = self._trained_rounds()
         if self._served == trained:
             return
-        started = time.perf_counter()
-        self._swap(trained)
-        self._timing["swap"] = time.perf_counter() - started
+        with self._timed("swap"):
+            self._swap(trained)
         if trained < number - 1 - self.config.max_staleness:
             raise WorkerError(f"round {number} would be rolled out by the weights of {trained}")
 
@@ -288,6 +286,15 @@ class OnPolicyRun:
         """The rounds that the trainer's weights have been through: their version."""
         return int(self._train("progress")[0]["step"]) // self._steps
 
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        """Count the time within to a part of the round, but for what other parts take of it."""
+        others, started = sum(self._timing.values()), time.perf_counter()
+        yield
+        others = sum(self._timing.values()) - others
+        spent = time.perf_counter() - started - others
+        self._timing[part] = self._timing.get(part, 0.0) + spent
+
     # The processes.
 
     def _trainer_group(self) -> RankGroup:
@@ -298,7 +305,7 @@ class OnPolicyRun:
     def _rollout_group(self) -> RankGroup:
         if self._rollout is None:
             self._served, self._begun, self._joined = 0, [], False
-            self._rollout = self._start("rollout", 1, {})
+            self._rollout = self._start("rollout", 1, {"PYTHONWARNINGS": "ignore"})
         return self._rollout
 
     def _start(self, role: str, num_ranks: int, env: dict[str, str]) -> RankGroup:
@@ -311,7 +318,8 @@ class OnPolicyRun:
         )
         group.send(json.dumps({"role": role, "spec": self.spec.model_dump(mode="json")}))
         try:
-            self._answers(group)
+            with self._timed("start"):
+                self._answers(group)
         except WorkerError:
             group.close()
             raise
@@ -351,5 +359,7 @@ class OnPolicyRun:
     def __enter__(self) -> "OnPolicyRun":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._rollout is not None and not self._begun:
+            self._call(self._rollout, "close")
         self.close()

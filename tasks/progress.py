@@ -14,6 +14,7 @@ class ProgressLog:
         self._logger = logger
         self._series: tuple[str, int] | None = None
         self._first = (0.0, 0)
+        self._done = 0
         self._last_line = 0.0
         self._shares: dict[int, tuple[int, int]] = {}
 
@@ -30,9 +31,10 @@ class ProgressLog:
         self._shares[event["rank"]] = (event["done"], event["total"])
         done, total = (sum(part) for part in zip(*self._shares.values(), strict=True))
         now, series = time.monotonic(), (event["unit"], total)
-        if series != self._series or done < self._first[1]:
+        if series != self._series or done < self._done:
             self._series, self._first = series, (now, done)
             self._last_line = 0.0
+        self._done = done
         if done != total and now - self._last_line < LINE_INTERVAL_S:
             return
         self._last_line = now

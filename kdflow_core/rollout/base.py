@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
-import torch
 
 from kdflow_core.errors import ModelError
+from kdflow_core.weight_buckets import Bucket
 
 FinishReason = Literal["stop", "length", "cut"]
 NAMED = 3  # parameters that an error names
@@ -76,7 +76,7 @@ class RolloutEngine(Protocol):
         """New weights will come; until `end_weights` there are no answers."""
         ...
 
-    def load_weights(self, named: Sequence[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(self, bucket: Bucket) -> None:
         """Some of the new weights; whole tensors, which are copied. Raises ModelError."""
         ...
 

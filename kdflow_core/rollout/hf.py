@@ -16,6 +16,7 @@ from kdflow_core.models.loading import DTYPES, load_causal_lm
 from kdflow_core.models.offload import OffloadedModule
 from kdflow_core.rollout.base import Completion, Prompt, Sampling, refuse_missing
 from kdflow_core.rollout.generation import generate_ids, log_probabilities
+from kdflow_core.weight_buckets import Bucket
 
 
 class TransformersRolloutEngine:
@@ -83,10 +84,10 @@ class TransformersRolloutEngine:
         self._missing = set(dict(self._running().named_parameters()))
 
     @torch.no_grad()
-    def load_weights(self, named: Sequence[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(self, bucket: Bucket) -> None:
         """See `RolloutEngine`."""
         parameters = dict(self._running().named_parameters())
-        for name, tensor in named:
+        for name, tensor in bucket.open():
             if name not in parameters:
                 raise ModelError(f"the rollout engine's model has no parameter '{name}'")
             parameters[name].copy_(tensor)

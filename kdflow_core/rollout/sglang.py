@@ -5,6 +5,7 @@ Dimensions: N tokens of an answer.
 
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from kdflow_core.errors import ModelError
 from kdflow_core.models.folders import context_length
 from kdflow_core.rollout.base import Completion, FinishReason, Prompt, Sampling
 from kdflow_core.sglang_runtime.versions import require_sglang
+from kdflow_core.weight_buckets import Bucket
 
 if TYPE_CHECKING:
     from kdflow_core.sglang_runtime.engine import GenerationEngine
@@ -102,9 +104,9 @@ class SglangRolloutEngine:
         """See `RolloutEngine`."""
         self._running().begin_weights()
 
-    def load_weights(self, named: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """See `RolloutEngine`."""
-        self._running().load_weights(named)
+    def load_weights(self, bucket: Bucket) -> None:
+        """See `RolloutEngine`. The engine's own processes open the bucket."""
+        self._running().load_weights(asdict(bucket))
 
     def join_broadcast(self, address: str, port: int) -> None:
         """Meet the sender of `receive_weights`."""

@@ -23,7 +23,7 @@ from kdflow_core.errors import ModelError
 from kdflow_core.sglang_runtime.scheduler import scheduler_for
 
 UPDATE_GROUP = "kdflow-weights"
-DRAW_SLACK = 4096  # cache tokens beyond those that running answers may take
+CACHE_SLACK = 4096  # cache tokens beyond those that running answers may take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +107,9 @@ class GenerationEngine:
         _require(self._engine.begin_weight_update())
         self._remote("kdflow_expect_weights")
 
-    def load_weights(self, named: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Copy tensors into the model; they pass through shared memory."""
-        _require(self._engine.update_weights_from_tensor(list(named), flush_cache=False))
+    def load_weights(self, bucket: dict[str, Any]) -> None:
+        """Have every scheduler process open a bucket and copy its tensors into the model."""
+        self._remote("kdflow_load_bucket", bucket=bucket)
 
     def join_broadcast(self, address: str, port: int) -> None:
         """Meet rank 0 of a group, in which the engine's ranks are those from 1 on."""
@@ -151,9 +151,9 @@ class GenerationEngine:
         """End the engine's processes."""
         self._engine.shutdown()
 
-    def _remote(self, method: str) -> None:
+    def _remote(self, method: str, **parameters: Any) -> None:
         try:
-            self._engine.collective_rpc(method)
+            self._engine.collective_rpc(method, **parameters)
         except AssertionError as error:  # this is how the engine hands on a scheduler's error
             raise ModelError(str(error)) from error
 
@@ -188,7 +188,7 @@ def _server_args(options: EngineOptions, device: torch.device) -> dict[str, Any]
     running = options.max_running or (32 if cpu else None)
     cache = options.cache_tokens
     if cache is None and cpu and running is not None:
-        cache = running * options.max_length + DRAW_SLACK
+        cache = running * options.max_length + CACHE_SLACK
     chosen = {
         "max_running_requests": running,
         "max_total_tokens": cache,

@@ -3,10 +3,15 @@
 from functools import partial
 from typing import Any
 
+import msgspec
 import torch
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.sampler import Sampler
 from sglang.srt.managers.scheduler import Scheduler, run_scheduler_process
+from sglang.srt.model_loader import weight_utils
+from tqdm import tqdm
+
+from kdflow_core.weight_buckets import Bucket
 
 NAMED = 3  # missing parameters that an error names
 
@@ -21,8 +26,17 @@ def _run(vocabulary_size: int, *args: Any, **kwargs: Any) -> None:
     # Only the ids that a request names end its answer, not those of the model's own files too.
     ModelConfig._get_hf_eos_token_id = lambda _self: set()
     Scheduler.kdflow_expect_weights = _expect_weights
+    Scheduler.kdflow_load_bucket = _load_bucket
     Scheduler.kdflow_check_weights = _check_weights
+    weight_utils.tqdm = _Silent
     run_scheduler_process(*args, **kwargs)
+
+
+class _Silent(tqdm):
+    """A progress bar that nobody sees: the lines of this process are logged."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "disable": True})
 
 
 def _mask_padding(vocabulary_size: int) -> None:
@@ -47,6 +61,17 @@ def _expect_weights(scheduler: Scheduler) -> None:
     """Make every parameter not-a-number: what does not arrive stays so."""
     for parameter in _parameters(scheduler).values():
         parameter.fill_(float("nan"))
+
+
+def _load_bucket(scheduler: Scheduler, bucket: dict[str, Any]) -> None:
+    """Copy a bucket's tensors into the model. Raises RuntimeError."""
+    updater = scheduler.weight_updater
+    named = Bucket.from_plain(bucket).open()
+    for _, runner in updater._select_runners():
+        success, message = runner.weight_updater.load_weights_from_distributed(named)
+        if not success:
+            raise RuntimeError(message)
+    updater._session = msgspec.structs.replace(updater._session, loaded_weights=True)
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ holds more than one bucket of whole ones.
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from kdflow_core.weight_buckets import Bucket, write_bucket
+from kdflow_core.weight_buckets import Bucket, BucketFile
 
 FILES = 2  # one is written while the other is read
 
@@ -40,6 +39,7 @@ class WeightPublisher:
         # A tied parameter comes once, under its first name.
         sizes = {n: p.numel() * dtype.itemsize for n, p in model.named_parameters()}
         self._buckets = _packed(sizes, bucket_bytes)
+        self._files = [BucketFile() for _ in range(FILES)]
 
     @property
     def num_buckets(self) -> int:
@@ -51,13 +51,6 @@ class WeightPublisher:
         """What all weights take."""
         return sum(p.numel() for p in self._model.parameters()) * self._dtype.itemsize
 
-    @property
-    def largest(self) -> int:
-        """What the largest bucket takes, in bytes."""
-        parameters = dict(self._model.named_parameters())
-        counts = (sum(parameters[n].numel() for n in names) for names in self._buckets)
-        return max(counts) * self._dtype.itemsize
-
     @torch.no_grad()
     def gather(self, number: int) -> list[tuple[str, torch.Tensor]]:
         """A bucket's whole tensors by name; rank 0 gets them, the other ranks only take part."""
@@ -67,12 +60,12 @@ class WeightPublisher:
             whole = revert_weight_conversion(self._model, whole)
         return list(whole.items())
 
-    def write(self, number: int, folder: Path) -> Bucket | None:
+    def write(self, number: int) -> Bucket | None:
         """A bucket in a file, on rank 0. The file is that of the bucket before the last one."""
         named = self.gather(number)
         if not _first_rank():
             return None
-        return write_bucket(folder / f"bucket-{number % FILES}", named)
+        return self._files[number % FILES].write(named)
 
     def broadcast(self, number: int, group: Any) -> None:
         """Send a bucket to the other ranks of `group`, which rank 0 has joined."""

@@ -67,7 +67,7 @@ class RolloutHost:
 
     def load_bucket(self, bucket: dict[str, Any]) -> None:
         """Take a bucket of them."""
-        self._engine.load_weights(Bucket.from_plain(bucket).open())
+        self._engine.load_weights(Bucket.from_plain(bucket))
 
     def join_broadcast(self, address: str, port: int) -> None:
         """Meet the trainer's rank 0, which sends."""
@@ -102,6 +102,10 @@ class RolloutHost:
         counts = {"answers": len(rows), "tokens": sum(len(row["answer_ids"]) for row in rows)}
         info = self._info(rows) | {"seconds": time.perf_counter() - started, "fraction": fraction}
         return stage.publish(counts=counts, info=info).model_dump(mode="json")
+
+    def close(self) -> None:
+        """End the engine."""
+        self._engine.close()
 
     def _asked(self, number: int, fraction: float) -> list[_Asked]:
         config, data = self._config, TokenExamples(self._table)

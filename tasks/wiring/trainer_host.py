@@ -3,7 +3,6 @@
 import json
 import shutil
 import time
-from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,9 @@ from kdflow_core.models.loading import DTYPES, load_tokenizer
 from kdflow_core.student.export import export_student
 from kdflow_core.student.offload import StudentOffload
 from kdflow_core.student.plan import TrainingPlan
-from kdflow_core.student.publish import FILES, WeightPublisher
+from kdflow_core.student.publish import WeightPublisher
 from kdflow_core.teacher import build_engine
 from kdflow_core.teacher.live import LiveStates
-from kdflow_core.weight_buckets import bucket_folder
 from tasks.adapters import TokenExamples
 from tasks.model_card import model_card
 from tasks.rounds import RoundRequest
@@ -79,8 +77,6 @@ class TrainerHost:
             bucket_bytes=self._config.rollout.bucket_mb * 10**6,
             checkpoint_names=self._config.rollout.type == "sglang",
         )
-        self._cleanup = ExitStack()
-        self._folder: Path | None = None
         self._group: Any = None
         self._round: tuple[RoundRequest, RoundExamples, TrainingPlan, LiveStates | None] | None
         self._round = None
@@ -249,17 +245,11 @@ class TrainerHost:
     def open_weights(self) -> None:
         """Get ready to hand them over."""
         self._offload.wake()
-        if dist.get_rank() == 0 and self._folder is None:
-            room = FILES * self._publisher.largest
-            self._folder = self._cleanup.enter_context(bucket_folder(room))
 
     def bucket(self, number: int) -> dict[str, Any] | None:
         """One bucket, in a file (rank 0's answer says which)."""
-        if dist.get_rank() == 0:
-            assert self._folder is not None
-            return asdict(self._publisher.write(number, self._folder))  # type: ignore[arg-type]
-        self._publisher.gather(number)
-        return None
+        bucket = self._publisher.write(number)
+        return None if bucket is None else asdict(bucket)
 
     def describe_bucket(self, number: int) -> list[dict[str, Any]]:
         """What `send_bucket` will send."""
@@ -274,10 +264,7 @@ class TrainerHost:
 
     def send_bucket(self, number: int) -> None:
         """Send one bucket to the engine's ranks."""
-        if dist.get_rank() == 0:
-            self._publisher.broadcast(number, self._group)
-        else:
-            self._publisher.gather(number)
+        self._publisher.broadcast(number, self._group)
 
     def close_weights(self) -> None:
         """They are handed over."""

@@ -15,6 +15,7 @@ from configs.schema.rollout import SglangRollout, TransformersRollout
 from kdflow_core.errors import ModelError
 from kdflow_core.rollout import build_rollout_engine
 from kdflow_core.rollout.base import Completion, Prompt, RolloutEngine, Sampling
+from kdflow_core.weight_buckets import BucketFile
 from tests.conftest import VOCABULARY, make_llama
 
 # SGLang's engine leaves sockets to the end of its process.
@@ -168,8 +169,9 @@ def test_new_weights(
     make_llama(tmp_path, hidden=32, layers=2, rows=ROWS, seed=20 + version)
     named = sorted(load_file(tmp_path / "model.safetensors").items())
     engine.begin_weights()
+    file = BucketFile()
     for begin in range(0, len(named), 4):
-        engine.load_weights(named[begin : begin + 4])
+        engine.load_weights(file.write(named[begin : begin + 4]))
     engine.end_weights(version)
     assert engine.version == version
     asked = prompts(6, seed=6)
@@ -188,11 +190,12 @@ def test_weights_that_did_not_arrive(engine: RolloutEngine, tmp_path: Path) -> N
     named = dict(load_file(tmp_path / "model.safetensors"))
     late = {name: named.pop(name) for name in ("model.norm.weight",)}
     engine.begin_weights()
-    engine.load_weights(list(named.items()))
+    file = BucketFile()
+    engine.load_weights(file.write(list(named.items())))
     with pytest.raises(ModelError, match=r"model\.norm\.weight did not arrive"):
         engine.end_weights(9)
     assert engine.version != 9
-    engine.load_weights(list(late.items()))
+    engine.load_weights(file.write(list(late.items())))
     engine.end_weights(9)
     asked = prompts(2, seed=7)
     found = answers(engine, asked, GREEDY, 4)
