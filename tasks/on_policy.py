@@ -315,6 +315,7 @@ class OnPolicyRun:
             on_event=ProgressLog(self._logger).event,
             on_line=partial(self._line, role),
             env=env,
+            arguments=[role],
         )
         group.send(json.dumps({"role": role, "spec": self.spec.model_dump(mode="json")}))
         try:

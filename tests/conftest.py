@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import socket
 from collections.abc import Callable, Collection
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -153,12 +152,6 @@ def make_recipe(
         return path
 
     return make
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class SilentReporter:

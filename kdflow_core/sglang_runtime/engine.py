@@ -210,6 +210,8 @@ def _server_args(options: EngineOptions, device: torch.device) -> dict[str, Any]
         "skip_tokenizer_init": True,
         "skip_server_warmup": True,
         "enable_memory_saver": options.sleep,
+        # Between rounds the scheduler would otherwise spin, on a core that training needs.
+        "sleep_on_idle": True,
         "log_level": "error",
         **{name: value for name, value in chosen.items() if value is not None},
         **({"chunked_prefill_size": -1} if cpu else {}),

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, Self
 
@@ -61,7 +61,8 @@ class RankGroup:
     """`python -m module` as `num_ranks` ranks, which take requests, each a line of standard input.
 
     `on_event` gets the events that ranks emit, `on_line` every other line that a rank prints; both
-    are called in the thread that waits. `env` adds to the environment what is not set there. Used
+    are called in the thread that waits. `env` adds to the environment what is not set there;
+    `arguments` stand on the command line, for people who look at their processes. Used
     as a context manager, or closed. What raises WorkerError has ended all ranks.
     """
 
@@ -73,6 +74,7 @@ class RankGroup:
         on_event: Callable[[dict[str, Any]], None],
         on_line: Callable[[int, str], None],
         env: Mapping[str, str] | None = None,
+        arguments: Sequence[str] = (),
     ) -> None:
         self._on_event = on_event
         self._on_line = on_line
@@ -81,7 +83,8 @@ class RankGroup:
         self._ranks: list[_Rank] = []
         try:
             for number in range(num_ranks):
-                rank = _start(module, number, num_ranks, f"{self._folder.name}/store", env or {})
+                command = [sys.executable, "-m", module, *arguments]
+                rank = _start(command, number, num_ranks, f"{self._folder.name}/store", env or {})
                 self._ranks.append(rank)
                 rank.reader = threading.Thread(
                     target=_read, args=(number, rank.process, self._lines), daemon=True
@@ -149,7 +152,7 @@ class RankGroup:
 
 
 def _start(
-    module: str, rank: int, num_ranks: int, rendezvous: str, defaults: Mapping[str, str]
+    command: list[str], rank: int, num_ranks: int, rendezvous: str, defaults: Mapping[str, str]
 ) -> _Rank:
     env = {**defaults, **os.environ} | {
         "KDFLOW_RANK": str(rank),
@@ -160,7 +163,7 @@ def _start(
         "TQDM_DISABLE": "1",  # progress is reported as events
     }
     process = subprocess.Popen(
-        [sys.executable, "-m", module],
+        command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

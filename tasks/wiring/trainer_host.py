@@ -134,10 +134,8 @@ class TrainerHost:
         )
         trained = time.perf_counter()
         heldout = self._measure_heldout()
-        seconds = {
-            "train": trained - measured,
-            "measure": time.perf_counter() - trained + measured - started,
-        }
+        measuring = time.perf_counter() - trained + measured - started
+        seconds = {"train": trained - measured, "measure": measuring}
         self._round = None  # with the states
         result = {
             "last_step": stop,
@@ -150,7 +148,9 @@ class TrainerHost:
         if dist.get_rank() == 0:
             done.parent.mkdir(exist_ok=True)
             done.write_text(json.dumps(result), encoding="utf-8")
+        saving = time.perf_counter()
         self._trainer.save()  # with this, the round counts as trained
+        seconds["save"] = time.perf_counter() - saving
         return result
 
     def _open_round(self, request: RoundRequest) -> None:

@@ -1,10 +1,7 @@
 """A real server and a real worker run the deployment, as the README says."""
 
-import os
+import json
 import re
-import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,93 +10,15 @@ import httpx
 import psutil
 import pytest
 
-from tests.conftest import free_port
+from tests.prefect_server import Server, start_server
 from tests.readme import commands
 
 pytestmark = [pytest.mark.prefect, pytest.mark.ranks]
 
-ROOT = Path(__file__).parents[2]
-PREFECT = str(Path(sys.executable).parent / "prefect")
-
-
-class Server:
-    """A Prefect server on loopback and the `prefect` command pointed at it."""
-
-    def __init__(self, folder: Path) -> None:
-        port = free_port()
-        self.api = f"http://127.0.0.1:{port}/api"
-        self.folder = folder
-        self.env = os.environ | {
-            "PREFECT_API_URL": self.api,
-            "PREFECT_HOME": str(folder / "home"),
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            "COLUMNS": "200",
-        }
-        self.processes = [self.start("server", "start", "--host", "127.0.0.1", "--port", str(port))]
-        deadline = time.monotonic() + 180
-        while not self.healthy():
-            assert self.processes[0].poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
-
-    def healthy(self) -> bool:
-        try:
-            return httpx.get(f"{self.api}/health").status_code == 200
-        except httpx.TransportError:
-            return False
-
-    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        log = (self.folder / f"{arguments[0]}.log").open("wb")
-        with log:
-            return subprocess.Popen(
-                [PREFECT, *arguments], env=self.env, cwd=self.folder, stdout=log, stderr=log
-            )
-
-    def command(self, *arguments: str, code: int = 0) -> str:
-        result = subprocess.run(
-            [PREFECT, *arguments],
-            env=self.env,
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=500,
-        )
-        logs = "".join(path.read_text() for path in self.folder.glob("worker.log"))
-        assert result.returncode == code, result.stdout + result.stderr + logs
-        return result.stdout
-
-    def runs(self, **where: object) -> list[dict[str, object]]:
-        return httpx.post(f"{self.api}/flow_runs/filter", json=where).json()
-
-    def all_task_states(self, flow_run_id: object) -> list[tuple[str, str]]:
-        """Stage and state of every task run, those of earlier attempts included."""
-        where = {"flow_runs": {"id": {"any_": [flow_run_id]}}}
-        found = httpx.post(f"{self.api}/task_runs/filter", json=where).json()
-        return [(run["name"].rsplit("-", 1)[0], run["state_name"]) for run in found]
-
-    def task_states(self, flow_run_id: object) -> dict[str, str]:
-        return dict(self.all_task_states(flow_run_id))
-
-    def stop(self) -> None:
-        for process in reversed(self.processes):
-            process.terminate()
-        for process in reversed(self.processes):
-            try:
-                process.wait(timeout=60)
-            except subprocess.TimeoutExpired:  # Prefect's worker does not always end when asked to
-                process.kill()
-                process.wait()
-
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("checkout")
-    for name in ("prefect.yaml", "prefect.toml"):
-        shutil.copy(ROOT / name, folder)
-    for name in ("flows", "tasks", "kdflow_core", "storage", "configs"):
-        (folder / name).symlink_to(ROOT / name)
-    running = Server(folder)
+    running = start_server(tmp_path_factory.mktemp("checkout"))
     yield running
     running.stop()
 
@@ -108,13 +27,14 @@ def test_the_deployment_runs_to_completion(
     server: Server, make_recipe: Callable[..., Path]
 ) -> None:
     # The README's commands, but for the port and the recipe.
-    _, pool, deploy, start_worker, run_it = (
+    _, pool, deploy, start_worker, run_it, _ = (
         w[1:] for w in commands("As a service") if w[0] == "prefect"
     )
     server.command(*pool)
     deployed = server.command(*deploy)
     assert "kd/offpolicy" in deployed
     assert "kd/nightly" in deployed
+    assert "kd/onpolicy" in deployed
     server.processes.append(server.start(*start_worker))
 
     # The cron schedule really creates runs.
@@ -148,6 +68,45 @@ def test_the_deployment_runs_to_completion(
     assert "Failed" in bad
     failed = server.runs(flow_runs={"state": {"type": {"any_": ["FAILED"]}}})
     assert re.search("did you mean 'quickstart'", str(failed[0]["state"]))
+
+
+def test_on_policy_rounds_are_subflows(server: Server, make_recipe: Callable[..., Path]) -> None:
+    """Each with its three tasks, and its figures and some answers as an artifact; a second run has
+    everything from cache. With the worker from above.
+    """
+    (run_it,) = (w[1:] for w in commands("As a service") if "kd/onpolicy" in w)
+    overrides = {
+        "mode": "onpolicy",
+        "on_policy": {
+            "rounds": 2,
+            "prompts_per_round": 8,
+            "max_new_tokens": 8,
+            "rollout": {"type": "transformers", "dtype": "float32"},
+        },
+    }
+    recipe = f"recipe={make_recipe(max_steps=None)}"
+    run_it = [w.replace("recipe=quickstart-onpolicy", recipe) for w in run_it]
+    server.command(*run_it, "--param", f"overrides={json.dumps(overrides)}")
+    (kd,) = server.runs(
+        flow_runs={
+            "state": {"type": {"any_": ["COMPLETED"]}},
+            "deployment_id": {"any_": [server.deployment("kd/onpolicy")]},
+        }
+    )
+    rounds = server.runs(flow_runs={"name": {"like_": "round-"}})
+    assert sorted(str(run["name"]) for run in rounds) == ["round-1-of-2", "round-2-of-2"]
+    for run in rounds:
+        assert server.task_states(run["id"]) == dict.fromkeys(
+            ("rollout", "score", "train"), "Completed"
+        )
+    artifacts = httpx.post(f"{server.api}/artifacts/filter", json={}).json()
+    shown = [a["data"] for a in artifacts if a["key"] == "tiny-round"]
+    assert len(shown) == 2
+    assert all("held-out reverse kl" in text and "plus" in text for text in shown)
+
+    server.command(*run_it, "--param", f"overrides={json.dumps(overrides)}")
+    assert len(server.runs(flow_runs={"name": {"like_": "round-"}})) == 2
+    del kd
 
 
 def test_a_failed_run_is_retried(server: Server, make_recipe: Callable[..., Path]) -> None:

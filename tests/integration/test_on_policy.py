@@ -1,0 +1,287 @@
+"""On-policy rounds with real engines and ranks, without Prefect: what is sampled is what is scored
+and trained, new weights are served, and what is done is not done again.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from configs.load import load_run
+from configs.schema.run import RunConfig
+from kdflow_core.data.rendering import end_of_turn_ids
+from storage.rollouts import read_rollouts
+from tasks.adapters import TokenExamples
+from tasks.on_policy import OnPolicyRun
+from tasks.rounds import RoundRecord, RoundRequest
+from tasks.stages import plan_stages, stage_spec
+from tasks.tracking import read_metrics
+from tasks.wiring.rounds import round_examples
+from tasks.wiring.stage_run import StageRun
+from tests.conftest import VOCABULARY, SilentReporter, run_inline
+
+pytestmark = pytest.mark.ranks
+LOG = logging.getLogger("test")
+NEW_TOKENS = 24
+SGLANG = {"type": "sglang", "dtype": "float32", "max_running": 16, "bucket_mb": 1}
+REVERSE_KL = {"loss.divergence": {"type": "reverse_kl"}, "loss.kd_ratio": 1.0}
+
+
+def load(make_recipe: Callable[..., Path], more: dict[str, Any], **on_policy: Any) -> RunConfig:
+    section = {
+        "rounds": 2,
+        "prompts_per_round": 16,
+        "max_new_tokens": NEW_TOKENS,
+        "heldout_sequences": 8,
+        "rollout": {"type": "transformers", "dtype": "float32"},
+    }
+    overrides = {"mode": "onpolicy", "on_policy": section | on_policy} | REVERSE_KL | more
+    return load_run(str(make_recipe(max_steps=None, num_ranks=2, lr=0.002)), overrides)
+
+
+@contextmanager
+def at_work(run: RunConfig) -> Iterator[OnPolicyRun]:
+    done = run_inline(run, until="extract")
+    with OnPolicyRun(stage_spec(plan_stages(run)["train"], run, done), LOG) as at_work:
+        yield at_work
+
+
+def train(work: OnPolicyRun, rounds: int) -> list[RoundRecord]:
+    records = []
+    for number in range(1, rounds + 1):
+        work.roll_out(number)
+        work.score(number)
+        records.append(work.record(work.train(number)))
+    return records
+
+
+def rows_of(work: OnPolicyRun, number: int) -> list[dict[str, Any]]:
+    ref = work.find("rollout", "rollouts", number)
+    assert ref is not None
+    return read_rollouts(Path(ref.uri))
+
+
+def is_greedy(model: PreTrainedModel, row: dict[str, Any]) -> bool:
+    ids = np.concatenate([row["prompt_ids"], row["answer_ids"]])
+    with torch.no_grad():
+        logits_TV = model(torch.from_numpy(ids).long()[None]).logits[0, :, :VOCABULARY]
+    rows = range(len(row["prompt_ids"]) - 1, len(ids) - 1)
+    return all(
+        logits_TV[i, token] > logits_TV[i].max() - 1e-3
+        for i, token in zip(rows, row["answer_ids"], strict=True)
+    )
+
+
+def test_five_rounds_with_sglang(make_recipe: Callable[..., Path]) -> None:
+    """The held-out reverse KL falls from round to round, and engine and trainer agree on the
+    log-probabilities of what was sampled.
+    """
+    run = load(make_recipe, {}, rounds=5, rollout=SGLANG, samples_per_prompt=2)
+    with at_work(run) as work:
+        records = train(work, 5)
+        steps = [r["step"] for r in read_metrics(metrics_of(work))]
+        student = work.export()
+    assert records[0].heldout_before is not None
+    falling = [records[0].heldout_before, *(r.heldout for r in records)]
+    losses = [scores["reverse_kl"] for scores in falling if scores is not None]
+    assert len(losses) == 6
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.95 * losses[0]
+    assert steps == list(range(1, 21))  # 4 steps of 8 answers a round
+    for number, record in enumerate(records, 1):
+        assert record.version == number - 1
+        assert record.staleness == 0
+        assert record.answers == 32
+        assert record.log_prob_difference is not None
+        assert record.log_prob_difference["largest"] < 1e-4
+        assert {row["version"] for row in rows_of(work, number)} == {number - 1}
+    assert student.counts == {"steps": 20, "rounds": 5}
+
+
+def metrics_of(work: OnPolicyRun) -> Path:
+    scratch = Path(work.spec.run.storage.scratch)
+    return scratch / "student" / work.spec.identity.digest / "artifact/metrics.jsonl"
+
+
+@pytest.mark.parametrize("weights", ["tensor", "broadcast"])
+def test_the_engine_serves_the_trained_weights(
+    make_recipe: Callable[..., Path], student_folder: Path, weights: str
+) -> None:
+    """After a swap, its greedy answers are transformers' with the weights that are exported."""
+    run = load(make_recipe, {}, rounds=1, top_k=1, rollout=SGLANG | {"weights": weights})
+    with at_work(run) as work:
+        train(work, 1)
+        work.roll_out(2)  # by the weights that the one round has trained
+        answers = rows_of(work, 2)
+        student = work.export()
+    assert {row["version"] for row in answers} == {1}
+    folder = Path(student.uri) / "model"
+    trained = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    before = AutoModelForCausalLM.from_pretrained(student_folder, dtype=torch.float32)
+    assert all(is_greedy(trained, row) for row in answers)
+    assert not all(is_greedy(before, row) for row in answers)
+    assert all(is_greedy(before, row) for row in rows_of(work, 1))
+
+
+def test_what_is_trained_is_what_was_sampled(
+    make_recipe: Callable[..., Path], teacher_folder: Path, student_folder: Path
+) -> None:
+    """One step over all answers of a round has the loss of these very ids, by a naive loop over
+    transformers; among them special tokens, broken characters and answers without an end.
+    """
+    run = load(
+        make_recipe,
+        {"student.global_batch_size": 128},
+        rounds=1,
+        samples_per_prompt=8,
+        temperature=3.0,
+        rollout=SGLANG,
+    )
+    with at_work(run) as work:
+        (record,) = train(work, 1)
+    rows = rows_of(work, 1)
+    tokenizer = AutoTokenizer.from_pretrained(student_folder)
+    ends = end_of_turn_ids(tokenizer)
+    ids = [row["answer_ids"].tolist() for row in rows]
+    assert any(set(answer) & {0, 1} for answer in ids)  # special tokens that end nothing
+    again = [tokenizer(tokenizer.decode(a), add_special_tokens=False)["input_ids"] for a in ids]
+    assert sum(one != other for one, other in zip(ids, again, strict=True)) > len(ids) / 2
+    reasons = {row["finish_reason"] for row in rows}
+    assert reasons == {"stop", "length"}
+    for row in rows:
+        assert not set(row["answer_ids"][:-1]) & ends
+        assert (row["answer_ids"][-1] in ends) == (row["finish_reason"] == "stop")
+        assert row["finish_reason"] == "stop" or len(row["answer_ids"]) == NEW_TOKENS
+    models = [
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for folder in (student_folder, teacher_folder)
+    ]
+    total, count = 0.0, 0
+    for row in rows:
+        whole = torch.from_numpy(np.concatenate([row["prompt_ids"], row["answer_ids"]])).long()
+        first = len(row["prompt_ids"]) - 1
+        with torch.no_grad():
+            log_q_NV, log_p_NV = (
+                torch.log_softmax(m(whole[None]).logits[0, first:-1, :VOCABULARY], -1)
+                for m in models
+            )
+        total += float((log_q_NV.exp() * (log_q_NV - log_p_NV)).sum())
+        count += len(log_q_NV)
+    # The teacher's states travel as bfloat16.
+    assert record.kd == pytest.approx(total / count, rel=2e-3)
+    assert record.answer_tokens == count
+
+
+def test_mixes(make_recipe: Callable[..., Path]) -> None:
+    """Half of the prompts keep the data's answers, and half as many answers are replayed; rewards
+    become advantages of the sampled answers alone.
+    """
+    path = make_recipe().parent / "reward.py"
+    path.write_text("def length(prompt, answer, label):\n    return len(answer)\n")
+    run = load(
+        make_recipe,
+        {"student.num_ranks": 1},
+        samples_per_prompt=4,
+        fraction={"type": "constant", "value": 0.5},
+        replay={"rounds": 1, "share": 0.5},
+        reward={"function": f"{path}:length"},
+    )
+    with at_work(run) as work:
+        records = train(work, 2)
+        requests = [RoundRequest.model_validate(work._request(number)) for number in (1, 2)]
+        stage = StageRun(work.spec, SilentReporter())
+        table = stage.tables()["train"]
+        first, second = (round_examples(stage, table, request) for request in requests)
+    assert [record.answers for record in records] == [32, 32]
+    assert (len(first), len(second)) == (32 + 8, 32 + 8 + 16)
+    data = {TokenExamples(table)[i].student.digest for i in range(len(table))}
+    assert all(e.student.digest in data and not e.advantage for e in second.all[32:40])
+    sampled = {e.student.digest for e in first.sampled}
+    assert {e.student.digest for e in second.all[40:]} <= sampled
+    rows = rows_of(work, 2)
+    assert records[1].reward_mean == pytest.approx(np.mean([len(r["answer_text"]) for r in rows]))
+    by_prompt: dict[int, list[float]] = {}
+    for row, example in zip(rows, second.sampled, strict=True):
+        by_prompt.setdefault(row["prompt"], []).append(example.advantage)
+    assert len(by_prompt) == 8
+    assert all(sum(worth) == pytest.approx(0, abs=1e-9) for worth in by_prompt.values())
+    assert any(any(worth) for worth in by_prompt.values())
+
+
+def test_rolling_out_ahead(make_recipe: Callable[..., Path]) -> None:
+    """With a staleness of 1, a round is rolled out while the one before it trains, by weights that
+    are one round old.
+    """
+    run = load(make_recipe, {}, rounds=4, max_staleness=1)
+    with at_work(run) as work:
+        work.roll_out(1)
+        work.score(1)
+        work.train(1)
+        work._answers(work._rollout_group())  # the second round's, asked for before training
+        work._begun.clear()
+        assert work.find("rollout", "rollouts", 2) is not None
+        records = train(work, 4)[1:]
+    assert [record.version for record in records] == [0, 1, 2]
+    assert [record.staleness for record in records] == [1, 1, 1]
+
+
+def test_a_teacher_that_knows_the_answer(
+    make_recipe: Callable[..., Path], student_folder: Path
+) -> None:
+    """Self-distillation with privileged context: the teacher's prompt has the answer in it, the
+    student's has not, and both have the student's own tokens behind it.
+    """
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}Answer {{ answer }}. {% endif %}"
+        "{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+    )
+    overrides = {
+        "algorithm": {"type": "self_distillation", "update": "synchronized"},
+        "teacher.model.path": str(student_folder),
+        "teacher.chat_template.template": template,
+    }
+    with at_work(load(make_recipe, overrides, rounds=1)) as work:
+        (record,) = train(work, 1)
+        stage = StageRun(work.spec, SilentReporter())
+        request = RoundRequest.model_validate(work._request(1))
+        examples = round_examples(stage, stage.tables()["train"], request)
+    assert record.kd > 0.01  # with the same context it would be 0
+    tokenizer = AutoTokenizer.from_pretrained(student_folder)
+    for example in examples.all:
+        assert f"Answer {example.answer}." in tokenizer.decode(example.teacher.prompt_ids_T)
+        assert "Answer" not in tokenizer.decode(example.student.prompt_ids_T)
+        np.testing.assert_array_equal(example.student.target_ids_N, example.teacher.target_ids_N)
+
+
+def test_rounds_that_are_done_stay_done(make_recipe: Callable[..., Path]) -> None:
+    """A second run of the same goes on behind them; a lost checkpoint is trained again."""
+    run = load(make_recipe, {}, rounds=3)
+    with at_work(run) as work:
+        train(work, 2)
+        written = {p: p.stat().st_mtime_ns for p in Path(run.storage.root).rglob("*.parquet")}
+    with at_work(run) as work:
+        assert work.is_trained(1)
+        assert work.is_trained(2)
+        assert not work.is_trained(3)
+        work.roll_out(3)
+        assert work.record(work.train(3)).version == 2
+        assert {p: p.stat().st_mtime_ns for p in written} == written
+    for checkpoint in (metrics_of(work).parent.parent / "checkpoints").iterdir():
+        checkpoint.rename(checkpoint.with_name(f"lost-{checkpoint.name}"))
+    with at_work(run) as work:
+        assert not work.is_trained(1)
+
+
+def test_a_reward_that_cannot_be_had_ends_the_round(make_recipe: Callable[..., Path]) -> None:
+    path = make_recipe().parent / "reward.py"
+    path.write_text("def broken(prompt, answer, label):\n    return 'good'\n")
+    reward = {"function": f"{path}:broken"}
+    run = load(make_recipe, {"student.num_ranks": 1}, reward=reward)
+    with at_work(run) as work, pytest.raises(Exception, match="gave 'good' for the answer"):
+        work.roll_out(1)

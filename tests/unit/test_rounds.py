@@ -1,0 +1,134 @@
+"""What a round is made of: its prompts, the student's share of them, rewards, memory."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs.load import load_run
+from configs.schema.on_policy import AdaptiveFraction, Fraction, LinearFraction, OnPolicyConfig
+from kdflow_core.errors import DataError
+from kdflow_core.rollout.prompts import round_prompts
+from kdflow_core.rollout.rewards import advantages, load_reward, reward_of
+from tasks.memory_plan import memory_plan, num_parameters, plan_lines
+from tasks.rounds import RoundRecord, next_fraction
+from tasks.stages import StageSpec, plan_stages
+
+SOURCE = np.array([0] * 20 + [1] * 5)
+
+
+def prompts(number: int, weights: dict[str, float] | None, seed: int = 0) -> list[int]:
+    return round_prompts(
+        source=SOURCE, names=["a", "b"], weights=weights, count=10, number=number, seed=seed
+    )
+
+
+def test_without_weights_all_prompts_come_before_any_comes_again() -> None:
+    drawn = [i for number in range(1, 6) for i in prompts(number, None)]
+    assert sorted(drawn[:25]) == sorted(drawn[25:]) == list(range(25))
+    assert drawn[:25] != drawn[25:] != list(range(25))
+    assert prompts(3, None) == prompts(3, None) != prompts(3, None, seed=1)
+
+
+def test_weights_say_how_often_a_source_comes() -> None:
+    drawn = [i for number in range(1, 101) for i in prompts(number, {"a": 1.0, "b": 3.0})]
+    share = np.mean(np.array(drawn) >= 20)
+    assert abs(share - 0.75) < 4 * math.sqrt(0.75 * 0.25 / 1000)
+    of_b = Counter(i for i in drawn if i >= 20)
+    assert max(of_b.values()) - min(of_b.values()) <= 1
+    assert all(i >= 20 for i in prompts(1, {"b": 1.0}))
+
+
+def record(number: int, before: float | None, after: float) -> RoundRecord:
+    return RoundRecord(
+        number=number,
+        fraction=0.0,
+        version=0,
+        staleness=0,
+        answers=1,
+        answer_tokens=1,
+        mean_length=1.0,
+        longest=1,
+        finish_reasons={"stop": 1},
+        reward_mean=None,
+        last_step=number,
+        loss=0.0,
+        kd=0.0,
+        log_prob_difference=None,
+        heldout_before=None if before is None else {"reverse_kl": before},
+        heldout={"reverse_kl": after},
+        seconds={},
+    )
+
+
+def on_policy(fraction: Fraction) -> OnPolicyConfig:
+    return OnPolicyConfig(rounds=5, prompts_per_round=4, fraction=fraction)
+
+
+def test_a_linear_share() -> None:
+    config = on_policy(LinearFraction(start=0.2, end=1.0))
+    shares = [next_fraction(config, number, []) for number in range(1, 6)]
+    assert shares == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+def test_an_adaptive_share_grows_when_the_heldout_loss_does() -> None:
+    config = on_policy(AdaptiveFraction(start=0.1, step=0.5, tolerance=0.05))
+    history = [record(1, 2.0, 2.1), record(2, None, 1.9), record(3, None, 1.94)]
+    history.append(record(4, None, 2.5))
+    shares = [next_fraction(config, number, history[: number - 1]) for number in range(1, 6)]
+    # Above the round before in the first and fourth, within the tolerance in the third; never > 1.
+    assert shares == pytest.approx([0.1, 0.6, 0.6, 0.6, 1.0])
+
+
+def test_advantages_go_by_the_answers_to_one_prompt() -> None:
+    worth = advantages([1.0, 3.0, 5.0, 5.0, 7.0], [4, 4, 9, 9, 4], normalize=True)
+    deviation = math.sqrt(((1 - 11 / 3) ** 2 + (3 - 11 / 3) ** 2 + (7 - 11 / 3) ** 2) / 3)
+    expected = [(r - 11 / 3) / deviation for r in (1.0, 3.0)]
+    assert worth == pytest.approx([*expected, 0.0, 0.0, (7 - 11 / 3) / deviation])
+    assert advantages([1.0, 2.0, 6.0], [0, 1, 2], normalize=False) == [-2.0, -1.0, 3.0]
+
+
+def test_rewards(tmp_path: Path) -> None:
+    path = tmp_path / "reward.py"
+    path.write_text(
+        "def right(prompt, answer, label):\n    return float(answer.strip() == label)\n"
+        "def none(prompt, answer, label):\n    pass\n"
+    )
+    right = load_reward(path, "right")
+    assert reward_of(right, "2 plus 2?", " 4", "4") == 1.0
+    with pytest.raises(DataError, match="gave None for the answer ' 4'; it must give a finite"):
+        reward_of(load_reward(path, "none"), "2 plus 2?", " 4", "4")
+    with pytest.raises(DataError, match="has no function 'wrong'"):
+        load_reward(path, "wrong")
+    with pytest.raises(DataError, match="there is no Python file"):
+        load_reward(tmp_path / "other.py", "right")
+
+
+def test_the_memory_plan(make_recipe: Callable[..., Path], student_folder: Path) -> None:
+    """Weights in float32 with AdamW's two moments, gradients while training; who sleeps is away."""
+    overrides = {
+        "mode": "onpolicy",
+        "on_policy": {
+            "rounds": 1,
+            "prompts_per_round": 4,
+            "rollout": {"type": "sglang", "sleep": True, "bucket_mb": 1},
+        },
+        "student.sleep": True,
+        "teacher.sleep": True,
+    }
+    run = load_run(str(make_recipe(max_steps=None)), overrides)
+    spec = StageSpec(identity=plan_stages(run)["train"], run=run, inputs={})
+    count = num_parameters(student_folder)
+    phases = {phase.name: phase for phase in memory_plan(spec)}
+    assert phases["roll out"].parts == {"engine": 2 * count}
+    assert phases["swap weights"].parts == {
+        "student": 12 * count,
+        "engine": 2 * count,
+        "buckets": 2_000_000,
+    }
+    assert set(phases["score"].parts) == {"teacher"}
+    assert phases["train"].total == 16 * count + 1_000_000
+    assert "peak memory of a device" in plan_lines(list(phases.values()))[-1]
