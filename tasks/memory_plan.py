@@ -48,8 +48,9 @@ def memory_plan(spec: StageSpec) -> list[Phase]:
     if isinstance(rollout, SglangRollout):
         engine = engine // rollout.tensor_parallel
         beside = rollout.first_gpu < ranks
+    trained = 0 if run.student.lora else student  # adapters are small
     held = {
-        "student": student * (WEIGHTS + MOMENTS) // ranks,
+        "student": (student * WEIGHTS + trained * MOMENTS) // ranks,
         "teacher": _teacher_bytes(run, teacher),
         "engine": engine if beside else 0,
     }
@@ -67,7 +68,7 @@ def memory_plan(spec: StageSpec) -> list[Phase]:
     extra = {
         "swap weights": {"buckets": 2 * rollout.bucket_mb * 10**6},
         "train": {
-            "gradients": student * GRADIENTS // ranks,
+            "gradients": trained * GRADIENTS // ranks,
             "logits": run.loss.logits_memory_mb * 10**6,
         },
     }

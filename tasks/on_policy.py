@@ -122,8 +122,9 @@ class OnPolicyRun:
         return self._commit(number, request, result, seconds)
 
     def export(self) -> ArtifactRef:
-        """The trained student."""
-        return ArtifactRef.model_validate(self._train("export")[0])
+        """The trained student, with the records of its rounds."""
+        records = [r.model_dump(mode="json") for r in self.history(self.config.rounds + 1)]
+        return ArtifactRef.model_validate(self._train("export", rounds=records)[0])
 
     # Rolling out.
 

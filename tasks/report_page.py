@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from storage.artifact import Manifest
 from storage.store import ArtifactStore
 from tasks.progress import clock
+from tasks.rounds import RoundRecord, read_rounds
 from tasks.stages import StageSpec
 from tasks.tracking import read_metrics
 
@@ -30,13 +31,19 @@ CURVES = {
     "gradient norm (before clipping)": (("grad_norm", "gradient norm"),),
     "throughput (tokens/s)": (("tokens_per_s", "tokens/s"),),
 }
+ROUND_CURVES = {
+    "held-out KL (nats/token)": (("reverse_kl", "reverse KL"), ("forward_kl", "forward KL")),
+    "mean reward": (("reward", "reward"),),
+    "mean length of answers (tokens)": (("length", "tokens"),),
+}
 MODELS = ("teacher", "student before", "student after")
 
 
 def write_report(*, spec: StageSpec, store: ArtifactStore, target: Path) -> None:
     """Render the report from the run's manifests, metrics and evaluation."""
     manifests = {name: store.manifest(r.kind, r.digest) for name, r in spec.inputs.items()}
-    metrics = read_metrics(store.local_copy(spec.inputs["student"]) / "metrics.jsonl")
+    student = store.local_copy(spec.inputs["student"])
+    metrics, rounds = read_metrics(student / "metrics.jsonl"), read_rounds(student)
     path = store.local_copy(spec.inputs["evaluation"]) / "evaluation.json"
     evaluation = json.loads(path.read_text(encoding="utf-8"))
     tokens = manifests["tokens"]
@@ -45,6 +52,8 @@ def write_report(*, spec: StageSpec, store: ArtifactStore, target: Path) -> None
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         name=spec.run.name,
         figures=[_curve(title, series, metrics) for title, series in CURVES.items()],
+        rounds=rounds,
+        round_figures=_round_curves(rounds),
         models=[m for m in MODELS if m in evaluation["models"]],
         sources=["all", *sources],
         scores=evaluation["models"],
@@ -60,6 +69,22 @@ def write_report(*, spec: StageSpec, store: ArtifactStore, target: Path) -> None
     target.write_text(page, encoding="utf-8")
 
 
+def _round_curves(rounds: list[RoundRecord]) -> list[str]:
+    """Figures over the rounds, of what these have."""
+    points: list[dict[str, Any]] = []
+    for record in rounds:
+        point: dict[str, Any] = {"step": record.number, "length": record.mean_length}
+        point |= record.heldout or {}
+        if record.reward_mean is not None:
+            point["reward"] = record.reward_mean
+        points.append(point)
+    return [
+        _curve(title, series, points, over="round")
+        for title, series in ROUND_CURVES.items()
+        if points and all(key in point for point in points for key, _ in series)
+    ]
+
+
 def _stage_row(name: str, manifest: Manifest) -> dict[str, Any]:
     return {
         "name": name.replace("_", " "),
@@ -72,7 +97,12 @@ def _stage_row(name: str, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _curve(title: str, series: tuple[tuple[str, str], ...], metrics: list[dict[str, Any]]) -> str:
+def _curve(
+    title: str,
+    series: tuple[tuple[str, str], ...],
+    metrics: list[dict[str, Any]],
+    over: str = "optimizer step",
+) -> str:
     """An SVG of some metrics over the steps."""
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9}):
         figure = Figure(figsize=(5.2, 2.8), layout="constrained")
@@ -81,7 +111,7 @@ def _curve(title: str, series: tuple[tuple[str, str], ...], metrics: list[dict[s
         for key, label in series:
             axes.plot(steps, [record[key] for record in metrics], label=label, linewidth=1.5)
         axes.set_title(title, loc="left")
-        axes.set_xlabel("optimizer step")
+        axes.set_xlabel(over)
         axes.grid(visible=True, alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         if len(series) > 1:

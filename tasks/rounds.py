@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
@@ -9,6 +10,7 @@ from configs.schema.on_policy import AdaptiveFraction, ConstantFraction, OnPolic
 from storage.artifact import ArtifactRef
 
 ROUND_FILE = "round.json"
+ROUNDS_FILE = "rounds.jsonl"  # of a trained student
 
 
 class RoundRequest(BaseModel):
@@ -49,6 +51,13 @@ class RoundRecord(BaseModel):
     heldout_before: dict[str, float] | None
     heldout: dict[str, float] | None
     seconds: dict[str, float]
+
+
+def read_rounds(folder: Path) -> list[RoundRecord]:
+    """The rounds that a student was trained in; none for one that was trained off-policy."""
+    path = folder / ROUNDS_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [RoundRecord.model_validate_json(line) for line in lines]
 
 
 def next_fraction(config: OnPolicyConfig, number: int, history: Sequence[RoundRecord]) -> float:

@@ -8,47 +8,9 @@ from configs.schema.algorithm import Algorithm, MultiTeacherConfig, VanillaKDCon
 from configs.schema.base import StrictModel
 from configs.schema.data import DataConfig
 from configs.schema.loss import LossConfig
-from configs.schema.models import Attention, ChatTemplate, Dtype, StudentModel
 from configs.schema.on_policy import ConstantFraction, OnPolicyConfig
+from configs.schema.student import StudentConfig
 from configs.schema.teacher import InProcessTeacher, Teacher
-
-
-class StudentConfig(StrictModel):
-    """The student and its optimization.
-
-    `global_batch_size` counts sequences per optimizer step over all ranks; `micro_batch_tokens`
-    bounds the padded area of one forward pass of one rank. Weights and optimizer states are
-    float32; `compute_dtype` is what the layers compute in. Train for `epochs`, or for `max_steps`;
-    on-policy, the rounds say how long.
-    An epoch is shuffled as a whole, or with `shuffle_window_shards` within so many shards of the
-    stored states at a time: for a store that is larger than memory or far away. With
-    `vocabulary_parallel`, no rank holds the whole output heads: each has a part of the vocabulary,
-    and makes the logits of all ranks' tokens for it. With `sleep`, weights and optimizer states of
-    an on-policy run wait in host memory while it rolls out and scores.
-    """
-
-    model: StudentModel
-    chat_template: ChatTemplate = Field(default_factory=ChatTemplate)
-    compute_dtype: Dtype = "bfloat16"
-    save_dtype: Dtype = "bfloat16"
-    attention: Attention = "sdpa"
-    activation_checkpointing: bool = False
-    lr: float = Field(default=2e-5, gt=0)
-    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
-    warmup_fraction: float = Field(default=0.03, ge=0, le=1)
-    weight_decay: float = Field(default=0.0, ge=0)
-    adam_betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    epochs: int | None = Field(default=None, gt=0)
-    max_steps: int | None = Field(default=None, gt=0)
-    global_batch_size: int = Field(default=64, gt=0)
-    shuffle_window_shards: int | None = Field(default=None, gt=0)
-    micro_batch_tokens: int = Field(default=8192, gt=0)
-    num_ranks: int = Field(default=1, gt=0)
-    vocabulary_parallel: bool = False
-    sleep: bool = False
-    checkpoint_every: int = Field(default=100, gt=0)
-    keep_checkpoints: int = Field(default=2, gt=0)
 
 
 class StorageConfig(StrictModel):

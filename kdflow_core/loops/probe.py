@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from configs.schema.run import StudentConfig
+from configs.schema.student import StudentConfig
 from kdflow_core.batching import select_rows
 from kdflow_core.contracts import Examples, TeacherEngine, TeacherRows, TokenSequence
 from kdflow_core.student.module import DistillationModule

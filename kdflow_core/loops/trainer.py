@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from configs.schema.run import StudentConfig
+from configs.schema.student import StudentConfig
 from kdflow_core.contracts import Examples, HiddenStateSource, MetricsSink, Reporter
 from kdflow_core.student.checkpoint import load_newest, save_checkpoint
 from kdflow_core.student.module import DistillationModule

@@ -61,7 +61,7 @@ def spread_head_(model: PreTrainedModel, mesh: DeviceMesh) -> set[torch.nn.Param
     linear = model.get_output_embeddings()
     for name, parameter in list(linear.named_parameters()):
         spread = distribute_tensor(parameter.detach().to(mesh.device_type), mesh, [Shard(0)])
-        setattr(linear, name, torch.nn.Parameter(spread))
+        setattr(linear, name, torch.nn.Parameter(spread, parameter.requires_grad))
     return set(linear.parameters())
 
 

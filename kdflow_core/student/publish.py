@@ -4,7 +4,8 @@ Every rank takes part; a parameter is gathered once, in the dtype it is served i
 holds more than one bucket of whole ones.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from kdflow_core.student.lora import served_weights
 from kdflow_core.weight_buckets import Bucket, BucketFile
 
 FILES = 2  # one is written while the other is read
@@ -32,12 +34,16 @@ class WeightPublisher:
         dtype: torch.dtype,
         bucket_bytes: int,
         checkpoint_names: bool,
+        lora_scale: float = 1.0,
     ) -> None:
         self._model = model
         self._dtype = dtype
         self._checkpoint_names = checkpoint_names
         # A tied parameter comes once, under its first name.
-        sizes = {n: p.numel() * dtype.itemsize for n, p in model.named_parameters()}
+        parameters = dict(model.named_parameters())
+        self._served = served_weights(parameters, lora_scale)
+        self._shapes = {n: parameters[w.parameter].shape for n, w in self._served.items()}
+        sizes = {n: shape.numel() * dtype.itemsize for n, shape in self._shapes.items()}
         self._buckets = _packed(sizes, bucket_bytes)
         self._files = [BucketFile() for _ in range(FILES)]
 
@@ -49,13 +55,12 @@ class WeightPublisher:
     @property
     def num_bytes(self) -> int:
         """What all weights take."""
-        return sum(p.numel() for p in self._model.parameters()) * self._dtype.itemsize
+        return sum(shape.numel() for shape in self._shapes.values()) * self._dtype.itemsize
 
     @torch.no_grad()
     def gather(self, number: int) -> list[tuple[str, torch.Tensor]]:
         """A bucket's whole tensors by name; rank 0 gets them, the other ranks only take part."""
-        parameters = dict(self._model.named_parameters())
-        whole = {n: t for n, t in self._whole(parameters, self._buckets[number]) if _first_rank()}
+        whole = {n: t for n, t in self._whole(self._buckets[number]) if _first_rank()}
         if self._checkpoint_names and whole:
             whole = revert_weight_conversion(self._model, whole)
         return list(whole.items())
@@ -74,9 +79,8 @@ class WeightPublisher:
 
     def describe(self, number: int) -> list[dict[str, Any]]:
         """Names, dtypes and shapes of a bucket, as `broadcast` sends it."""
-        parameters = dict(self._model.named_parameters())
         meta = {
-            name: torch.empty(parameters[name].shape, dtype=self._dtype, device="meta")
+            name: torch.empty(self._shapes[name], dtype=self._dtype, device="meta")
             for name in self._buckets[number]
         }
         if self._checkpoint_names:
@@ -84,12 +88,21 @@ class WeightPublisher:
         dtype = str(self._dtype).removeprefix("torch.")
         return [{"name": n, "dtype": dtype, "shape": list(t.shape)} for n, t in meta.items()]
 
-    def _whole(
-        self, parameters: dict[str, torch.nn.Parameter], names: Sequence[str]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+    def _whole(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        parameters = dict(self._model.named_parameters())
         for name in names:
-            tensor = parameters[name].detach().to(self._dtype)  # the shards, before they travel
-            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            weight = self._served[name]
+            # Without an adapter to add, the shards are cast before they travel.
+            dtype = self._dtype if weight.a is None else torch.float32
+            yield name, weight.value(partial(_gathered, parameters, dtype)).to(self._dtype)
+
+
+def _gathered(
+    parameters: Mapping[str, torch.nn.Parameter], dtype: torch.dtype, name: str
+) -> torch.Tensor:
+    """A whole parameter. Every rank takes part."""
+    tensor = parameters[name].detach().to(dtype)
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _packed(sizes: dict[str, int], budget: int) -> list[list[str]]:

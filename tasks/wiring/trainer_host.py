@@ -29,7 +29,7 @@ from kdflow_core.teacher import build_engine
 from kdflow_core.teacher.live import LiveStates
 from tasks.adapters import TokenExamples
 from tasks.model_card import model_card
-from tasks.rounds import RoundRequest
+from tasks.rounds import ROUNDS_FILE, RoundRequest
 from tasks.tracking import MetricsLog, NoMetrics, read_metrics
 from tasks.wiring.rounds import RoundExamples, round_examples
 from tasks.wiring.stage_run import StageRun, default_device
@@ -76,6 +76,7 @@ class TrainerHost:
             dtype=DTYPES[self._config.rollout.dtype],
             bucket_bytes=self._config.rollout.bucket_mb * 10**6,
             checkpoint_names=self._config.rollout.type == "sglang",
+            lora_scale=self._lora_scale,
         )
         self._group: Any = None
         self._round: tuple[RoundRequest, RoundExamples, TrainingPlan, LiveStates | None] | None
@@ -84,6 +85,11 @@ class TrainerHost:
     @property
     def _output(self) -> Path:
         return self._stage.workdir / "artifact"
+
+    @property
+    def _lora_scale(self) -> float:
+        lora = self._stage.run.student.lora
+        return lora.scale if lora else 1.0
 
     def progress(self) -> dict[str, Any]:
         """How many optimizer steps are done, and the size of the weights to hand over."""
@@ -272,8 +278,10 @@ class TrainerHost:
 
     # The end.
 
-    def export(self) -> dict[str, Any] | None:
-        """The trained student as an artifact; rank 0 answers with its reference."""
+    def export(self, rounds: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """The trained student as an artifact, with the records of its rounds; rank 0 answers with
+        its reference.
+        """
         stage, student = self._stage, self._stage.run.student
         self._offload.wake()
         self._metrics.close()
@@ -283,9 +291,12 @@ class TrainerHost:
             dtype=DTYPES[student.save_dtype],
             model_card=model_card(stage.spec),
             target=self._output / "model",
+            lora_scale=self._lora_scale,
         )
         if dist.get_rank() != 0:
             return None
+        lines = "".join(json.dumps(record) + "\n" for record in rounds)
+        (self._output / ROUNDS_FILE).write_text(lines, encoding="utf-8")
         files = stage.store.publish(stage.kind, stage.digest, self._output)
         ref = stage.commit(
             files=files,

@@ -27,6 +27,7 @@ from kdflow_core.models.loading import (
 )
 from kdflow_core.student.export import export_student
 from kdflow_core.student.head_part import HeadPart, part_of, teacher_part
+from kdflow_core.student.lora import add_adapters
 from kdflow_core.student.module import DistillationModule, shard
 from kdflow_core.student.plan import TrainingPlan
 from kdflow_core.student.prefetch import PrefetchedStates
@@ -82,6 +83,7 @@ def train_student(stage: StageRun) -> ArtifactRef | None:
         dtype=DTYPES[config.save_dtype],
         model_card=model_card(stage.spec),
         target=output / "model",
+        lora_scale=config.lora.scale if config.lora else 1.0,
     )
     if rank != 0:
         return None
@@ -186,6 +188,11 @@ def build_module(
     config = stage.run.student
     folder = stage.model_folder("student")
     model = load_causal_lm(folder, dtype=torch.float32, attention=config.attention)
+    if config.lora is not None:
+        torch.manual_seed(
+            stage.run.seed
+        )  # the adapters' first weights are random, on all ranks alike
+        add_adapters(model, config.lora)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     vocabulary_size = true_vocabulary_size(load_tokenizer(folder))

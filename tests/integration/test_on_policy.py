@@ -109,18 +109,26 @@ def metrics_of(work: OnPolicyRun) -> Path:
     return scratch / "student" / work.spec.identity.digest / "artifact/metrics.jsonl"
 
 
-@pytest.mark.parametrize("weights", ["tensor", "broadcast"])
+@pytest.mark.parametrize(
+    ("weights", "lora"), [("tensor", None), ("broadcast", None), ("tensor", {"rank": 4})]
+)
 def test_the_engine_serves_the_trained_weights(
-    make_recipe: Callable[..., Path], student_folder: Path, weights: str
+    make_recipe: Callable[..., Path], student_folder: Path, weights: str, lora: dict[str, int]
 ) -> None:
-    """After a swap, its greedy answers are transformers' with the weights that are exported."""
-    run = load(make_recipe, {}, rounds=1, top_k=1, rollout=SGLANG | {"weights": weights})
+    """After a swap, its greedy answers are transformers' with the weights that are exported, and
+    its log-probabilities the trainer's: with adapters, which the engine has merged, too.
+    """
+    more = {"student.lora": lora, "student.lr": 0.02 if lora else 0.002}
+    run = load(make_recipe, more, rounds=2, top_k=1, rollout=SGLANG | {"weights": weights})
     with at_work(run) as work:
-        train(work, 1)
-        work.roll_out(2)  # by the weights that the one round has trained
-        answers = rows_of(work, 2)
+        records = train(work, 2)
+        work.roll_out(3)  # by the weights that the two rounds have trained
+        answers = rows_of(work, 3)
         student = work.export()
-    assert {row["version"] for row in answers} == {1}
+    for record in records:
+        assert record.log_prob_difference is not None
+        assert record.log_prob_difference["largest"] < 1e-4
+    assert {row["version"] for row in answers} == {2}
     folder = Path(student.uri) / "model"
     trained = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     before = AutoModelForCausalLM.from_pretrained(student_folder, dtype=torch.float32)

@@ -1,0 +1,78 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685, equation 3): they train, the model's weights do not.
+
+PEFT puts them into the model in place; outside, the model has its own names and merged weights:
+W + alpha / rank * B A.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import inject_adapter_in_model
+from transformers import PreTrainedModel
+
+from configs.schema.student import LoraConfig
+from kdflow_core.errors import ModelError
+
+ADAPTER = "default"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedWeight:
+    """A weight as the model is served and saved: the parameter it is, and its adapter's, if any."""
+
+    parameter: str
+    a: str | None = None
+    b: str | None = None
+    scale: float = 1.0
+
+    def value(self, get: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """The weight, from its parameters; with an adapter in float32."""
+        weight = get(self.parameter)
+        if self.a is None or self.b is None:
+            return weight
+        merged: torch.Tensor = torch.addmm(
+            weight.float(), get(self.b).float(), get(self.a).float(), alpha=self.scale
+        )
+        return merged
+
+
+def add_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Freeze a model and give its linear layers adapters. Raises ModelError."""
+    settings = PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules="all-linear" if config.targets is None else list(config.targets),
+    )
+    try:
+        inject_adapter_in_model(settings, model, adapter_name=ADAPTER)
+    except ValueError as error:
+        raise ModelError(f"student.lora: {error}") from error
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def served_weights(names: Mapping[str, object], scale: float) -> dict[str, ServedWeight]:
+    """The served weights by name, from the names of a model's parameters; `scale` is alpha/rank."""
+    served = {}
+    for name in names:
+        if ".lora_" in name:
+            continue
+        outer = name.replace(".base_layer.", ".")
+        layer, _, kind = name.rpartition(".base_layer.")
+        a, b = (f"{layer}.lora_{part}.{ADAPTER}.weight" for part in "AB")
+        if kind == "weight" and a in names:
+            served[outer] = ServedWeight(parameter=name, a=a, b=b, scale=scale)
+        else:
+            served[outer] = ServedWeight(parameter=name)
+    return served
+
+
+def merged_state(state: Mapping[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
+    """A state dict with its adapters merged, under the model's own names."""
+    return {
+        name: weight.value(state.__getitem__)
+        for name, weight in served_weights(state, scale).items()
+    }
