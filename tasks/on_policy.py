@@ -362,6 +362,9 @@ class OnPolicyRun:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None and self._rollout is not None and not self._begun:
-            self._call(self._rollout, "close")
+        if kind is None:
+            if self._trainer is not None:
+                self._call(self._trainer, "close")
+            if self._rollout is not None and not self._begun:
+                self._call(self._rollout, "close")
         self.close()

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from configs.schema.student import StudentConfig
 from kdflow_core.contracts import Examples, HiddenStateSource, MetricsSink, Reporter
-from kdflow_core.student.checkpoint import load_newest, save_checkpoint
+from kdflow_core.student.checkpoint import CheckpointWriter, load_newest
 from kdflow_core.student.module import DistillationModule
 from kdflow_core.student.optim import build_optimizer
 from kdflow_core.student.plan import StepBatches, learning_rate
@@ -43,7 +43,7 @@ class Trainer:
         self._num_steps = num_steps
         self._seed = seed
         self._config = config
-        self._checkpoints = checkpoints
+        self._checkpoints = CheckpointWriter(checkpoints, keep=config.keep_checkpoints)
         self._reporter = reporter
         self._device = device
         reporter.message(
@@ -82,9 +82,12 @@ class Trainer:
                 self.save()
 
     def save(self) -> None:
-        """A checkpoint of what is done."""
-        keep = self._config.keep_checkpoints
-        save_checkpoint(self._checkpoints, self.step, self.module, self.optimizer, keep=keep)
+        """A checkpoint of what is done, written while the caller goes on."""
+        self._checkpoints.save(self.step, self.module, self.optimizer)
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on the disk."""
+        self._checkpoints.wait()
 
     def _step(
         self,

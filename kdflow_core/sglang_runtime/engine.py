@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.entrypoints.engine import Engine
-from sglang.srt.managers.io_struct import UpdateWeightVersionReqInput
 from sglang.srt.models.registry import ModelRegistry
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils import init_custom_process_group
@@ -132,12 +131,7 @@ class GenerationEngine:
         """Close the update. Raises ModelError that names what has not arrived."""
         self._remote("kdflow_check_weights")
         _require(self._engine.end_weight_update())
-        self._engine.flush_cache()
-        self._loop.run_until_complete(
-            self._engine.tokenizer_manager.update_weight_version(
-                UpdateWeightVersionReqInput(new_version=str(version))
-            )
-        )
+        self._remote("kdflow_serve_weights", version=str(version))
 
     def sleep(self) -> None:
         """Give weights and cache back to the device. For engines with `sleep` alone."""

@@ -28,6 +28,7 @@ def _run(vocabulary_size: int, *args: Any, **kwargs: Any) -> None:
     Scheduler.kdflow_expect_weights = _expect_weights
     Scheduler.kdflow_load_bucket = _load_bucket
     Scheduler.kdflow_check_weights = _check_weights
+    Scheduler.kdflow_serve_weights = _serve_weights
     weight_utils.tqdm = _Silent
     run_scheduler_process(*args, **kwargs)
 
@@ -77,9 +78,18 @@ def _load_bucket(scheduler: Scheduler, bucket: dict[str, Any]) -> None:
 @torch.no_grad()
 def _check_weights(scheduler: Scheduler) -> None:
     """Raises RuntimeError, naming them, when parameters have not arrived."""
-    missing = [name for name, p in _parameters(scheduler).items() if bool(p.isnan().any())]
+    # A sum is not-a-number where a summand is, and six times as fast as looking at each.
+    named = _parameters(scheduler).items()
+    missing = [name for name, p in named if bool(p.sum(dtype=torch.float32).isnan())]
     if missing:
         more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
         raise RuntimeError(
             f"new weights of {', '.join(missing[:NAMED])}{more} did not arrive, or are not finite"
         )
+
+
+def _serve_weights(scheduler: Scheduler, version: str) -> None:
+    """Forget what the old weights have cached. Raises RuntimeError when the engine is at work."""
+    if not scheduler.flush_cache(empty_cache=False):
+        raise RuntimeError("the engine is at work; new weights have to wait")
+    scheduler.record_weight_version_change(new_version=version)

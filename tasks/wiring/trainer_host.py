@@ -35,7 +35,7 @@ from tasks.wiring.rounds import RoundExamples, round_examples
 from tasks.wiring.stage_run import StageRun, default_device
 from tasks.wiring.training import build_module, loss_spec
 
-CHECKED_SAMPLES = 32  # whose log-probabilities are compared with the engine's, of a round
+CHECKED_SAMPLES = 8  # whose log-probabilities are compared with the engine's, of a round
 
 
 class TrainerHost:
@@ -155,7 +155,7 @@ class TrainerHost:
             done.parent.mkdir(exist_ok=True)
             done.write_text(json.dumps(result), encoding="utf-8")
         saving = time.perf_counter()
-        self._trainer.save()  # with this, the round counts as trained
+        self._trainer.save()  # once it is on the disk, the round counts as trained
         seconds["save"] = time.perf_counter() - saving
         return result
 
@@ -284,6 +284,7 @@ class TrainerHost:
         """
         stage, student = self._stage, self._stage.run.student
         self._offload.wake()
+        self._trainer.wait()
         self._metrics.close()
         export_student(
             self._module,
@@ -305,6 +306,10 @@ class TrainerHost:
         )
         shutil.rmtree(stage.workdir)  # the checkpoints have served
         return ref.model_dump(mode="json")
+
+    def close(self) -> None:
+        """What is saved is on the disk."""
+        self._trainer.wait()
 
     # Parts of the beginning.
 

@@ -74,6 +74,7 @@ def train_student(stage: StageRun) -> ArtifactRef | None:
             metrics=metrics,
         )
         trainer.save()
+        trainer.wait()
     metrics.close()
     for source in states:
         source.close()
