@@ -84,6 +84,11 @@ def estimate(recipe: RecipeArgument, overrides: OverrideArgument = None) -> None
     from tasks.run_estimate import estimate as measure  # noqa: PLC0415 - loads torch
 
     config = check_run(recipe, parse_overrides(overrides or []))
+    if config.mode == "onpolicy":
+        raise ConfigError(
+            "kdflow estimate is about `mode: offpolicy`; an on-policy run says what memory it "
+            "takes when it starts, and after each round how long that took"
+        )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     found, outcome = measure(config, logging.getLogger("kdflow"))
     console.print(estimate_table(config, found, outcome))

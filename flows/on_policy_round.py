@@ -19,9 +19,11 @@ SHOWN_ANSWERS = 3
 def train_on_policy(spec: StageSpec) -> None:
     """All rounds and the trained student's artifact, unless that is there."""
     run = OnPolicyRun(spec, get_run_logger())
-    if run.is_finished:
+    if run.is_finished():
         return
     with run:
+        if run.is_finished():  # by whom we have waited for
+            return
         for line in run.memory_plan():
             get_run_logger().info(line)
         for number in range(1, run.config.rounds + 1):

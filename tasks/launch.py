@@ -35,7 +35,9 @@ def launch_stage(spec: StageSpec, logger: Logger) -> ArtifactRef:
     if ref is not None:
         logger.info("the artifact is there and intact")
         return ref
-    with exclusive(store, lease_name(identity.kind, identity.digest), partial(_waiting, logger)):
+    with exclusive(
+        store, lease_name(identity.kind, identity.digest), partial(tell_waiting, logger)
+    ):
         ref = store.find(identity.kind, identity.digest)
         if ref is not None:
             logger.info("the artifact is there by now")
@@ -54,11 +56,12 @@ def launch_share(spec: StageSpec, logger: Logger) -> None:
     assert share is not None
     logger.info("stage %s, share %d of %d", identity.stage, share.number + 1, share.of)
     mine = f"{lease_name(identity.kind, identity.digest)}-share-{share.number}-of-{share.of}"
-    with exclusive(store, mine, partial(_waiting, logger)):
+    with exclusive(store, mine, partial(tell_waiting, logger)):
         _run_workers(spec, logger)
 
 
-def _waiting(logger: Logger, holder: str) -> None:
+def tell_waiting(logger: Logger, holder: str) -> None:
+    """Say for whom a lease is waited for."""
     logger.info("%s is computing this artifact; waiting for it", holder)
 
 

@@ -6,7 +6,7 @@ No Prefect here, and no tensors: those stay in the processes that are called.
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,8 @@ from configs.schema.rollout import SglangRollout
 from kdflow_core.errors import WorkerError
 from kdflow_core.workers.local import RankGroup, free_port
 from storage.artifact import ArtifactRef
-from tasks.launch import KEEP_BUFFERS, Logger
+from storage.lease import exclusive, lease_name
+from tasks.launch import KEEP_BUFFERS, Logger, tell_waiting
 from tasks.memory_plan import memory_plan, plan_lines
 from tasks.progress import ProgressLog
 from tasks.rounds import (
@@ -34,7 +35,8 @@ class OnPolicyRun:
     """Rolls out, scores and trains rounds. Its processes start when they are first needed, and
     again after one has died; then student and optimizer are at their newest checkpoint.
 
-    Used as a context manager. Raises WorkerError when a process fails.
+    Used as a context manager, in which nobody else works on the same run. Raises WorkerError when
+    a process fails.
     """
 
     def __init__(self, spec: StageSpec, logger: Logger) -> None:
@@ -50,10 +52,10 @@ class OnPolicyRun:
         self._joined = False
         self._timing: dict[str, float] = {}
         self._round_started = time.perf_counter()
+        self._lease = ExitStack()
 
     # What is done.
 
-    @property
     def is_finished(self) -> bool:
         """Whether the trained student is there."""
         identity = self.spec.identity
@@ -359,6 +361,9 @@ class OnPolicyRun:
             group.close()
 
     def __enter__(self) -> "OnPolicyRun":
+        identity, told = self.spec.identity, partial(tell_waiting, self._logger)
+        lease = exclusive(self._store, lease_name(identity.kind, identity.digest), told)
+        self._lease.enter_context(lease)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -368,3 +373,4 @@ class OnPolicyRun:
             if self._rollout is not None and not self._begun:
                 self._call(self._rollout, "close")
         self.close()
+        self._lease.close()

@@ -224,7 +224,7 @@ def training_slice(run: RunConfig) -> dict[str, Any]:
 
 def _on_policy_slice(run: RunConfig, config: OnPolicyConfig) -> dict[str, Any]:
     """A reward function is known by its name alone here; its file is an input."""
-    fields = config.model_dump(mode="json", exclude={"rollout", "reward"})
+    fields = config.model_dump(mode="json", exclude={"rollout", "reward", "checkpoint_rounds"})
     fields["rollout"] = config.rollout.model_dump(
         mode="json", include=set(config.rollout.RESULT_FIELDS)
     )

@@ -313,8 +313,19 @@ def stage_status(run: RunConfig) -> list[StageStatus]:
     for identity in plan.values():
         absent = store.why_absent(identity.kind, identity.digest)
         reasons = () if absent is None else tuple(explain(identity, absent, store))
+        if absent is not None and identity.stage == "train":
+            reasons += _rounds_done(identity, run, store)
         statuses.append(StageStatus(identity=identity, cached=absent is None, reasons=reasons))
     return statuses
+
+
+def _rounds_done(train: StageIdentity, run: RunConfig, store: ArtifactStore) -> tuple[str, ...]:
+    """How far an on-policy run has come."""
+    if run.on_policy is None:
+        return ()
+    rounds = [i for i in round_identities(train, run).values() if i.kind == "round"]
+    done = sum(store.find(i.kind, i.digest) is not None for i in rounds)
+    return (f"{done} of {len(rounds)} rounds are done",)
 
 
 def decided(run: RunConfig, estimate: ArtifactRef) -> RunConfig:

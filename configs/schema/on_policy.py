@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from configs.schema.base import StrictModel
-from configs.schema.rollout import Rollout, TransformersRollout
+from configs.schema.rollout import Rollout, SglangRollout, TransformersRollout
 
 
 class ConstantFraction(StrictModel):
@@ -90,7 +90,8 @@ class OnPolicyConfig(StrictModel):
 
     Round r + 1 may be rolled out while round r trains, by weights that are at most `max_staleness`
     rounds old; 0 is strictly on-policy. Each round ends with the loss of up to `heldout_sequences`
-    held-out sequences (0: none).
+    held-out sequences (0: none). Every `checkpoint_rounds`-th ends with a checkpoint; a killed run
+    trains the rounds after the last one again, on the answers that are there.
     """
 
     rounds: int = Field(gt=0)
@@ -108,6 +109,7 @@ class OnPolicyConfig(StrictModel):
     collect_fraction: float = Field(default=1.0, gt=0, le=1)
     max_staleness: int = Field(default=0, ge=0)
     heldout_sequences: int = Field(default=64, ge=0)
+    checkpoint_rounds: int = Field(default=1, gt=0)
     rollout: Rollout = Field(default_factory=TransformersRollout)
 
     @model_validator(mode="after")
@@ -121,6 +123,11 @@ class OnPolicyConfig(StrictModel):
         if isinstance(self.fraction, AdaptiveFraction) and not self.heldout_sequences:
             raise ValueError(
                 "fraction.type=adaptive goes by the held-out loss; set `heldout_sequences`"
+            )
+        if self.max_staleness and isinstance(self.rollout, SglangRollout) and self.rollout.sleep:
+            raise ValueError(
+                "`max_staleness` rolls out while the student trains, and rollout.sleep leaves the "
+                "device then; leave one of them out"
             )
         if self.prompt_weights is not None and not any(self.prompt_weights.values()):
             raise ValueError("`prompt_weights` are all 0; give one source a weight")

@@ -233,6 +233,11 @@ def _check_on_policy(run: RunConfig, on_policy: OnPolicyConfig) -> None:
         raise ValueError(
             "student.shuffle_window_shards is about stored states, and `mode: onpolicy` stores none"
         )
+    if on_policy.max_staleness and run.student.sleep:
+        raise ValueError(
+            "on_policy.max_staleness trains while the next round is rolled out, and student.sleep "
+            "sleeps then; leave one of them out"
+        )
     if on_policy.prompt_weights is not None:
         unknown = sorted(set(on_policy.prompt_weights) - set(run.data.source_names))
         if unknown:

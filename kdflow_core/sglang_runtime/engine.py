@@ -188,6 +188,8 @@ def _server_args(options: EngineOptions, device: torch.device) -> dict[str, Any]
         "max_total_tokens": cache,
         "mem_fraction_static": options.memory_fraction or (0.8 if cpu else None),
         "attention_backend": options.attention_backend or ("torch_native" if cpu else None),
+        "sampling_backend": "pytorch" if cpu else None,
+        "chunked_prefill_size": -1 if cpu else None,
     }
     return {
         "model_path": str(options.folder),
@@ -197,7 +199,6 @@ def _server_args(options: EngineOptions, device: torch.device) -> dict[str, Any]
         "base_gpu_id": options.first_gpu,
         "random_seed": options.seed,
         "context_length": options.max_length,
-        "sampling_backend": "pytorch",
         "grammar_backend": "none",
         "disable_cuda_graph": cpu,
         "disable_radix_cache": cpu,
@@ -208,5 +209,4 @@ def _server_args(options: EngineOptions, device: torch.device) -> dict[str, Any]
         "sleep_on_idle": True,
         "log_level": "error",
         **{name: value for name, value in chosen.items() if value is not None},
-        **({"chunked_prefill_size": -1} if cpu else {}),
     }

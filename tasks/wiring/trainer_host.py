@@ -155,7 +155,8 @@ class TrainerHost:
             done.parent.mkdir(exist_ok=True)
             done.write_text(json.dumps(result), encoding="utf-8")
         saving = time.perf_counter()
-        self._trainer.save()  # once it is on the disk, the round counts as trained
+        if number % self._config.checkpoint_rounds == 0 or number == self._config.rounds:
+            self._trainer.save()  # once it is on the disk, the round counts as trained
         seconds["save"] = time.perf_counter() - saving
         return result
 

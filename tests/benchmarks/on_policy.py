@@ -62,6 +62,7 @@ def recipe(args: argparse.Namespace, folder: Path, engine: str) -> RunConfig:
                 "prompts_per_round": args.prompts,
                 "max_new_tokens": args.new_tokens,
                 "heldout_sequences": 0,
+                "checkpoint_rounds": 10**6,  # TRL's trainer is told to write none
                 "rollout": {"type": engine, "dtype": "float32"},
             },
             "storage": {"root": str(folder / "store"), "scratch": str(folder / "scratch")},

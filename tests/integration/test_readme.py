@@ -33,9 +33,15 @@ def test_ci_calls_the_test_command() -> None:
     assert "make test\n" in (ROOT / ".ci/run").read_text()
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the commands run; the models are prepared once."""
+    return tmp_path_factory.mktemp("user")
+
+
 @pytest.mark.prefect
 @pytest.mark.ranks
-def test_commands_for_own_models(tmp_path: Path) -> None:
+def test_commands_for_own_models(folder: Path) -> None:
     """All of them; the one that trains the real quick start is cut to a few samples and steps."""
     short = ["data.max_samples=120", "student.max_steps=4", "eval.max_generations=2"]
     shown = commands("Your own models")
@@ -43,7 +49,7 @@ def test_commands_for_own_models(tmp_path: Path) -> None:
     assert {words[1] for words in shown} == expected
     for words in shown:
         extra = short if words[1] in {"run", "estimate"} else []
-        output = run([*words, *extra], tmp_path, tmp_path / "prefect")
+        output = run([*words, *extra], folder, folder / "prefect")
         if words[1] == "doctor":
             assert "sglang" in output.lower()
         elif words[1] == "recipes":
@@ -58,6 +64,30 @@ def test_commands_for_own_models(tmp_path: Path) -> None:
             assert "prepare-teacher" in output
         else:
             check_scores(output)
+
+
+@pytest.mark.prefect
+@pytest.mark.ranks
+def test_commands_on_policy(folder: Path) -> None:
+    """The real models, SGLang as teacher and as rollout engine; cut to two short rounds."""
+    short = [
+        "data.max_samples=60",
+        "student.global_batch_size=8",
+        "on_policy.rounds=2",
+        "on_policy.prompts_per_round=16",
+        "on_policy.max_new_tokens=12",
+        "on_policy.heldout_sequences=4",
+        "eval.max_generations=2",
+    ]
+    train, show = commands("On-policy")
+    output = run([*train, *short], folder, folder / "prefect")
+    assert "student after" in output
+    show[show.index("--round") + 1] = "2"
+    output = run([*show, *short], folder, folder / "prefect")
+    assert "16 of 16 answers of round 2" not in output  # ten are shown
+    assert "10 of 16 answers of round 2" in output
+    assert output.count("weights of round 1") == 10
+    assert output.count("<|im_start|>assistant") == 10
 
 
 def check_scores(output: str) -> None:

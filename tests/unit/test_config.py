@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -182,3 +183,63 @@ def test_paths_of_further_teachers_start_at_the_recipe(
     recipe.write_text(yaml.safe_dump(tree))
     run = load_run(str(recipe))
     assert run.algorithm.teachers["b"].teacher.model.path == str(tmp_path / "second")
+
+
+ON_POLICY = {"rounds": 2, "prompts_per_round": 4}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"on_policy": None}, "`mode: onpolicy` and the section `on_policy` go together"),
+        ({"mode": "offpolicy"}, "`mode: onpolicy` and the section `on_policy` go together"),
+        ({"student.max_steps": 3}, r"student\.max_steps are for `mode: offpolicy`"),
+        ({"source": "live"}, "are for `mode: offpolicy`; leave them out"),
+        ({"data.answers": {"by": "student"}}, "are for `mode: offpolicy`; leave them out"),
+        ({"algorithm.type": "sft"}, "algorithm.type=sft is not for `mode: onpolicy`"),
+        (
+            {"teacher": {"type": "sglang_server", "url": "http://x"}},
+            "mode: onpolicy runs the teacher inside the training ranks",
+        ),
+        ({"on_policy.prompt_weights": {"other": 1.0}}, r"prompt_weights names \['other'\]"),
+        ({"on_policy.prompt_weights": {"sums.jsonl": 0.0}}, "`prompt_weights` are all 0"),
+        (
+            {"on_policy.reward": {"function": "a.py:f"}, "on_policy.top_p": 0.9},
+            "needs temperature=1, top_p=1 and top_k=0",
+        ),
+        ({"on_policy.reward": {"function": "a"}}, r"on_policy\.reward\.function = "),
+        (
+            {"on_policy.fraction": {"type": "adaptive"}, "on_policy.heldout_sequences": 0},
+            "set `heldout_sequences`",
+        ),
+        (
+            {"on_policy.rollout": {"type": "sglang", "sleep": True}, "on_policy.max_staleness": 1},
+            "leave one of them out",
+        ),
+        ({"student.sleep": True, "on_policy.max_staleness": 1}, "leave one of them out"),
+        (
+            {
+                "loss.divergence": {"type": "sampled_reverse_kl"},
+                "on_policy.fraction": {"type": "linear", "start": 0.5, "end": 1.0},
+            },
+            "learns from what the student has sampled",
+        ),
+    ],
+)
+def test_on_policy_runs_that_do_not_fit(
+    make_recipe: Callable[..., Path], overrides: dict[str, Any], message: str
+) -> None:
+    whole = {"mode": "onpolicy", "on_policy": dict(ON_POLICY)} | overrides
+    if "url" in str(overrides):
+        model = {"type": "pretrained", "path": "./teacher"}
+        whole["teacher"] = overrides["teacher"] | {"model": model}
+    with pytest.raises(ConfigError, match=message):
+        load_run(str(make_recipe(max_steps=None)), whole)
+
+
+def test_a_reward_file_starts_at_the_recipe(make_recipe: Callable[..., Path]) -> None:
+    overrides = {"mode": "onpolicy", "on_policy": ON_POLICY | {"reward": {"function": "r.py:f"}}}
+    run = load_run(str(make_recipe(max_steps=None)), overrides)
+    assert run.on_policy is not None
+    assert run.on_policy.reward is not None
+    assert (run.on_policy.reward.path, run.on_policy.reward.name) == (str(Path.cwd() / "r.py"), "f")
