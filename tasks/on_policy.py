@@ -26,7 +26,7 @@ from tasks.rounds import (
     next_fraction,
     on_policy_count,
 )
-from tasks.stages import StageIdentity, StageSpec, open_store, round_identity
+from tasks.stages import RoundKind, StageIdentity, StageSpec, open_store, round_identity
 
 LOOPBACK = "127.0.0.1"
 
@@ -65,28 +65,28 @@ class OnPolicyRun:
         """What each part of a round holds, in lines for people."""
         return plan_lines(memory_plan(self.spec))
 
-    def identity(self, stage: str, kind: str, number: int) -> StageIdentity:
+    def identity(self, kind: RoundKind, number: int) -> StageIdentity:
         """That of a round's rollouts or record."""
-        return round_identity(self.spec.identity, stage, kind, number)
+        return round_identity(self.spec.identity, kind, number)
 
-    def spec_of(self, stage: str, kind: str, number: int) -> StageSpec:
+    def spec_of(self, kind: RoundKind, number: int) -> StageSpec:
         """The spec of a round's task."""
-        return self.spec.model_copy(update={"identity": self.identity(stage, kind, number)})
+        return self.spec.model_copy(update={"identity": self.identity(kind, number)})
 
-    def find(self, stage: str, kind: str, number: int) -> ArtifactRef | None:
+    def find(self, kind: RoundKind, number: int) -> ArtifactRef | None:
         """An artifact of a round, where it is intact."""
-        identity = self.identity(stage, kind, number)
+        identity = self.identity(kind, number)
         return self._store.find(identity.kind, identity.digest)
 
     def is_trained(self, number: int) -> bool:
         """Whether a round need not be trained: its record is there, and a checkpoint behind it."""
-        if self.find("round", "round", number) is None:
+        if self.find("round", number) is None:
             return False
         return self._checkpoint_step() >= number * self._steps
 
     def history(self, before: int) -> list[RoundRecord]:
         """The records of the rounds before one."""
-        refs = [self.find("round", "round", number) for number in range(1, before)]
+        refs = [self.find("round", number) for number in range(1, before)]
         return [self.record(ref) for ref in refs if ref is not None]
 
     def record(self, ref: ArtifactRef) -> RoundRecord:
@@ -100,7 +100,7 @@ class OnPolicyRun:
         """The student's answers to a round's prompts."""
         self._timing, self._round_started = {}, time.perf_counter()
         with self._timed("rollout"):
-            ref = None if number in self._begun else self.find("rollout", "rollouts", number)
+            ref = None if number in self._begun else self.find("rollouts", number)
             if ref is None:
                 if number not in self._begun:
                     self._begin_rollout(number)
@@ -148,7 +148,7 @@ class OnPolicyRun:
         """Begin what may be rolled out by the weights that round `number` starts from."""
         last = min(number + self.config.max_staleness, self.config.rounds)
         for ahead in range(number + 1, last + 1):
-            if ahead in self._begun or self.find("rollout", "rollouts", ahead) is not None:
+            if ahead in self._begun or self.find("rollouts", ahead) is not None:
                 continue
             too_old = self._served < ahead - 1 - self.config.max_staleness
             if self._begun and too_old:
@@ -214,12 +214,12 @@ class OnPolicyRun:
     # The record of a round.
 
     def _request(self, number: int) -> dict[str, Any]:
-        rollouts = self.find("rollout", "rollouts", number)
+        rollouts = self.find("rollouts", number)
         if rollouts is None:
             raise WorkerError(f"the rollouts of round {number} are gone")
         replay = self.config.replay
         earlier = range(max(1, number - replay.rounds), number) if replay else range(0)
-        refs = [self.find("rollout", "rollouts", k) for k in earlier]
+        refs = [self.find("rollouts", k) for k in earlier]
         manifest = self._store.manifest(rollouts.kind, rollouts.digest)
         request = RoundRequest(
             number=number,
@@ -252,7 +252,7 @@ class OnPolicyRun:
             seconds=seconds,
             **result,
         )
-        identity = self.identity("round", "round", number)
+        identity = self.identity("round", number)
         folder = self._store.workdir(identity.kind, identity.digest)
         (folder / ROUND_FILE).write_text(record.model_dump_json(indent=1), encoding="utf-8")
         files = self._store.publish(identity.kind, identity.digest, folder)

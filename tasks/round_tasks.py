@@ -62,9 +62,9 @@ def train(spec: StageSpec, run: OnPolicyRun, number: int) -> ArtifactRef:
 
 def run_round(run: OnPolicyRun, number: int) -> ArtifactRef:
     """The three tasks of a round; the reference of its record."""
-    run_cached(rollout, run.spec_of("rollout", "rollouts", number), run, number)
+    run_cached(rollout, run.spec_of("rollouts", number), run, number)
     trained = run.is_trained(number)
     if not trained:
         score(run, number)
-    spec = run.spec_of("round", "round", number)
+    spec = run.spec_of("round", number)
     return run_cached(train, spec, run, number, valid=trained)

@@ -29,7 +29,7 @@ def answers_of(run: RunConfig, number: int) -> list[Answer]:
     if run.on_policy is None:
         raise DataError(f"{run.name} is not on-policy: it has no rollouts")
     store = open_store(run)
-    identity = round_identity(plan_stages(run)["train"], "rollout", "rollouts", number)
+    identity = round_identity(plan_stages(run)["train"], "rollouts", number)
     ref = store.find(identity.kind, identity.digest)
     if ref is None:
         raise DataError(

@@ -5,7 +5,7 @@ output, and the digests of its inputs. Sizes of batches, numbers of ranks and pa
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -57,6 +57,11 @@ OUTPUTS = {
     "evaluate": "evaluation",
     "report": "report",
 }
+
+
+# What a round makes, and which of its tasks makes it.
+RoundKind = Literal["rollouts", "round"]
+ROUND_STAGES: dict[RoundKind, str] = {"rollouts": "rollout", "round": "train"}
 
 
 class StageIdentity(BaseModel):
@@ -248,10 +253,10 @@ class _Plan:
             self.data_inputs["answers"] = written.digest
 
 
-def round_identity(train: StageIdentity, stage: str, kind: str, number: int) -> StageIdentity:
+def round_identity(train: StageIdentity, kind: RoundKind, number: int) -> StageIdentity:
     """What one round of on-policy training makes: `rollouts` the answers, `round` its record."""
     return StageIdentity(
-        stage=stage,
+        stage=ROUND_STAGES[kind],
         output=f"{kind}-{number}",
         kind=kind,
         code_version=CODE_VERSIONS[kind],
@@ -261,12 +266,12 @@ def round_identity(train: StageIdentity, stage: str, kind: str, number: int) -> 
 
 
 def round_identities(train: StageIdentity, run: RunConfig) -> dict[str, StageIdentity]:
-    """Those of all rounds of a run, by name."""
+    """Those of all rounds of a run, by task and round."""
     rounds = 0 if run.on_policy is None else run.on_policy.rounds
     return {
-        f"{stage}-{number}": round_identity(train, stage, kind, number)
+        f"{stage}-{number}": round_identity(train, kind, number)
         for number in range(1, rounds + 1)
-        for stage, kind in (("rollout", "rollouts"), ("round", "round"))
+        for kind, stage in ROUND_STAGES.items()
     }
 
 

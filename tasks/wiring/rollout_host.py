@@ -91,7 +91,7 @@ class RolloutHost:
     def roll_out(self, number: int, fraction: float) -> dict[str, Any]:
         """Answer the prompts of a round; the reference of the artifact."""
         started = time.perf_counter()
-        identity = round_identity(self._stage.spec.identity, "rollout", "rollouts", number)
+        identity = round_identity(self._stage.spec.identity, "rollouts", number)
         spec = self._stage.spec.model_copy(update={"identity": identity})
         stage = StageRun(spec, self._stage.reporter)
         torch.manual_seed((stage.run.seed << 32) + number)

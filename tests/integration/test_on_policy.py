@@ -62,7 +62,7 @@ def train(work: OnPolicyRun, rounds: int) -> list[RoundRecord]:
 
 
 def rows_of(work: OnPolicyRun, number: int) -> list[dict[str, Any]]:
-    ref = work.find("rollout", "rollouts", number)
+    ref = work.find("rollouts", number)
     assert ref is not None
     return read_rollouts(Path(ref.uri))
 
@@ -233,7 +233,7 @@ def test_rolling_out_ahead(make_recipe: Callable[..., Path]) -> None:
         work.train(1)
         work._answers(work._rollout_group())  # the second round's, asked for before training
         work._begun.clear()
-        assert work.find("rollout", "rollouts", 2) is not None
+        assert work.find("rollouts", 2) is not None
         records = train(work, 4)[1:]
     assert [record.version for record in records] == [0, 1, 2]
     assert [record.staleness for record in records] == [1, 1, 1]
