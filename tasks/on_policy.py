@@ -169,9 +169,10 @@ class OnPolicyRun:
             raise WorkerError(f"round {number} would be rolled out by the weights of {trained}")
 
     def _swap(self, version: int) -> None:
-        rollout = self._rollout_group()
+        rollout, started = self._rollout_group(), time.perf_counter()
         self._train("open_weights")
-        count = self._train("progress")[0]["buckets"]
+        progress = self._train("progress")[0]
+        count = progress["buckets"]
         self._call(rollout, "begin_weights")
         if self._broadcasts():
             self._send_weights(rollout, count)
@@ -181,6 +182,10 @@ class OnPolicyRun:
         self._train("close_weights")
         if self._served != version:
             raise WorkerError(f"the engine serves version {self._served}, not {version}")
+        seconds, size = time.perf_counter() - started, progress["bytes"] / 1e9
+        self._logger.info(
+            "the engine serves the weights of round %d: %.2f GB in %.2f s", version, size, seconds
+        )
 
     def _share_weights(self, rollout: RankGroup, count: int) -> None:
         """Bucket by bucket; one is written while the engine reads the one before it."""

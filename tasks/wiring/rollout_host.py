@@ -100,7 +100,10 @@ class RolloutHost:
         self._engine.sleep()
         write_rollouts(stage.workdir, rows)
         counts = {"answers": len(rows), "tokens": sum(len(row["answer_ids"]) for row in rows)}
-        info = self._info(rows) | {"seconds": time.perf_counter() - started, "fraction": fraction}
+        # Where nothing is sampled, no weights are served, and none are stale.
+        version = self._engine.version if rows else number - 1
+        info = self._info(rows) | {"version": version, "fraction": fraction}
+        info["seconds"] = time.perf_counter() - started
         return stage.publish(counts=counts, info=info).model_dump(mode="json")
 
     def close(self) -> None:
@@ -169,7 +172,6 @@ class RolloutHost:
         lengths = [len(row["answer_ids"]) for row in rows]
         rewards = [row["reward"] for row in rows if row["reward"] is not None]
         return {
-            "version": self._engine.version,
             "finish_reasons": dict(Counter(row["finish_reason"] for row in rows)),
             "mean_length": float(np.mean(lengths)) if lengths else 0.0,
             "longest": max(lengths, default=0),

@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,16 @@ from tasks.wiring.training import build_module, loss_spec
 CHECKED_SAMPLES = 8  # whose log-probabilities are compared with the engine's, of a round
 
 
+@dataclass(frozen=True, kw_only=True)
+class _OpenRound:
+    """A round that is scored: what it trains on, in which steps, and the teacher's states."""
+
+    number: int
+    examples: RoundExamples
+    plan: TrainingPlan
+    states: LiveStates | None
+
+
 class TrainerHost:
     """Scores and trains rounds, and hands over weights, as every rank is asked to."""
 
@@ -50,7 +60,7 @@ class TrainerHost:
         self._device = default_device()
         tables = stage.tables()
         self._table = tables["train"]
-        head = stage.teacher_head(self._device)
+        self._heldout_states, head = stage.teacher_signal(self._device)
         heads = {"teacher": head} if run.algorithm.TEACHER_STATES else {}
         self._module = build_module(stage, heads, self._device)
         self._trainer = Trainer(
@@ -79,8 +89,7 @@ class TrainerHost:
             lora_scale=self._lora_scale,
         )
         self._group: Any = None
-        self._round: tuple[RoundRequest, RoundExamples, TrainingPlan, LiveStates | None] | None
-        self._round = None
+        self._round: _OpenRound | None = None
 
     @property
     def _output(self) -> Path:
@@ -104,12 +113,11 @@ class TrainerHost:
 
     def score(self, request: dict[str, Any]) -> dict[str, Any]:
         """The teacher's states of all that the round trains on; they stay here."""
-        self._open_round(RoundRequest.model_validate(request))
-        assert self._round is not None
-        _, examples, _, states = self._round
-        if states is not None:
+        self._round = self._opened(RoundRequest.model_validate(request))
+        if self._round.states is not None:
             self._sleep_student()
-            states.begin_step(0)
+            self._round.states.begin_step(0)
+        examples = self._round.examples
         return {"examples": len(examples), "rows": int(examples.supervised_counts("student").sum())}
 
     def train(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -120,20 +128,20 @@ class TrainerHost:
         if self._trainer.step >= stop:
             result: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
             return result
-        if self._round is None or self._round[0].number != number:
+        if self._round is None or self._round.number != number:
             self.score(request)  # a new process, where an old one had scored it
         assert self._round is not None
-        _, examples, plan, states = self._round
+        opened = self._round
         self._offload.wake()
         started = time.perf_counter()
         before = self._measure_heldout() if self._trainer.step == 0 else None
-        difference = self._check_samples(examples.sampled)
+        difference = self._check_samples(opened.examples.sampled)
         measured = time.perf_counter()
         self._trainer.run(
             stop,
-            batches_of=plan.step,
-            examples=examples,
-            states=[] if states is None else [states],
+            batches_of=opened.plan.step,
+            examples=opened.examples,
+            states=[] if opened.states is None else [opened.states],
             metrics=self._metrics,
             first=stop - self._steps,
             labels={"round": number},
@@ -142,7 +150,7 @@ class TrainerHost:
         heldout = self._measure_heldout()
         measuring = time.perf_counter() - trained + measured - started
         seconds = {"train": trained - measured, "measure": measuring}
-        self._round = None  # with the states
+        self._round = None
         result = {
             "last_step": stop,
             **self._means(stop),
@@ -160,7 +168,7 @@ class TrainerHost:
         seconds["save"] = time.perf_counter() - saving
         return result
 
-    def _open_round(self, request: RoundRequest) -> None:
+    def _opened(self, request: RoundRequest) -> _OpenRound:
         examples = round_examples(self._stage, self._table, request)
         student = self._stage.run.student
         plan = TrainingPlan(
@@ -173,7 +181,8 @@ class TrainerHost:
             epochs=None,
             max_steps=self._steps,
         )
-        self._round = (request, examples, plan, self._live_states(examples, plan))
+        states = self._live_states(examples, plan)
+        return _OpenRound(number=request.number, examples=examples, plan=plan, states=states)
 
     def _live_states(self, examples: RoundExamples, plan: TrainingPlan) -> LiveStates | None:
         if self._engine is None:
@@ -212,9 +221,8 @@ class TrainerHost:
     def _measure_heldout(self) -> dict[str, float] | None:
         if not self._heldout:
             return None
-        states, _ = self._stage.teacher_signal(self._device)
-        scores = heldout_scores(self._measuring, self._judge(), self._heldout, states)
-        return asdict(scores)
+        judge, states = self._judge(), self._heldout_states
+        return asdict(heldout_scores(self._measuring, judge, self._heldout, states))
 
     def _judge(self) -> Algorithm:
         """The reverse KL to the teacher whose held-out states are stored."""
