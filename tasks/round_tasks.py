@@ -6,25 +6,16 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from storage.artifact import ArtifactRef
-from tasks.caching import StageCachePolicy, run_cached
+from tasks.caching import run_cached
 from tasks.on_policy import OnPolicyRun
-from tasks.stage_tasks import died_unexpectedly
+from tasks.stage_tasks import cached_task, died_unexpectedly
 from tasks.stages import StageSpec
 
 # A process of the run may die more than once in many rounds.
 RETRIES = 2
 
 
-@task(
-    name="rollout",
-    description="The student's answers to a round's prompts",
-    cache_policy=StageCachePolicy(),
-    persist_result=True,
-    result_serializer="json",
-    retries=RETRIES,
-    retry_condition_fn=died_unexpectedly,
-    tags=["kdflow"],
-)
+@cached_task("rollout", "The student's answers to a round's prompts", retries=RETRIES)
 def rollout(spec: StageSpec, run: OnPolicyRun, number: int) -> ArtifactRef:
     """Roll out, or find what has been."""
     del spec  # what the cache goes by
@@ -44,16 +35,7 @@ def score(run: OnPolicyRun, number: int) -> dict[str, Any]:
     return run.score(number)
 
 
-@task(
-    name="train",
-    description="A round's optimizer steps",
-    cache_policy=StageCachePolicy(),
-    persist_result=True,
-    result_serializer="json",
-    retries=RETRIES,
-    retry_condition_fn=died_unexpectedly,
-    tags=["kdflow"],
-)
+@cached_task("train", "A round's optimizer steps", retries=RETRIES)
 def train(spec: StageSpec, run: OnPolicyRun, number: int) -> ArtifactRef:
     """Train; the reference of the round's record."""
     del spec

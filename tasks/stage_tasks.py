@@ -1,8 +1,8 @@
 """One thin Prefect task per stage: a spec in, an artifact reference out."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ParamSpec
 
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
@@ -15,6 +15,8 @@ from tasks.caching import StageCachePolicy
 from tasks.launch import launch_share, launch_stage
 from tasks.stages import Share, StageSpec, open_store
 
+P = ParamSpec("P")
+
 
 def died_unexpectedly(_task: "Task[..., Any]", _run: TaskRun, state: State[Any]) -> bool:
     """Retry what a second attempt can mend: a worker that died, not an input that is wrong."""
@@ -25,17 +27,20 @@ def _run(spec: StageSpec) -> ArtifactRef:
     return launch_stage(spec, get_run_logger())
 
 
-def _stage_task(name: str, description: str) -> "Task[[StageSpec], ArtifactRef]":
+def cached_task(
+    name: str, description: str, *, retries: int = 1
+) -> Callable[[Callable[P, ArtifactRef]], "Task[P, ArtifactRef]"]:
+    """A task whose first argument is the spec that its cache goes by."""
     return task(
         name=name,
         description=description,
         cache_policy=StageCachePolicy(),
         persist_result=True,
         result_serializer="json",
-        retries=1,
+        retries=retries,
         retry_condition_fn=died_unexpectedly,
         tags=["kdflow"],
-    )(_run)
+    )
 
 
 @task(
@@ -66,7 +71,7 @@ def share_out(spec: StageSpec) -> None:
 
 STAGE_TASKS: Mapping[str, "Task[[StageSpec], ArtifactRef]"] = MappingProxyType(
     {
-        name: _stage_task(name, description)
+        name: cached_task(name, description)(_run)
         for name, description in (
             ("prepare-teacher", "Convert the teacher to a Hugging Face folder"),
             ("prepare-student", "Make the student's initial weights"),

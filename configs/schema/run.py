@@ -109,9 +109,8 @@ class RunConfig(StrictModel):
             raise ValueError(
                 "student.shuffle_window_shards is about stored states, and source: live stores none"
             )
-        if not self.teacher_in_training and (
-            self.teacher.sleep or self.teacher.forward_batches > 1
-        ):
+        replays = self.mode == "offpolicy" and self.source == "replay"
+        if replays and (self.teacher.sleep or self.teacher.forward_batches > 1):
             raise ValueError(
                 "teacher.sleep and teacher.forward_batches are for `source: live`; this run replays"
             )

@@ -67,8 +67,8 @@ class RolloutEngine(Protocol):
     ) -> Iterator[tuple[int, Completion]]:
         """Answers, each with its prompt's index, as they are finished.
 
-        When a share `enough` of them is, an engine may cut the others where they are; at least one
-        token is there of each.
+        When a share `enough` of them is, an engine may cut the others where they are; one that has
+        no token yet is left out.
         """
         ...
 

@@ -22,6 +22,7 @@ from kdflow_core.weight_buckets import Bucket
 if TYPE_CHECKING:
     from kdflow_core.sglang_runtime.engine import GenerationEngine
 
+SLACK = 8
 FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "cut"}
 
 
@@ -55,7 +56,8 @@ class SglangRolloutEngine:
                 folder=folder,
                 dtype=config.dtype,
                 vocabulary_size=vocabulary_size,
-                max_length=min(max_length, context_length(folder)),
+                # SGLang keeps some of its context free; the model's own is the limit.
+                max_length=min(max_length + SLACK, context_length(folder)),
                 seed=seed,
                 tensor_parallel=config.tensor_parallel,
                 first_gpu=config.first_gpu,
@@ -80,14 +82,16 @@ class SglangRolloutEngine:
             [_parameters(sampling, prompt.max_new_tokens) for prompt in prompts],
             enough=enough,
         )
-        return ((number, self._completion(answer)) for number, answer in answers)
+        return (
+            (number, self._completion(answer)) for number, answer in answers if answer["output_ids"]
+        )
 
     def _completion(self, answer: dict[str, Any]) -> Completion:
         info = answer["meta_info"]
         log_probs = [entry[0] for entry in info["output_token_logprobs"]]
         ids = answer["output_ids"]
         versions = {span["version"] for span in info["weight_versions"] or ()}
-        if not ids or len(ids) != len(log_probs) or len(versions) > 1:
+        if len(ids) != len(log_probs) or len(versions) > 1:
             raise ModelError(
                 f"SGLang gave an answer of {len(ids)} tokens with {len(log_probs)} "
                 f"log-probabilities by the weights {sorted(versions)}"

@@ -8,6 +8,7 @@ import asyncio
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,10 @@ class GenerationEngine:
     def close(self) -> None:
         """End the engine's processes."""
         self._engine.shutdown()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # SGLang ends all children of this process, with them one that Python needs again.
+            resource_tracker.ensure_running()
 
     def _remote(self, method: str, **parameters: Any) -> None:
         try:

@@ -96,10 +96,15 @@ class RolloutHost:
         stage = StageRun(spec, self._stage.reporter)
         torch.manual_seed((stage.run.seed << 32) + number)
         self._engine.wake()
-        rows = self._rows(number, self._asked(number, fraction))
+        asked = self._asked(number, fraction)
+        rows = self._rows(number, asked)
         self._engine.sleep()
         write_rollouts(stage.workdir, rows)
-        counts = {"answers": len(rows), "tokens": sum(len(row["answer_ids"]) for row in rows)}
+        counts = {
+            "answers": len(rows),
+            "tokens": sum(len(row["answer_ids"]) for row in rows),
+            "cut_before_their_first_token": len(asked) - len(rows),
+        }
         # Where nothing is sampled, no weights are served, and none are stale.
         version = self._engine.version if rows else number - 1
         info = self._info(rows) | {"version": version, "fraction": fraction}

@@ -28,6 +28,7 @@ CONFIGS = {
     "sglang": SglangRollout(dtype="float32", max_running=16),
 }
 GREEDY = Sampling(stop_ids=(), temperature=0.0)
+LONGEST = 128
 ROWS = 416  # of the students' heads: 16 beyond the vocabulary
 
 
@@ -37,7 +38,7 @@ def engine(request: pytest.FixtureRequest, student_folder: Path) -> Iterator[Rol
         CONFIGS[request.param],
         folder=student_folder,
         vocabulary_size=VOCABULARY,
-        max_length=128,
+        max_length=LONGEST,
         seed=3,
         device=torch.device("cpu"),
     )
@@ -135,6 +136,12 @@ def test_where_answers_end(engine: RolloutEngine) -> None:
     assert reasons == {"stop", "length"}
 
 
+def test_an_answer_may_fill_the_length(engine: RolloutEngine) -> None:
+    asked = [ids[:28] for ids in prompts(60, seed=9) if len(ids) >= 28]
+    for completion in answers(engine, asked, Sampling(stop_ids=()), LONGEST - 28):
+        assert len(completion.ids_N) == LONGEST - 28
+
+
 def test_samples_follow_the_distribution(engine: RolloutEngine, model: PreTrainedModel) -> None:
     """First tokens of many samples of one prompt; and no token beyond the vocabulary."""
     (prompt,) = prompts(1, seed=4)
@@ -151,14 +158,15 @@ def test_samples_follow_the_distribution(engine: RolloutEngine, model: PreTraine
 
 
 def test_some_answers_may_be_cut(engine: RolloutEngine) -> None:
-    """All prompts have an answer then, of one token at least."""
-    asked = prompts(16, seed=5)
+    """What there is of them is given, if there is a token; the engine serves on."""
+    asked = [Prompt(ids_T=ids, max_new_tokens=90) for ids in prompts(40, seed=5)]
     sampling = Sampling(stop_ids=tuple(range(100, 140)), temperature=2.0)
-    found = answers(engine, asked, sampling, 90, enough=0.5)
-    assert all(len(c.ids_N) for c in found)
-    cut = [c for c in found if c.finish_reason == "cut"]
-    assert len(cut) <= 8
+    found = dict(engine.generate(asked, sampling, enough=0.5))
+    assert all(len(c.ids_N) for c in found.values())
+    cut = [c for c in found.values() if c.finish_reason == "cut"]
+    assert len(found) - len(cut) >= 20
     assert all(int(c.ids_N[-1]) not in sampling.stop_ids for c in cut)
+    assert len(answers(engine, prompts(3, seed=5), sampling, 5)) == 3
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -75,7 +75,7 @@ def test_a_windowed_shuffle_resumes_to_the_same_weights(
     make_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Killed and resumed, it goes on in the order of the uninterrupted run, on two ranks."""
-    settings = {"num_ranks": 2, "max_steps": 30, "checkpoint_every": 5, "shuffle_window_shards": 2}
+    settings = {"num_ranks": 2, "max_steps": 150, "checkpoint_every": 5, "shuffle_window_shards": 2}
     recipe = str(make_recipe(**settings))
     small = {"storage.shard_rows": 64}
     run = load_run(recipe, small)
