@@ -103,18 +103,21 @@ class OnPolicyRun:
             ref = None if number in self._begun else self.find("rollouts", number)
             if ref is None:
                 if number not in self._begun:
+                    self._catch_up(number)
                     self._begin_rollout(number)
                 ref = self._finish_rollouts(number)
         return ref
 
     def score(self, number: int) -> dict[str, Any]:
         """The teacher's states of a round; they stay in the ranks."""
+        self._catch_up(number)
         with self._timed("score"):
             counts: dict[str, Any] = self._train("score", request=self._request(number))[0]
         return counts
 
     def train(self, number: int) -> ArtifactRef:
         """The round's optimizer steps and its record. Coming rounds are rolled out beside them."""
+        self._catch_up(number)
         self._roll_out_ahead(number)
         request = self._request(number)
         result = self._train("train", request=request)[0]
@@ -127,6 +130,17 @@ class OnPolicyRun:
         """The trained student, with the records of its rounds."""
         records = [r.model_dump(mode="json") for r in self.history(self.config.rounds + 1)]
         return ArtifactRef.model_validate(self._train("export", rounds=records)[0])
+
+    def _catch_up(self, number: int) -> None:
+        """Train again what comes before a round and was lost with a trainer that has died: its
+        rounds after the last checkpoint. Their answers and records are there.
+        """
+        if number == 1:
+            return
+        for lost in range(self._trained_rounds() + 1, number):
+            self._logger.warning("round %d was not saved; training it again", lost)
+            with self._timed("repeat"):
+                self._train("train", request=self._request(lost))
 
     # Rolling out.
 
@@ -161,12 +175,11 @@ class OnPolicyRun:
         if self._begun:
             return
         trained = self._trained_rounds()
-        if self._served == trained:
-            return
-        with self._timed("swap"):
-            self._swap(trained)
         if trained < number - 1 - self.config.max_staleness:
             raise WorkerError(f"round {number} would be rolled out by the weights of {trained}")
+        if self._served != trained:
+            with self._timed("swap"):
+                self._swap(trained)
 
     def _swap(self, version: int) -> None:
         rollout, started = self._rollout_group(), time.perf_counter()
@@ -312,7 +325,6 @@ class OnPolicyRun:
 
     def _rollout_group(self) -> RankGroup:
         if self._rollout is None:
-            self._served, self._begun, self._joined = 0, [], False
             self._rollout = self._start("rollout", 1, {"PYTHONWARNINGS": "ignore"})
         return self._rollout
 
@@ -362,6 +374,7 @@ class OnPolicyRun:
         """End all processes. What is asked for next starts them anew."""
         groups = [group for group in (self._trainer, self._rollout) if group is not None]
         self._trainer = self._rollout = None
+        self._served, self._begun, self._joined = 0, [], False
         for group in groups:
             group.close()
 
@@ -372,10 +385,11 @@ class OnPolicyRun:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            if self._trainer is not None:
+        try:
+            if kind is None and self._trainer is not None:
                 self._call(self._trainer, "close")
-            if self._rollout is not None and not self._begun:
+            if kind is None and self._rollout is not None and not self._begun:
                 self._call(self._rollout, "close")
-        self.close()
-        self._lease.close()
+        finally:
+            self.close()
+            self._lease.close()

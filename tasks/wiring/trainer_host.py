@@ -16,6 +16,7 @@ from configs.schema.teacher import InProcessTeacher
 from kdflow_core.algorithms.base import Algorithm, Ingredients
 from kdflow_core.algorithms.vanilla_kd import VanillaKD
 from kdflow_core.contracts import Example, TeacherEngine, TokenSequence
+from kdflow_core.errors import TrainingError
 from kdflow_core.loops.measure import Measuring, heldout_scores, log_prob_difference
 from kdflow_core.loops.trainer import Trainer
 from kdflow_core.losses.reverse_kl import ReverseKL
@@ -128,6 +129,11 @@ class TrainerHost:
         if self._trainer.step >= stop:
             result: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
             return result
+        if self._trainer.step < stop - self._steps:
+            raise TrainingError(
+                f"round {number} begins at step {stop - self._steps}, and the student is at "
+                f"{self._trainer.step}"
+            )
         if self._round is None or self._round.number != number:
             self.score(request)  # a new process, where an old one had scored it
         assert self._round is not None

@@ -3,6 +3,8 @@ and trained, new weights are served, and what is done is not done again.
 """
 
 import logging
+import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from configs.load import load_run
 from configs.schema.run import RunConfig
 from kdflow_core.data.rendering import end_of_turn_ids
+from kdflow_core.errors import WorkerError
+from kdflow_core.workers.local import RankGroup
 from storage.rollouts import read_rollouts
 from tasks.adapters import TokenExamples
 from tasks.on_policy import OnPolicyRun
@@ -322,6 +326,44 @@ def test_rounds_that_are_done_stay_done(make_recipe: Callable[..., Path]) -> Non
         checkpoint.rename(checkpoint.with_name(f"lost-{checkpoint.name}"))
     with at_work(run) as work:
         assert not work.is_trained(1)
+
+
+def kill(group: RankGroup | None) -> None:
+    assert group is not None
+    os.kill(group._ranks[0].process.pid, signal.SIGKILL)
+
+
+def test_what_a_dead_trainer_had_not_saved_is_trained_again(
+    make_recipe: Callable[..., Path],
+) -> None:
+    """Without a checkpoint since the beginning; the third round is then that of a run without an
+    accident.
+    """
+    run = load(make_recipe, {}, rounds=3, checkpoint_rounds=5)
+    where = {f"storage.{name}": f"{run.storage.root}-{name}" for name in ("root", "scratch")}
+    with at_work(run) as work:
+        expected = train(work, 3)
+    with at_work(load(make_recipe, where, rounds=3, checkpoint_rounds=5)) as work:
+        train(work, 2)
+        kill(work._trainer)
+        with pytest.raises(WorkerError, match="SIGKILL"):
+            work.roll_out(3)
+        work.roll_out(3)
+        work.score(3)
+        found = work.record(work.train(3))
+        steps = [r["step"] for r in read_metrics(metrics_of(work))]
+    assert found.kd == expected[2].kd
+    assert found.heldout == expected[2].heldout
+    assert steps == list(range(1, 7))
+
+
+def test_an_engine_killed_at_work_is_asked_again(make_recipe: Callable[..., Path]) -> None:
+    with at_work(load(make_recipe, {"student.num_ranks": 1}, max_staleness=1)) as work:
+        work._begin_rollout(1)
+        kill(work._rollout)
+        with pytest.raises(WorkerError, match="SIGKILL"):
+            work.roll_out(1)
+        assert work.roll_out(1).counts["answers"] == 16
 
 
 def test_a_reward_that_cannot_be_had_ends_the_round(make_recipe: Callable[..., Path]) -> None:
