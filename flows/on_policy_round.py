@@ -10,8 +10,8 @@ from tasks.on_policy import OnPolicyRun
 from tasks.results import artifact_key
 from tasks.round_tasks import run_round
 from tasks.rounds import RoundRecord
-from tasks.show import Answer, answers_of
-from tasks.stages import StageSpec
+from tasks.show import Answer, read_answers
+from tasks.stages import StageSpec, open_store
 
 SHOWN_ANSWERS = 3
 
@@ -34,8 +34,9 @@ def train_on_policy(spec: StageSpec) -> None:
 @flow(name="on_policy_round", flow_run_name="round-{number}-of-{rounds}", validate_parameters=False)
 def on_policy_round(number: int, rounds: int, run: OnPolicyRun) -> dict[str, Any]:
     """One round; its record, which also stands in the UI."""
-    record = run.record(run_round(run, number))
-    answers = answers_of(run.spec.run, number)[:SHOWN_ANSWERS]
+    rollouts, made = run_round(run, number)
+    record = run.record(made)
+    answers = read_answers(open_store(run.spec.run).local_copy(rollouts))[:SHOWN_ANSWERS]
     create_markdown_artifact(
         key=f"{artifact_key(run.spec.run.name)}-round",
         markdown=round_markdown(record, answers),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 ALIGNMENT = 64
+NAMED = 3  # parameters that an error names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,3 +87,9 @@ class BucketFile:
         for (_, view), (_, tensor) in zip(bucket.views(), named, strict=True):
             view.copy_(tensor)
         return bucket
+
+
+def missing_text(names: Sequence[str]) -> str:
+    """The error about weights that have not arrived."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"new weights of {', '.join(names[:NAMED])}{more} did not arrive"

@@ -42,11 +42,11 @@ def train(spec: StageSpec, run: OnPolicyRun, number: int) -> ArtifactRef:
     return run.train(number)
 
 
-def run_round(run: OnPolicyRun, number: int) -> ArtifactRef:
-    """The three tasks of a round; the reference of its record."""
-    run_cached(rollout, run.spec_of("rollouts", number), run, number)
+def run_round(run: OnPolicyRun, number: int) -> tuple[ArtifactRef, ArtifactRef]:
+    """The three tasks of a round; the references of its rollouts and its record."""
+    rollouts = run_cached(rollout, run.spec_of("rollouts", number), run, number)
     trained = run.is_trained(number)
     if not trained:
         score(run, number)
     spec = run.spec_of("round", number)
-    return run_cached(train, spec, run, number, valid=trained)
+    return rollouts, run_cached(train, spec, run, number, valid=trained)

@@ -1,5 +1,7 @@
 """A round's answers for people."""
 
+from pathlib import Path
+
 from pydantic import BaseModel, ConfigDict
 
 from configs.schema.run import RunConfig
@@ -24,18 +26,8 @@ class Answer(BaseModel):
     reward: float | None
 
 
-def answers_of(run: RunConfig, number: int) -> list[Answer]:
-    """The answers of a round. Raises DataError when there are none."""
-    if run.on_policy is None:
-        raise DataError(f"{run.name} is not on-policy: it has no rollouts")
-    store = open_store(run)
-    identity = round_identity(plan_stages(run)["train"], "rollouts", number)
-    ref = store.find(identity.kind, identity.digest)
-    if ref is None:
-        raise DataError(
-            f"there are no rollouts of round {number} of {run.name} in {store.root}; it has "
-            f"{run.on_policy.rounds} rounds: run it first, with the same overrides"
-        )
+def read_answers(folder: Path) -> list[Answer]:
+    """The answers in the folder of a round's rollouts."""
     return [
         Answer(
             source=row["source"],
@@ -48,5 +40,20 @@ def answers_of(run: RunConfig, number: int) -> list[Answer]:
             log_prob=float(row["log_probs"].mean()),
             reward=row["reward"],
         )
-        for row in read_rollouts(store.local_copy(ref))
+        for row in read_rollouts(folder)
     ]
+
+
+def answers_of(run: RunConfig, number: int) -> list[Answer]:
+    """The answers of a round. Raises DataError when there are none."""
+    if run.on_policy is None:
+        raise DataError(f"{run.name} is not on-policy: it has no rollouts")
+    store = open_store(run)
+    identity = round_identity(plan_stages(run)["train"], "rollouts", number)
+    ref = store.find(identity.kind, identity.digest)
+    if ref is None:
+        raise DataError(
+            f"there are no rollouts of round {number} of {run.name} in {store.root}; it has "
+            f"{run.on_policy.rounds} rounds: run it first, with the same overrides"
+        )
+    return read_answers(store.local_copy(ref))

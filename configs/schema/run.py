@@ -109,8 +109,7 @@ class RunConfig(StrictModel):
             raise ValueError(
                 "student.shuffle_window_shards is about stored states, and source: live stores none"
             )
-        replays = self.mode == "offpolicy" and self.source == "replay"
-        if replays and (self.teacher.sleep or self.teacher.forward_batches > 1):
+        if self.replays and (self.teacher.sleep or self.teacher.forward_batches > 1):
             raise ValueError(
                 "teacher.sleep and teacher.forward_batches are for `source: live`; this run replays"
             )
@@ -195,10 +194,14 @@ class RunConfig(StrictModel):
         return self
 
     @property
+    def replays(self) -> bool:
+        """Whether teachers run before training, not in it."""
+        return self.mode == "offpolicy" and self.source == "replay"
+
+    @property
     def stores_training_states(self) -> bool:
         """Whether the teachers' states of the training split are stored."""
-        replays = self.mode == "offpolicy" and self.source == "replay"
-        return replays and self.algorithm.TEACHER_STATES
+        return self.replays and self.algorithm.TEACHER_STATES
 
     @property
     def teacher_in_training(self) -> bool:

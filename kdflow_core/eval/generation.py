@@ -28,10 +28,11 @@ def generate_greedily(
     """The model's answers, as text, to the prompts of the sequences (in order)."""
     texts: list[str] = []
     sampling = Sampling(temperature=0.0, stop_ids=tuple(sorted(end_of_turn_ids(tokenizer))))
+    vocabulary_size = true_vocabulary_size(tokenizer)
     for begin in range(0, len(sequences), PROMPTS_PER_BATCH):
         answers = generate_ids(
             model=model,
-            vocabulary_size=true_vocabulary_size(tokenizer),
+            vocabulary_size=vocabulary_size,
             prompts=[
                 Prompt(ids_T=s.prompt_ids_T, max_new_tokens=max_new_tokens)
                 for s in sequences[begin : begin + PROMPTS_PER_BATCH]

@@ -9,11 +9,9 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from kdflow_core.errors import ModelError
 from kdflow_core.weight_buckets import Bucket
 
 FinishReason = Literal["stop", "length", "cut"]
-NAMED = 3  # parameters that an error names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +93,3 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """Free the model. May be called twice."""
         ...
-
-
-def refuse_missing(names: Sequence[str]) -> None:
-    """Raises ModelError that names weights that have not arrived."""
-    if names:
-        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        raise ModelError(f"new weights of {', '.join(names[:NAMED])}{more} did not arrive")

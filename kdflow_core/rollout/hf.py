@@ -14,9 +14,9 @@ from configs.schema.rollout import TransformersRollout
 from kdflow_core.errors import ModelError
 from kdflow_core.models.loading import DTYPES, load_causal_lm
 from kdflow_core.models.offload import OffloadedModule
-from kdflow_core.rollout.base import Completion, Prompt, Sampling, refuse_missing
+from kdflow_core.rollout.base import Completion, Prompt, Sampling
 from kdflow_core.rollout.generation import generate_ids, log_probabilities
-from kdflow_core.weight_buckets import Bucket
+from kdflow_core.weight_buckets import Bucket, missing_text
 
 
 class TransformersRolloutEngine:
@@ -95,7 +95,8 @@ class TransformersRolloutEngine:
 
     def end_weights(self, version: int) -> None:
         """See `RolloutEngine`."""
-        refuse_missing(sorted(self._missing))
+        if self._missing:
+            raise ModelError(missing_text(sorted(self._missing)))
         self.version = version
 
     def sleep(self) -> None:

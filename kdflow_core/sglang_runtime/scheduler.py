@@ -11,9 +11,7 @@ from sglang.srt.managers.scheduler import Scheduler, run_scheduler_process
 from sglang.srt.model_loader import weight_utils
 from tqdm import tqdm
 
-from kdflow_core.weight_buckets import Bucket
-
-NAMED = 3  # missing parameters that an error names
+from kdflow_core.weight_buckets import Bucket, missing_text
 
 
 def scheduler_for(vocabulary_size: int) -> "partial[None]":
@@ -82,10 +80,7 @@ def _check_weights(scheduler: Scheduler) -> None:
     named = _parameters(scheduler).items()
     missing = [name for name, p in named if bool(p.sum(dtype=torch.float32).isnan())]
     if missing:
-        more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
-        raise RuntimeError(
-            f"new weights of {', '.join(missing[:NAMED])}{more} did not arrive, or are not finite"
-        )
+        raise RuntimeError(f"{missing_text(missing)}, or are not finite")
 
 
 def _serve_weights(scheduler: Scheduler, version: str) -> None:
