@@ -83,10 +83,12 @@ class SglangRolloutEngine:
             enough=enough,
         )
         return (
-            (number, self._completion(answer)) for number, answer in answers if answer["output_ids"]
+            (number, self._completion(answer, sampling))
+            for number, answer in answers
+            if answer["output_ids"]
         )
 
-    def _completion(self, answer: dict[str, Any]) -> Completion:
+    def _completion(self, answer: dict[str, Any], sampling: Sampling) -> Completion:
         info = answer["meta_info"]
         log_probs = [entry[0] for entry in info["output_token_logprobs"]]
         ids = answer["output_ids"]
@@ -97,10 +99,12 @@ class SglangRolloutEngine:
                 f"log-probabilities by the weights {sorted(versions)}"
             )
         served = info["weight_version"]
+        # An answer that ends in the step in which it is aborted has ended all the same.
+        stopped = ids[-1] in sampling.stop_ids
         return Completion(
             ids_N=np.array(ids, np.int32),
             log_prob_N=np.array(log_probs, np.float32),
-            finish_reason=FINISH[info["finish_reason"]["type"]],
+            finish_reason="stop" if stopped else FINISH[info["finish_reason"]["type"]],
             version=0 if served == "default" else int(served),
         )
 
