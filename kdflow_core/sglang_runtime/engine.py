@@ -5,6 +5,7 @@ its private API that takes. `scheduler.py` is our part inside its process.
 """
 
 import asyncio
+import multiprocessing
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -145,6 +146,7 @@ class GenerationEngine:
     def close(self) -> None:
         """End the engine's processes."""
         self._engine.shutdown()
+        multiprocessing.active_children()  # which reaps those that ended
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # SGLang ends all children of this process, with them one that Python needs again.

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -44,6 +45,8 @@ def engine(request: pytest.FixtureRequest, student_folder: Path) -> Iterator[Rol
     )
     yield built
     built.close()
+    children = psutil.Process().children()
+    assert [child.name() for child in children if child.status() == psutil.STATUS_ZOMBIE] == []
     with pytest.raises(ModelError, match="closed"):
         list(built.generate([Prompt(ids_T=ids, max_new_tokens=1) for ids in prompts(1)], GREEDY))
     with warnings.catch_warnings():

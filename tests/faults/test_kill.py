@@ -3,9 +3,7 @@ bit for bit, and extraction behind its finished shards.
 """
 
 import logging
-import os
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +19,7 @@ from tasks.launch import launch_stage
 from tasks.stages import StageSpec, plan_stages
 from tasks.tracking import read_metrics
 from tests.conftest import run_inline
+from tests.processes import stage_ranks
 
 pytestmark = pytest.mark.ranks
 
@@ -31,8 +30,7 @@ def kill_a_rank_after(checkpoints: Path, step: int, victim: int) -> None:
     while max(completed_steps(checkpoints), default=0) < step:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    ranks = [p for p in psutil.Process().children() if "tasks.worker" in p.cmdline()]
-    os.kill(sorted(p.pid for p in ranks)[victim], signal.SIGKILL)
+    stage_ranks(psutil.Process())[victim].kill()
 
 
 @pytest.mark.parametrize(("num_ranks", "algorithm"), [(1, "vanilla_kd"), (2, "self_distillation")])
@@ -85,8 +83,7 @@ def kill_a_teacher_after(commits: Path, shards: int) -> None:
     while len(list(commits.glob("*.json"))) < shards:
         assert time.monotonic() < deadline
         time.sleep(0.001)
-    ranks = [p for p in psutil.Process().children() if "tasks.worker" in p.cmdline()]
-    os.kill(max(p.pid for p in ranks), signal.SIGKILL)
+    stage_ranks(psutil.Process())[-1].kill()
 
 
 def test_a_teacher_killed_mid_extraction_leaves_its_shards_to_the_next(

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from tests.prefect_server import Server, start_server
+from tests.processes import stage_ranks
 from tests.readme import commands
 
 pytestmark = [pytest.mark.prefect, pytest.mark.ranks]
@@ -144,8 +145,7 @@ def test_a_cancelled_run_leaves_no_process(
     while len(ranks) < 2:
         assert time.monotonic() < deadline, "training did not start"
         time.sleep(0.5)
-        children = worker.children(recursive=True)
-        ranks = [p for p in children if "tasks.worker" in " ".join(p.cmdline())]
+        ranks = stage_ranks(worker)
     (running,) = server.runs(flow_runs={"state": {"type": {"any_": ["RUNNING"]}}})
     server.command("--no-prompt", "flow-run", "cancel", str(running["id"]))
     _, alive = psutil.wait_procs(ranks, timeout=90)

@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from configs.load import load_run
 from kdflow_core.student.checkpoint import completed_steps
 from tasks.stages import plan_stages
 from tests.conftest import run_inline
+from tests.processes import stage_ranks
 
 pytestmark = [pytest.mark.prefect, pytest.mark.ranks]
 
@@ -105,11 +105,11 @@ def wait_and_kill(flow: subprocess.Popen[str], checkpoints: Path, *, with_flow: 
     while max(completed_steps(checkpoints), default=0) < 10:
         assert flow.poll() is None, flow.communicate()[0]
         time.sleep(0.02)
-    children = psutil.Process(flow.pid).children()
-    ranks = [p for p in children if "tasks.worker" in p.cmdline()]
+    parent = psutil.Process(flow.pid)
+    ranks = stage_ranks(parent)
     assert ranks
-    for victim in [flow.pid, *(p.pid for p in children)] if with_flow else [ranks[0].pid]:
-        os.kill(victim, signal.SIGKILL)
+    for victim in [parent, *parent.children()] if with_flow else ranks[:1]:
+        victim.kill()
     assert completed_steps(checkpoints)[-1] < 60
 
 
