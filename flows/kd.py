@@ -11,6 +11,7 @@ from flows.on_policy_round import train_on_policy
 from storage.artifact import ArtifactRef
 from storage.runs import record_run
 from tasks.caching import run_cached
+from tasks.engines import check_engines
 from tasks.results import artifact_key, check_run, evaluation_rows, report_path, student_path
 from tasks.stage_tasks import STAGE_TASKS, share_out
 from tasks.stages import (
@@ -34,10 +35,13 @@ def kd(
     run = check_run(recipe, overrides or {})
     done: dict[str, ArtifactRef] = {}
     if run.source == "auto":
-        done = _run_stages(run, plan_stages(run), done)
+        plan = plan_stages(run)
+        check_engines(run, plan)
+        done = _run_stages(run, plan, done)
         run = decided(run, done["estimate"])
         get_run_logger().info("source: auto is %s here", run.source)
     plan = plan_stages(run)
+    check_engines(run, plan)
     made = plan | round_identities(plan["train"], run)
     used = {stage: f"{identity.kind}/{identity.digest}" for stage, identity in made.items()}
     record_run(open_store(run), run.name, used)

@@ -67,24 +67,24 @@ def tell_waiting(logger: Logger, holder: str) -> None:
 
 def _run_workers(spec: StageSpec, logger: Logger) -> None:
     progress = ProgressLog(logger)
-    training = spec.identity.stage in {"train", "estimate"}
+    stage = spec.identity.stage
     student, teacher = spec.run.student, spec.run.teacher
     ranks = {
         "train": student.num_ranks,
         "extract": teacher.num_ranks,
-        "generate": student.num_ranks,
+        "generate": spec.run.answering_ranks if stage == "generate" else 1,
         "estimate": max(student.num_ranks, teacher.ranks_per_replica),
     }
 
     def line(rank: int, text: str) -> None:
-        logger.warning("[%s rank %d] %s", spec.identity.stage, rank, text)
+        logger.warning("[%s rank %d] %s", stage, rank, text)
 
     try:
         run_ranks(
             module="tasks.worker",
             request=spec.model_dump_json(),
-            num_ranks=ranks.get(spec.identity.stage, 1),
-            env=KEEP_BUFFERS if training else {},
+            num_ranks=ranks.get(stage, 1),
+            env=KEEP_BUFFERS if stage in {"train", "estimate"} else {},
             on_event=progress.event,
             on_line=line,
         )

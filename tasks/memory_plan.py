@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema.models import PretrainedModel
-from configs.schema.rollout import SglangRollout
-from configs.schema.run import RunConfig
+from configs.schema.on_policy import OnPolicyConfig
+from configs.schema.rollout import Rollout, TransformersRollout
 from configs.schema.teacher import InProcessTeacher
-from kdflow_core.models.folders import resolve_folder
+from kdflow_core.models.folders import context_length, resolve_folder, text_config
 from storage.artifact import ArtifactRef
 from tasks.stages import StageSpec, open_store
 
@@ -34,56 +34,84 @@ class Phase:
         return sum(self.parts.values())
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """What takes `size` bytes in the phases that need it, and in the others unless it `leaves`."""
+
+    size: int
+    needed: frozenset[str]
+    leaves: bool = True
+
+
 def memory_plan(spec: StageSpec) -> list[Phase]:
     """The phases of a round, on the device of a rank that also has the rollout engine, if one has.
 
-    Activations, and states that wait for the loss, come on top: they depend on the texts.
+    The teacher's states and the engine's cache are those of texts of the full length. Activations
+    come on top, and the cache of SGLang on a GPU, unless rollout.cache_tokens is set.
     """
     run = spec.run
     assert run.on_policy is not None
-    student, teacher = (num_parameters(_folder(spec, side)) for side in ("student", "teacher"))
-    ranks, rollout = run.student.num_ranks, run.on_policy.rollout
-    engine = student * DTYPE_BYTES[rollout.dtype]
-    beside = True
-    if isinstance(rollout, SglangRollout):
-        engine = engine // rollout.tensor_parallel
-        beside = rollout.first_gpu < ranks
+    ranks = run.student.num_ranks
+    student = num_parameters(_folder(spec, "student"))
     trained = 0 if run.student.lora else student  # adapters are small
-    held = {
-        "student": (student * WEIGHTS + trained * MOMENTS) // ranks,
-        "teacher": _teacher_bytes(run, teacher),
-        "engine": engine if beside else 0,
-    }
-    sleeps = {
-        "student": run.student.sleep,
-        "teacher": isinstance(run.teacher, InProcessTeacher) and run.teacher.sleep,
-        "engine": isinstance(rollout, SglangRollout) and rollout.sleep,
-    }
-    awake = {
-        "roll out": {"engine"},
-        "swap weights": {"engine", "student"},
-        "score": {"teacher"},
-        "train": {"student"},
-    }
-    extra = {
-        "swap weights": {"buckets": 2 * rollout.bucket_mb * 10**6},
-        "train": {
-            "gradients": trained * GRADIENTS // ranks,
-            "logits": run.loss.logits_memory_mb * 10**6,
-        },
+    parts = {
+        "student": _Part(
+            size=(student * WEIGHTS + trained * MOMENTS) // ranks,
+            needed=frozenset({"swap weights", "train"}),
+            leaves=run.student.sleep,
+        ),
+        "teacher": _Part(
+            size=_teacher_bytes(spec),
+            needed=frozenset({"score"}),
+            leaves=isinstance(run.teacher, InProcessTeacher) and run.teacher.sleep,
+        ),
+        **_engine_parts(spec, run.on_policy.rollout, student),
+        "states": _Part(
+            size=_state_bytes(spec, run.on_policy), needed=frozenset({"score", "train"})
+        ),
+        "gradients": _Part(size=trained * GRADIENTS // ranks, needed=frozenset({"train"})),
+        "logits": _Part(size=run.loss.logits_memory_mb * 10**6, needed=frozenset({"train"})),
     }
     return [
         Phase(
-            name=name,
+            name=phase,
             parts={
-                part: size
-                for part, size in held.items()
-                if size and (part in awake[name] or not sleeps[part])
-            }
-            | extra.get(name, {}),
+                name: part.size
+                for name, part in parts.items()
+                if part.size and (phase in part.needed or not part.leaves)
+            },
         )
-        for name in PHASES
+        for phase in PHASES
     ]
+
+
+def _engine_parts(spec: StageSpec, rollout: Rollout, student: int) -> dict[str, _Part]:
+    """Of the rollout engine's share on a rank's device; nothing where it is on another one."""
+    folder, run = _folder(spec, "student"), spec.run
+    buckets = _Part(size=2 * rollout.bucket_mb * 10**6, needed=frozenset({"swap weights"}))
+    if isinstance(rollout, TransformersRollout):
+        width, sleeps, answering = 1, False, frozenset({"roll out"})
+        tokens = rollout.prompts_per_batch * _longest(spec)
+    else:
+        if rollout.first_gpu >= run.student.num_ranks:
+            return {"buckets": buckets}
+        width, sleeps = rollout.tensor_parallel, rollout.sleep
+        answering = frozenset({"roll out", "swap weights"})  # it wakes with its cache
+        tokens = rollout.cache_tokens or 0
+    size = DTYPE_BYTES[rollout.dtype]
+    return {
+        "engine": _Part(
+            size=student * size // width,
+            needed=frozenset({"roll out", "swap weights"}),
+            leaves=sleeps,
+        ),
+        "cache": _Part(
+            size=tokens * cached_values(folder) * size // width,
+            needed=answering,
+            leaves=sleeps or isinstance(rollout, TransformersRollout),
+        ),
+        "buckets": buckets,
+    }
 
 
 def plan_lines(phases: list[Phase]) -> list[str]:
@@ -95,9 +123,11 @@ def plan_lines(phases: list[Phase]) -> list[str]:
         for phase in phases
     ]
     peak = max(phases, key=lambda phase: phase.total)
+    cache = any("cache" in phase.parts for phase in phases)
     lines.append(
-        f"peak memory of a device: {peak.total / 1e9:.2f} GB, to {peak.name}; the engine's cache, "
-        "activations and waiting states come on top"
+        f"peak memory of a device: {peak.total / 1e9:.2f} GB, to {peak.name}; activations "
+        + ("come" if cache else "and the engine's cache come")
+        + " on top"
     )
     return lines
 
@@ -128,8 +158,38 @@ def _folder(spec: StageSpec, side: str) -> Path:
     return resolve_folder(model.path, model.revision)
 
 
-def _teacher_bytes(run: RunConfig, parameters: int) -> int:
+def _teacher_bytes(spec: StageSpec) -> int:
     """Of one rank's part of the teacher; none where the student teaches itself."""
+    run = spec.run
     if not run.algorithm.TEACHER_STATES:
         return 0
+    parameters = num_parameters(_folder(spec, "teacher"))
     return parameters * DTYPE_BYTES[run.teacher.dtype] // run.teacher.ranks_per_replica
+
+
+def _state_bytes(spec: StageSpec, config: OnPolicyConfig) -> int:
+    """Of the states that wait on one rank for the loss: a round's at most."""
+    run = spec.run
+    if not run.algorithm.TEACHER_STATES:
+        return 0
+    examples = config.steps(run.student.global_batch_size) * run.student.global_batch_size
+    width = int(text_config(_folder(spec, "teacher"))["hidden_size"])
+    size = width * DTYPE_BYTES[run.teacher.dtype]
+    return examples * _longest(spec) * size // run.student.num_ranks
+
+
+def _longest(spec: StageSpec) -> int:
+    """The longest text of a round, in tokens."""
+    contexts = [context_length(_folder(spec, side)) for side in ("student", "teacher")]
+    return min(spec.run.data.max_length, *contexts)
+
+
+def cached_values(folder: Path) -> int:
+    """The keys and values that a model keeps of a token, if it has attention in all layers."""
+    config = text_config(folder)
+    heads = config.get("num_attention_heads")
+    if heads is None:
+        return 0
+    width = config.get("head_dim") or config["hidden_size"] // heads
+    kept = config.get("num_key_value_heads") or heads
+    return int(2 * config["num_hidden_layers"] * kept * width)

@@ -182,10 +182,10 @@ def states_slice(run: RunConfig, sources: frozenset[str] | None) -> dict[str, An
 def answers_slice(run: RunConfig) -> dict[str, Any]:
     """Of the answers that a model writes to the training prompts."""
     assert run.data.answers is not None
-    by_teacher = run.data.answers.by == "teacher"
+    engine = run.data.answers.engine
     return {
-        "answers": run.data.answers.model_dump(mode="json"),
-        "dtype": run.teacher.dtype if by_teacher else run.student.compute_dtype,
+        "answers": run.data.answers.model_dump(mode="json", exclude={"engine"}),
+        "engine": engine.model_dump(mode="json", include=set(engine.RESULT_FIELDS)),
         "max_length": run.data.max_length,
         "seed": run.seed,
     }

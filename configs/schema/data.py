@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from configs.schema.base import StrictModel
+from configs.schema.generation import Engine, TransformersEngine
 
 Layout = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"]
 FileFormat = Literal["jsonl", "parquet", "arrow"]
@@ -82,8 +83,8 @@ class AnswersConfig(StrictModel):
     `by` the teacher: sequence-level distillation; by the student: on-policy distillation, one
     round. A `fraction` of the prompts is answered anew, chosen by content. Tokens are sampled at
     `temperature` from the smallest set with probability `top_p`; temperature 0 takes the most
-    probable one. An answer that reaches `max_new_tokens` has no end that is learned.
-    `prompts_per_batch` are answered at a time.
+    probable one. An answer that reaches `max_new_tokens` has no end that is learned. An `engine` of
+    each rank writes them; a stage that is killed goes on behind the last whole `prompts_per_part`.
     """
 
     by: Literal["teacher", "student"]
@@ -91,7 +92,8 @@ class AnswersConfig(StrictModel):
     temperature: float = Field(default=1.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_new_tokens: int = Field(default=256, gt=0)
-    prompts_per_batch: int = Field(default=32, gt=0)
+    engine: Engine = Field(default_factory=TransformersEngine)
+    prompts_per_part: int = Field(default=256, gt=0)
 
 
 class DataConfig(StrictModel):

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from configs.schema.algorithm import Algorithm, MultiTeacherConfig, VanillaKDConfig
 from configs.schema.base import StrictModel
 from configs.schema.data import DataConfig
+from configs.schema.generation import SglangEngine
 from configs.schema.loss import LossConfig
 from configs.schema.on_policy import ConstantFraction, OnPolicyConfig
 from configs.schema.student import StudentConfig
@@ -214,6 +215,14 @@ class RunConfig(StrictModel):
         if isinstance(self.algorithm, MultiTeacherConfig):
             return tuple(self.algorithm.teachers)
         return ("teacher",)
+
+    @property
+    def answering_ranks(self) -> int:
+        """The ranks that write `data.answers`, each with a copy of the model."""
+        answers = self.data.answers
+        assert answers is not None
+        width = answers.engine.tensor_parallel if isinstance(answers.engine, SglangEngine) else 1
+        return max(1, self.student.num_ranks // width)
 
     def sources_of(self, name: str) -> frozenset[str] | None:
         """The data sources that a teacher teaches; None for all of them."""

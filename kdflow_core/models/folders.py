@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 
@@ -42,9 +43,14 @@ def resolve_folder(path: str, revision: str | None, *, weights: bool = True) -> 
 
 def context_length(folder: Path) -> int:
     """The longest sequence that the model was made for, in tokens. Raises ModelError."""
+    return int(text_config(folder).get("max_position_embeddings") or 2**31)
+
+
+def text_config(folder: Path) -> dict[str, Any]:
+    """The config of a model's language part, as its file has it. Raises ModelError."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise ModelError(f"{folder} has no readable config.json: {error}") from error
-    text_config = config.get("text_config", config)
-    return int(text_config.get("max_position_embeddings") or 2**31)
+    part: dict[str, Any] = config.get("text_config", config)
+    return part

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 import torch
 
-from configs.schema.rollout import Rollout
+from configs.schema.generation import Engine
 from kdflow_core.rollout.base import RolloutEngine
 
 # Lazy, so that a backend's libraries are loaded by those who use it.
@@ -20,7 +20,7 @@ ENGINES: Mapping[str, str] = MappingProxyType(
 
 
 def build_rollout_engine(
-    config: Rollout,
+    config: Engine,
     *,
     folder: Path,
     vocabulary_size: int,

@@ -18,10 +18,11 @@ FinishReason = Literal["stop", "length", "cut"]
 class Sampling:
     """How tokens are chosen: at `temperature`, from the `top_k` most probable ones (0: all) and
     the smallest set with probability `top_p`; at temperature 0, the most probable one. An answer
-    ends with one of `stop_ids`, which belongs to it.
+    ends with one of `stop_ids`, which belongs to it. Without `log_probs`, completions have none.
     """
 
     stop_ids: tuple[int, ...]
+    log_probs: bool = True
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -43,7 +44,7 @@ class Completion:
     """
 
     ids_N: np.ndarray
-    log_prob_N: np.ndarray
+    log_prob_N: np.ndarray | None
     finish_reason: FinishReason
     version: int
 

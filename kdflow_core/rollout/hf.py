@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from configs.schema.rollout import TransformersRollout
+from configs.schema.generation import TransformersEngine
 from kdflow_core.errors import ModelError
 from kdflow_core.models.loading import DTYPES, load_causal_lm
 from kdflow_core.models.offload import OffloadedModule
@@ -24,7 +24,7 @@ class TransformersRolloutEngine:
 
     def __init__(
         self,
-        config: TransformersRollout,
+        config: TransformersEngine,
         *,
         folder: Path,
         vocabulary_size: int,
@@ -64,13 +64,15 @@ class TransformersRolloutEngine:
                 yield begin + row, self._completion(prompt.ids_T, ids_N, sampling)
 
     def _completion(self, prompt: np.ndarray, ids_N: np.ndarray, sampling: Sampling) -> Completion:
-        log_prob_N = log_probabilities(
-            model=self._running(),
-            prompt=prompt,
-            answer=ids_N,
-            vocabulary_size=self._vocabulary_size,
-            temperature=sampling.temperature or 1.0,
-        )
+        log_prob_N = None
+        if sampling.log_probs:
+            log_prob_N = log_probabilities(
+                model=self._running(),
+                prompt=prompt,
+                answer=ids_N,
+                vocabulary_size=self._vocabulary_size,
+                temperature=sampling.temperature or 1.0,
+            )
         stopped = int(ids_N[-1]) in sampling.stop_ids
         return Completion(
             ids_N=ids_N,

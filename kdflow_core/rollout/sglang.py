@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from configs.schema.generation import SglangEngine
 from configs.schema.rollout import SglangRollout
 from kdflow_core.errors import ModelError
 from kdflow_core.models.folders import context_length
@@ -31,7 +32,7 @@ class SglangRolloutEngine:
 
     def __init__(
         self,
-        config: SglangRollout,
+        config: SglangEngine,
         *,
         folder: Path,
         vocabulary_size: int,
@@ -40,7 +41,8 @@ class SglangRolloutEngine:
         device: torch.device,
     ) -> None:
         require_sglang()
-        if config.sleep and device.type == "cpu":
+        sleeps = isinstance(config, SglangRollout) and config.sleep
+        if sleeps and device.type == "cpu":
             raise ModelError(
                 "on_policy.rollout.sleep gives back the memory of a GPU, and this engine runs on a "
                 "CPU; leave it out"
@@ -65,12 +67,12 @@ class SglangRolloutEngine:
                 cache_tokens=config.cache_tokens,
                 memory_fraction=config.memory_fraction,
                 attention_backend=config.attention_backend,
-                sleep=config.sleep,
+                sleep=sleeps,
             ),
             device,
         )
         self.version = 0
-        self._sleeps = config.sleep
+        self._sleeps = sleeps
         self._asleep = False
 
     def generate(
@@ -80,6 +82,7 @@ class SglangRolloutEngine:
         answers = self._running().generate(
             [prompt.ids_T.tolist() for prompt in prompts],
             [_parameters(sampling, prompt.max_new_tokens) for prompt in prompts],
+            log_probs=sampling.log_probs,
             enough=enough,
         )
         return (
@@ -90,20 +93,16 @@ class SglangRolloutEngine:
 
     def _completion(self, answer: dict[str, Any], sampling: Sampling) -> Completion:
         info = answer["meta_info"]
-        log_probs = [entry[0] for entry in info["output_token_logprobs"]]
         ids = answer["output_ids"]
         versions = {span["version"] for span in info["weight_versions"] or ()}
-        if len(ids) != len(log_probs) or len(versions) > 1:
-            raise ModelError(
-                f"SGLang gave an answer of {len(ids)} tokens with {len(log_probs)} "
-                f"log-probabilities by the weights {sorted(versions)}"
-            )
+        if len(versions) > 1:
+            raise ModelError(f"SGLang gave an answer by the weights {sorted(versions)}")
         served = info["weight_version"]
         # An answer that ends in the step in which it is aborted has ended all the same.
         stopped = ids[-1] in sampling.stop_ids
         return Completion(
             ids_N=np.array(ids, np.int32),
-            log_prob_N=np.array(log_probs, np.float32),
+            log_prob_N=_log_probs(info, len(ids)) if sampling.log_probs else None,
             finish_reason="stop" if stopped else FINISH[info["finish_reason"]["type"]],
             version=0 if served == "default" else int(served),
         )
@@ -151,6 +150,15 @@ class SglangRolloutEngine:
         if self._engine is None:
             raise ModelError("the rollout engine is closed")
         return self._engine
+
+
+def _log_probs(info: dict[str, Any], count: int) -> np.ndarray:
+    entries = info["output_token_logprobs"]
+    if len(entries) != count:
+        raise ModelError(
+            f"SGLang gave an answer of {count} tokens with {len(entries)} log-probabilities"
+        )
+    return np.array([entry[0] for entry in entries], np.float32)
 
 
 def _parameters(sampling: Sampling, max_new_tokens: int) -> dict[str, Any]:

@@ -64,15 +64,20 @@ class GenerationEngine:
             except (RuntimeError, ValueError, AssertionError, OSError) as error:
                 raise ModelError(
                     f"SGLang cannot serve {options.folder}: {error}. Where memory is short, lower "
-                    "rollout.cache_tokens or rollout.memory_fraction; where the model is the "
-                    "matter, set on_policy.rollout.type=transformers"
+                    "cache_tokens or memory_fraction; where the model is the matter, set the "
+                    "engine's type to transformers"
                 ) from error
         self._loop = self._engine.loop
         self._tensor_parallel = options.tensor_parallel
         self._requests = 0
 
     def generate(
-        self, prompts: Sequence[list[int]], sampling: Sequence[Mapping[str, Any]], *, enough: float
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sequence[Mapping[str, Any]],
+        *,
+        log_probs: bool,
+        enough: float,
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         """SGLang's answers with the number of their prompt, as they come; the last share beyond
         `enough` is aborted.
@@ -84,7 +89,7 @@ class GenerationEngine:
             return number, await self._engine.async_generate(
                 input_ids=prompts[number],
                 sampling_params=dict(sampling[number]),
-                return_logprob=True,
+                return_logprob=log_probs,
                 rid=names[number],
             )
 
@@ -180,7 +185,7 @@ def _check_architecture(args: Any) -> None:
     architecture = ModelConfig.from_server_args(args).hf_config.architectures[0]
     if not ModelRegistry.is_arch_supported(architecture):
         raise ModelError(
-            f"SGLang does not run {architecture}; set on_policy.rollout.type=transformers"
+            f"SGLang does not run {architecture}; set the engine's type to transformers"
         )
 
 
@@ -203,7 +208,7 @@ def _server_args(options: EngineOptions, device: torch.device) -> dict[str, Any]
         "device": device.type,
         "dtype": options.dtype,
         "tp_size": options.tensor_parallel,
-        "base_gpu_id": options.first_gpu,
+        "base_gpu_id": 0 if cpu else options.first_gpu,  # of a CPU it would be the NUMA node
         "random_seed": options.seed,
         "context_length": options.max_length,
         "grammar_backend": "none",

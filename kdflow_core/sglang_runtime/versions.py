@@ -8,22 +8,27 @@ from kdflow_core.errors import ModelError
 TESTED = ("0.5.21",)
 
 
-def require_sglang() -> None:
-    """Raises ModelError unless a tested version of SGLang is installed. Call it before SGLang's
-    other modules are imported: some of them need the platform to be chosen.
-    """
+def check_sglang() -> None:
+    """Raises ModelError unless a tested version of SGLang is installed. Loads none of it."""
     try:
         installed = metadata.version("sglang")
     except metadata.PackageNotFoundError:
         raise ModelError(
             "SGLang is not installed: `pip install -e '.[sglang]'` on a machine with a GPU, "
-            "`make install` on a CPU, or set teacher.type=transformers"
+            "`make install` on a CPU, or set the type to transformers"
         ) from None
     if installed not in TESTED:
         raise ModelError(
             f"SGLang {installed} is installed; kdflow uses SGLang's inner parts and is tested with "
-            f"{', '.join(TESTED)}. Install `sglang=={TESTED[-1]}`, or set teacher.type=transformers"
+            f"{', '.join(TESTED)}. Install `sglang=={TESTED[-1]}`, or set the type to transformers"
         )
+
+
+def require_sglang() -> None:
+    """As `check_sglang`. Call it before SGLang's other modules are imported: some of them need the
+    platform to be chosen.
+    """
+    check_sglang()
     _show_errors_only()
     platforms = import_module("sglang.srt.platforms")
     _ = platforms.current_platform  # looking it up chooses it

@@ -6,6 +6,7 @@ goes on with the missing ones.
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -13,26 +14,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from configs.schema.data import AnswersConfig
+from configs.schema.generation import Engine, SglangEngine
 from kdflow_core.contracts import Example, TokenSequence
 from kdflow_core.data.rendering import end_of_turn_ids
 from kdflow_core.models.folders import context_length
-from kdflow_core.models.loading import (
-    DTYPES,
-    load_causal_lm,
-    load_tokenizer,
-    true_vocabulary_size,
-)
+from kdflow_core.models.loading import load_tokenizer, true_vocabulary_size
+from kdflow_core.rollout import build_rollout_engine
 from kdflow_core.rollout.base import Prompt, Sampling
-from kdflow_core.rollout.generation import generate_ids, log_probabilities
 from storage.artifact import ArtifactRef
 from storage.tokens import TokenTable, TokenWriter
 from tasks.adapters import TokenExamples, token_row
 from tasks.wiring.stage_run import StageRun, barrier, default_device, rank_and_size
-
-BATCHES_PER_PART = 8
 
 
 def generate_answers(stage: StageRun) -> ArtifactRef | None:
@@ -44,18 +38,21 @@ def generate_answers(stage: StageRun) -> ArtifactRef | None:
     rank, size = rank_and_size()
     table = stage.tables()["train"]
     examples, answered = TokenExamples(table), _chosen(table, config.fraction)
-    length = config.prompts_per_batch * BATCHES_PER_PART
+    length = config.prompts_per_part
     parts = [answered[k : k + length] for k in range(0, len(answered), length)]
     folder = stage.workdir / "parts"
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{number:06d}.arrow" for number in range(len(parts))]
     missing = [k for k in range(rank, len(parts), size) if not paths[k].is_file()]
     if missing:
-        writer = _Answerer(stage, config)
-        for done, k in enumerate(missing):
-            torch.manual_seed((stage.run.seed << 32) + k)  # a part is the same whoever writes it
-            _write(paths[k], writer.answers([examples[i] for i in parts[k]]))
-            stage.reporter.progress(done=done + 1, total=len(missing), unit="parts of the prompts")
+        with closing(_Answerer(stage, config, rank)) as writer:
+            for done, k in enumerate(missing):
+                # Sampled in this process, a part is the same whoever writes it.
+                torch.manual_seed((stage.run.seed << 32) + k)
+                _write(paths[k], writer.answers([examples[i] for i in parts[k]]))
+                stage.reporter.progress(
+                    done=done + 1, total=len(missing), unit="parts of the prompts"
+                )
     barrier()
     if rank != 0:
         return None
@@ -79,67 +76,57 @@ def _chosen(table: TokenTable, fraction: float) -> list[int]:
 class _Answerer:
     """The model that writes, and how."""
 
-    def __init__(self, stage: StageRun, config: AnswersConfig) -> None:
-        run = stage.run
-        folder = stage.model_folder(config.by)
-        teacher = config.by == "teacher"
+    def __init__(self, stage: StageRun, config: AnswersConfig, rank: int) -> None:
         self._config = config
-        self._limit = min(
-            run.data.max_length,
-            context_length(stage.model_folder("teacher")),
-            context_length(stage.model_folder("student")),
+        folders = {side: stage.model_folder(side) for side in ("teacher", "student")}
+        self._limit = min(stage.run.data.max_length, *map(context_length, folders.values()))
+        tokenizer = load_tokenizer(folders[config.by])
+        self._sampling = Sampling(
+            stop_ids=tuple(sorted(end_of_turn_ids(tokenizer))),
+            temperature=config.temperature,
+            top_p=config.top_p,
+            log_probs=config.by == "student" and config.temperature > 0,
         )
-        tokenizer = load_tokenizer(folder)
-        self._stop_ids = tuple(sorted(end_of_turn_ids(tokenizer)))
-        self._vocabulary_size = true_vocabulary_size(tokenizer)
-        self._model: PreTrainedModel = load_causal_lm(
-            folder,
-            dtype=DTYPES[run.teacher.dtype if teacher else run.student.compute_dtype],
-            attention=run.student.attention,
+        self._engine = build_rollout_engine(
+            _placed(config.engine, rank),
+            folder=folders[config.by],
+            vocabulary_size=true_vocabulary_size(tokenizer),
+            max_length=self._limit,
+            seed=stage.run.seed,
             device=default_device(),
         )
 
     def answers(self, examples: Sequence[Example]) -> Iterator[Example]:
         """The examples with new answers."""
-        size = self._config.prompts_per_batch
-        for begin in range(0, len(examples), size):
-            yield from self._batch(examples[begin : begin + size])
-
-    def _batch(self, examples: Sequence[Example]) -> Iterator[Example]:
-        config = self._config
-        longest = max(len(side.context_ids_T) for e in examples for side in (e.teacher, e.student))
-        room = min(config.max_new_tokens, self._limit - longest)
-        prompts = [
-            Prompt(ids_T=getattr(example, config.by).context_ids_T, max_new_tokens=room)
-            for example in examples
-        ]
-        answers = generate_ids(
-            model=self._model,
-            vocabulary_size=self._vocabulary_size,
-            prompts=prompts,
-            sampling=Sampling(
-                temperature=config.temperature, top_p=config.top_p, stop_ids=self._stop_ids
-            ),
-        )
-        for example, prompt, answer in zip(examples, prompts, answers, strict=True):
-            yield self._answered(example, prompt.ids_T, answer)
-
-    def _answered(self, example: Example, prompt: np.ndarray, answer: np.ndarray) -> Example:
-        log_prob_N = None
-        if self._config.by == "student" and self._config.temperature > 0:
-            log_prob_N = log_probabilities(
-                model=self._model,
-                prompt=prompt,
-                answer=answer,
-                vocabulary_size=self._vocabulary_size,
-                temperature=self._config.temperature,
+        found = dict(self._engine.generate([self._prompt(e) for e in examples], self._sampling))
+        for number, example in enumerate(examples):
+            answer = found[number]
+            yield replace(
+                example,
+                student=with_answer(example.student, answer.ids_N),
+                teacher=with_answer(example.teacher, answer.ids_N),
+                sampled_log_prob_N=answer.log_prob_N,
             )
-        return replace(
-            example,
-            student=with_answer(example.student, answer),
-            teacher=with_answer(example.teacher, answer),
-            sampled_log_prob_N=log_prob_N,
+
+    def close(self) -> None:
+        """End the engine."""
+        self._engine.close()
+
+    def _prompt(self, example: Example) -> Prompt:
+        longest = max(len(side.context_ids_T) for side in (example.teacher, example.student))
+        return Prompt(
+            ids_T=getattr(example, self._config.by).context_ids_T,
+            # The data's own answer fits, so there is room for a token at least.
+            max_new_tokens=min(self._config.max_new_tokens, self._limit - longest),
         )
+
+
+def _placed(engine: Engine, rank: int) -> Engine:
+    """The engine of a rank: its copy of the model has GPUs of its own."""
+    if not isinstance(engine, SglangEngine):
+        return engine
+    first = engine.first_gpu + rank * engine.tensor_parallel
+    return engine.model_copy(update={"first_gpu": first})
 
 
 def with_answer(sequence: TokenSequence, answer: np.ndarray) -> TokenSequence:

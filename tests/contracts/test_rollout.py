@@ -121,6 +121,14 @@ def test_log_probabilities(
         np.testing.assert_allclose(completion.log_prob_N, expected_N, atol=1e-4)
 
 
+def test_log_probabilities_that_nobody_wants(engine: RolloutEngine, model: PreTrainedModel) -> None:
+    asked = prompts(3, seed=1)
+    sampling = Sampling(stop_ids=(), temperature=0.0, log_probs=False)
+    for prompt, completion in zip(asked, answers(engine, asked, sampling, 5), strict=True):
+        assert completion.log_prob_N is None
+        assert is_greedy(model, prompt, completion)
+
+
 def test_where_answers_end(engine: RolloutEngine) -> None:
     """With a stop id, which belongs to the answer, or at the length that its prompt allows."""
     asked = prompts(41, seed=2)

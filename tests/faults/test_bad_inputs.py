@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,9 +28,12 @@ from kdflow_core.sglang_runtime.versions import require_sglang
 from storage.errors import RowsMismatchError
 from storage.tokens import TokenTable, TokenWriter
 from tasks.adapters import StoredStates, TeacherSequences
+from tasks.engines import check_engines
 from tasks.launch import launch_stage
 from tasks.stages import StageSpec, open_store, plan_stages
 from tests.conftest import VOCABULARY, make_llama, make_tokenizer, run_inline
+
+SGLANG = {"type": "sglang"}
 
 
 def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -226,8 +230,37 @@ def test_a_missing_sglang_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) ->
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", absent)
-    with pytest.raises(ModelError, match=r"not installed: .*\.\[sglang\].* or set teacher\.type"):
+    with pytest.raises(ModelError, match=r"not installed: .*\.\[sglang\].* or set the type"):
         require_sglang()
+
+
+@pytest.mark.parametrize(
+    ("field", "overrides"),
+    [
+        ("teacher.type", {"teacher.type": "sglang"}),
+        ("data.answers.engine.type", {"data.answers": {"by": "teacher", "engine": SGLANG}}),
+        (
+            "on_policy.rollout.type",
+            {
+                "mode": "onpolicy",
+                "on_policy": {"rounds": 1, "prompts_per_round": 8, "rollout": SGLANG},
+                "student.max_steps": None,
+            },
+        ),
+    ],
+)
+def test_a_run_whose_engine_is_not_installed_does_not_begin(
+    make_recipe: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    field: str,
+    overrides: dict[str, Any],
+) -> None:
+    run = load_run(str(make_recipe()), overrides)
+    plan = plan_stages(run)
+    check_engines(run, plan)
+    monkeypatch.setattr(metadata, "version", lambda name: "0.5.99")
+    with pytest.raises(ConfigError, match=rf"^{field}=sglang: SGLang 0\.5\.99 is installed"):
+        check_engines(run, plan)
 
 
 def test_a_sequence_over_the_teachers_context_is_refused_before_the_teacher_starts(

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from kdflow_core.data.rendering import end_of_turn_ids
 from storage.artifact import ArtifactRef
 from storage.tokens import TokenTable
 from tasks.adapters import TokenExamples
+from tasks.engines import check_engines
 from tasks.launch import launch_stage
 from tasks.stages import plan_stages, stage_spec
 from tasks.tracking import read_metrics
@@ -25,6 +27,10 @@ from tests.conftest import VOCABULARY, run_inline
 pytestmark = pytest.mark.ranks
 LOG = logging.getLogger("test")
 NEW_TOKENS = 12
+ENGINES = {
+    "transformers": {"type": "transformers", "dtype": "float32", "prompts_per_batch": 3},
+    "sglang": {"type": "sglang", "dtype": "float32", "max_running": 16},
+}
 
 
 def generate(run: RunConfig) -> dict[str, ArtifactRef]:
@@ -40,18 +46,27 @@ def examples(ref: ArtifactRef) -> list[Example]:
 
 
 def settings(**answers: Any) -> dict[str, Any]:
-    config = {"max_new_tokens": NEW_TOKENS, "prompts_per_batch": 3} | answers
-    return {"data.answers": config}
+    config = {
+        "max_new_tokens": NEW_TOKENS,
+        "prompts_per_part": 24,
+        "engine": ENGINES["transformers"],
+    }
+    return {"data.answers": config | answers}
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 def test_the_teachers_greedy_answers(
-    make_recipe: Callable[..., Path], teacher_folder: Path
+    make_recipe: Callable[..., Path],
+    teacher_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    engine: str,
 ) -> None:
     """They are those of transformers on the prompt alone; an answer that is cut has no end."""
-    run = load_run(
-        str(make_recipe(num_ranks=2)), settings(by="teacher", temperature=0.0, fraction=0.5)
-    )
+    answers = settings(by="teacher", temperature=0.0, fraction=0.5, engine=ENGINES[engine])
+    run = load_run(str(make_recipe(num_ranks=2)), answers)
     done = generate(run)
+    monkeypatch.setattr(metadata, "version", lambda _: "0")
+    check_engines(run, plan_stages(run))  # an engine that has done its part may be gone
     before, after = examples(done["tokens"]), examples(done["answers"])
     assert len(before) == len(after)
     changed = [

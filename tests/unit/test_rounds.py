@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,28 +108,47 @@ def test_rewards(tmp_path: Path) -> None:
         load_reward(tmp_path / "other.py", "right")
 
 
-def test_the_memory_plan(make_recipe: Callable[..., Path], student_folder: Path) -> None:
+def planned(
+    make_recipe: Callable[..., Path], on_policy: dict[str, Any], **more: Any
+) -> tuple[dict[str, dict[str, int]], str]:
+    """The parts of each phase, and what is said of the peak."""
+    section = {"rounds": 1, "prompts_per_round": 4} | on_policy
+    recipe = str(make_recipe(max_steps=None))
+    run = load_run(recipe, {"mode": "onpolicy", "on_policy": section} | more)
+    phases = memory_plan(StageSpec(identity=plan_stages(run)["train"], run=run, inputs={}))
+    return {phase.name: dict(phase.parts) for phase in phases}, plan_lines(phases)[-1]
+
+
+def test_the_memory_plan_of_parts_that_sleep(
+    make_recipe: Callable[..., Path], student_folder: Path
+) -> None:
     """Weights in float32 with AdamW's two moments, gradients while training; who sleeps is away."""
-    overrides = {
-        "mode": "onpolicy",
-        "on_policy": {
-            "rounds": 1,
-            "prompts_per_round": 4,
-            "rollout": {"type": "sglang", "sleep": True, "bucket_mb": 1},
-        },
-        "student.sleep": True,
-        "teacher.sleep": True,
-    }
-    run = load_run(str(make_recipe(max_steps=None)), overrides)
-    spec = StageSpec(identity=plan_stages(run)["train"], run=run, inputs={})
+    rollout = {"type": "sglang", "sleep": True, "bucket_mb": 1}
+    sleep = {"student.sleep": True, "teacher.sleep": True}
+    phases, peak = planned(make_recipe, {"rollout": rollout}, **sleep)
     count = num_parameters(student_folder)
-    phases = {phase.name: phase for phase in memory_plan(spec)}
-    assert phases["roll out"].parts == {"engine": 2 * count}
-    assert phases["swap weights"].parts == {
+    assert phases["roll out"] == {"engine": 2 * count}
+    assert phases["swap weights"] == {
         "student": 12 * count,
         "engine": 2 * count,
         "buckets": 2_000_000,
     }
-    assert set(phases["score"].parts) == {"teacher"}
-    assert phases["train"].total == 16 * count + 1_000_000
-    assert "peak memory of a device" in plan_lines(list(phases.values()))[-1]
+    assert set(phases["score"]) == {"teacher", "states"}
+    training = phases["train"]
+    assert training.pop("states") == 8 * 128 * 48 * 4  # a step's texts of the full length
+    assert training == {"student": 12 * count, "gradients": 4 * count, "logits": 1_000_000}
+    assert peak.startswith("peak memory of a device: 0.00 GB, to swap weights; activations and the")
+
+
+def test_the_memory_plan_of_an_engine_whose_cache_is_known(
+    make_recipe: Callable[..., Path],
+) -> None:
+    """Keys and values of two layers, two heads and eight dimensions."""
+    cached = 2 * 2 * 2 * 8 * 2  # bytes of a token in bfloat16
+    phases, peak = planned(make_recipe, {"rollout": {"type": "sglang", "cache_tokens": 1000}})
+    assert all(parts["cache"] == 1000 * cached for parts in phases.values())
+    assert "activations come on top" in peak
+    phases, _ = planned(make_recipe, {"rollout": {"type": "transformers", "prompts_per_batch": 5}})
+    assert phases["roll out"]["cache"] == 5 * 128 * cached
+    assert "cache" not in phases["train"]
+    assert "engine" in phases["train"]
