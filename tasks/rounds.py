@@ -1,8 +1,9 @@
 """What goes between the parts of an on-policy run, and what is kept of a round."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -51,6 +52,18 @@ class RoundRecord(BaseModel):
     heldout_before: dict[str, float] | None
     heldout: dict[str, float] | None
     seconds: dict[str, float]
+
+
+def round_figures(result: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, float]:
+    """What there is to plot of a round, of what its training and its rollouts tell."""
+    figures: dict[str, float] = {"fraction": info["fraction"], "length": info["mean_length"]}
+    heldout = result["heldout"] or {}
+    figures |= {f"heldout_{name}": v for name, v in heldout.items() if name != "num_tokens"}
+    if result["log_prob_difference"] is not None:
+        figures["log_prob_difference"] = result["log_prob_difference"]["mean"]
+    if info["reward_mean"] is not None:
+        figures["reward"] = info["reward_mean"]
+    return figures
 
 
 def read_rounds(folder: Path) -> list[RoundRecord]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,15 @@ class MetricsLog:
         if self._wandb is not None:
             self._wandb.log({f"train/{n}": record[n] for n in PLOTTED}, step=record["step"])
 
+    def write_round(self, figures: Mapping[str, float], step: int) -> None:
+        """A round's figures for the curves; `step` is its last. Its record is kept elsewhere."""
+        if self._board is not None:
+            for name, value in figures.items():
+                self._board.add_scalar(f"round/{name}", value, step)
+            self._board.flush()
+        if self._wandb is not None:
+            self._wandb.log({f"round/{n}": value for n, value in figures.items()}, step=step)
+
     def close(self) -> None:
         """Flush and close all sinks."""
         self._file.close()
@@ -84,6 +94,9 @@ class NoMetrics:
 
     def write(self, record: dict[str, Any]) -> None:
         """Drop the record."""
+
+    def write_round(self, figures: Mapping[str, float], step: int) -> None:
+        """Drop the figures."""
 
     def close(self) -> None:
         """Nothing to close."""

@@ -30,7 +30,7 @@ from kdflow_core.teacher import build_engine
 from kdflow_core.teacher.live import LiveStates
 from tasks.adapters import TokenExamples
 from tasks.model_card import model_card
-from tasks.rounds import ROUNDS_FILE, RoundRequest
+from tasks.rounds import ROUNDS_FILE, RoundRequest, round_figures
 from tasks.tracking import MetricsLog, NoMetrics, read_metrics
 from tasks.wiring.rounds import RoundExamples, round_examples
 from tasks.wiring.stage_run import StageRun, default_device
@@ -168,11 +168,16 @@ class TrainerHost:
         if dist.get_rank() == 0:
             done.parent.mkdir(exist_ok=True)
             done.write_text(json.dumps(result), encoding="utf-8")
+        self._metrics.write_round(round_figures(result, self._rollout_info(request)), stop)
         saving = time.perf_counter()
         if number % self._config.checkpoint_rounds == 0 or number == self._config.rounds:
             self._trainer.save()  # once it is on the disk, the round counts as trained
         seconds["save"] = time.perf_counter() - saving
         return result
+
+    def _rollout_info(self, request: dict[str, Any]) -> dict[str, Any]:
+        rollouts = RoundRequest.model_validate(request).rollouts
+        return self._stage.store.manifest(rollouts.kind, rollouts.digest).info
 
     def _opened(self, request: RoundRequest) -> _OpenRound:
         examples = round_examples(self._stage, self._table, request)

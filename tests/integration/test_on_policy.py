@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from configs.load import load_run
@@ -216,6 +217,10 @@ def test_mixes(make_recipe: Callable[..., Path]) -> None:
     assert {e.student.digest for e in second.all[40:]} <= sampled
     rows = rows_of(work, 2)
     assert records[1].reward_mean == pytest.approx(np.mean([len(r["answer_text"]) for r in rows]))
+    board = EventAccumulator(str(metrics_of(work).parent / "tensorboard")).Reload()
+    plotted = [(event.step, event.value) for event in board.Scalars("round/reward")]
+    assert plotted == [(r.last_step, pytest.approx(r.reward_mean)) for r in records]
+    assert len(board.Scalars("round/heldout_reverse_kl")) == 2
     by_prompt: dict[int, list[float]] = {}
     for row, example in zip(rows, second.sampled, strict=True):
         by_prompt.setdefault(row["prompt"], []).append(example.advantage)
