@@ -140,7 +140,7 @@ def with_source(run: RunConfig, source: Literal["replay", "live"]) -> RunConfig:
     fields: Mapping[str, Any] = run.model_dump(mode="json")
     changed = dict(fields) | {"source": source}
     if source == "replay" and isinstance(run.teacher, InProcessTeacher):
-        changed["teacher"] = dict(fields["teacher"]) | {"sleep": False, "forward_batches": 1}
+        changed["teacher"] = dict(fields["teacher"]) | {"sleep": False, "forward_batches": None}
     return RunConfig.model_validate(changed)
 
 

@@ -168,11 +168,13 @@ def _teacher_bytes(spec: StageSpec) -> int:
 
 
 def _state_bytes(spec: StageSpec, config: OnPolicyConfig) -> int:
-    """Of the states that wait on one rank for the loss: a round's at most."""
+    """Of the states that wait on one rank for the loss."""
     run = spec.run
     if not run.algorithm.TEACHER_STATES:
         return 0
-    examples = config.steps(run.student.global_batch_size) * run.student.global_batch_size
+    assert isinstance(run.teacher, InProcessTeacher)
+    steps = config.steps(run.student.global_batch_size)
+    examples = min(run.teacher.forward_batches or steps, steps) * run.student.global_batch_size
     width = int(text_config(_folder(spec, "teacher"))["hidden_size"])
     size = width * DTYPE_BYTES[run.teacher.dtype]
     return examples * _longest(spec) * size // run.student.num_ranks

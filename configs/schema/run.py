@@ -110,9 +110,10 @@ class RunConfig(StrictModel):
             raise ValueError(
                 "student.shuffle_window_shards is about stored states, and source: live stores none"
             )
-        if self.replays and (self.teacher.sleep or self.teacher.forward_batches > 1):
+        if self.replays and (self.teacher.sleep or self.teacher.forward_batches is not None):
             raise ValueError(
-                "teacher.sleep and teacher.forward_batches are for `source: live`; this run replays"
+                "teacher.sleep and teacher.forward_batches are for `source: live` and `mode: "
+                "onpolicy`; this run replays"
             )
         return self
 

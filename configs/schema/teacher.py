@@ -34,14 +34,15 @@ class _Teacher(StrictModel):
 
 
 class InProcessTeacher(_Teacher):
-    """A teacher inside our own processes; in a live run, these are the training ranks.
+    """A teacher inside our own processes; in a live or on-policy run, these are the training ranks.
 
     There, `sleep` moves its weights to host memory while the student trains, and `forward_batches`
-    global batches are scored at a time.
+    global batches are scored at a time: by default one, on-policy all of a round, whose states then
+    wait for the loss on the device.
     """
 
     sleep: bool = False
-    forward_batches: int = Field(default=1, gt=0)
+    forward_batches: int | None = Field(default=None, gt=0)
 
 
 class TransformersTeacher(InProcessTeacher):

@@ -215,7 +215,7 @@ class TrainerHost:
             rank=rank,
             ranks=range(first, first + width),
             num_steps=self._steps,
-            steps_at_once=self._steps,
+            steps_at_once=teacher.forward_batches or self._steps,
             sleep=teacher.sleep,
         )
 

@@ -176,7 +176,7 @@ def _live_states(
         rank=rank,
         ranks=range(first, first + width),
         num_steps=plan.num_steps,
-        steps_at_once=teacher.forward_batches,
+        steps_at_once=teacher.forward_batches or 1,
         sleep=teacher.sleep,
     )
     return states, head

@@ -230,8 +230,8 @@ def test_mixes(make_recipe: Callable[..., Path]) -> None:
 
 
 def test_how_it_is_run_does_not_matter(make_recipe: Callable[..., Path]) -> None:
-    """Heads spread over the ranks, and student and teacher that sleep between their turns, give the
-    rounds of a run without.
+    """Heads spread over the ranks, student and teacher that sleep between their turns, and states
+    of a step at a time, give the rounds of a run without.
     """
     plain = load(make_recipe, {})
     with at_work(plain) as work:
@@ -240,6 +240,7 @@ def test_how_it_is_run_does_not_matter(make_recipe: Callable[..., Path]) -> None
         "student.vocabulary_parallel": True,
         "student.sleep": True,
         "teacher.sleep": True,
+        "teacher.forward_batches": 1,
         "storage.root": f"{plain.storage.root}-2",
         "storage.scratch": f"{plain.storage.scratch}-2",
     }

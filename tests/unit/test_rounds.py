@@ -123,9 +123,9 @@ def test_the_memory_plan_of_parts_that_sleep(
     make_recipe: Callable[..., Path], student_folder: Path
 ) -> None:
     """Weights in float32 with AdamW's two moments, gradients while training; who sleeps is away."""
-    rollout = {"type": "sglang", "sleep": True, "bucket_mb": 1}
-    sleep = {"student.sleep": True, "teacher.sleep": True}
-    phases, peak = planned(make_recipe, {"rollout": rollout}, **sleep)
+    section = {"rollout": {"type": "sglang", "sleep": True, "bucket_mb": 1}, "steps_per_round": 5}
+    more = {"student.sleep": True, "teacher.sleep": True, "teacher.forward_batches": 2}
+    phases, peak = planned(make_recipe, section, **more)
     count = num_parameters(student_folder)
     assert phases["roll out"] == {"engine": 2 * count}
     assert phases["swap weights"] == {
@@ -135,7 +135,7 @@ def test_the_memory_plan_of_parts_that_sleep(
     }
     assert set(phases["score"]) == {"teacher", "states"}
     training = phases["train"]
-    assert training.pop("states") == 8 * 128 * 48 * 4  # a step's texts of the full length
+    assert training.pop("states") == 2 * 8 * 128 * 48 * 4  # two steps' texts of the full length
     assert training == {"student": 12 * count, "gradients": 4 * count, "logits": 1_000_000}
     assert peak.startswith("peak memory of a device: 0.00 GB, to swap weights; activations and the")
 
