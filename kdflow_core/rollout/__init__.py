@@ -25,7 +25,6 @@ def build_rollout_engine(
     folder: Path,
     vocabulary_size: int,
     max_length: int,
-    seed: int,
     device: torch.device,
 ) -> RolloutEngine:
     """The engine that `config` names, over the model in `folder`.
@@ -39,7 +38,6 @@ def build_rollout_engine(
         folder=folder,
         vocabulary_size=vocabulary_size,
         max_length=max_length,
-        seed=seed,
         device=device,
     )
     return engine

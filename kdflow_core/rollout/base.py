@@ -62,9 +62,10 @@ class RolloutEngine(Protocol):
         ...
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, enough: float = 1.0
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, enough: float = 1.0
     ) -> Iterator[tuple[int, Completion]]:
-        """Answers, each with its prompt's index, as they are finished.
+        """Answers, each with its prompt's index, as they are finished. The same `seed` gives the
+        same ones, as far as rounding does, which may depend on what is computed together.
 
         When a share `enough` of them is, an engine may cut the others where they are; one that has
         no token yet is left out.

@@ -29,7 +29,6 @@ class TransformersRolloutEngine:
         folder: Path,
         vocabulary_size: int,
         max_length: int,  # noqa: ARG002 - a model without a cache of its own needs no sizes
-        seed: int,
         device: torch.device,
     ) -> None:
         model = load_causal_lm(
@@ -41,17 +40,18 @@ class TransformersRolloutEngine:
         self._vocabulary_size = vocabulary_size
         self._batch_size = config.prompts_per_batch
         self._missing: set[str] = set()
-        torch.manual_seed(seed)
 
     def generate(
         self,
         prompts: Sequence[Prompt],
         sampling: Sampling,
         *,
+        seed: int,
         enough: float = 1.0,  # noqa: ARG002 - a batch ends as a whole
     ) -> Iterator[tuple[int, Completion]]:
         """See `RolloutEngine`."""
         model = self._running()
+        torch.manual_seed(seed)
         for begin in range(0, len(prompts), self._batch_size):
             batch = prompts[begin : begin + self._batch_size]
             answers = generate_ids(

@@ -37,7 +37,6 @@ class SglangRolloutEngine:
         folder: Path,
         vocabulary_size: int,
         max_length: int,
-        seed: int,
         device: torch.device,
     ) -> None:
         require_sglang()
@@ -60,7 +59,6 @@ class SglangRolloutEngine:
                 vocabulary_size=vocabulary_size,
                 # SGLang keeps some of its context free; the model's own is the limit.
                 max_length=min(max_length + SLACK, context_length(folder)),
-                seed=seed,
                 tensor_parallel=config.tensor_parallel,
                 first_gpu=config.first_gpu,
                 max_running=config.max_running,
@@ -76,12 +74,17 @@ class SglangRolloutEngine:
         self._asleep = False
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, enough: float = 1.0
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, enough: float = 1.0
     ) -> Iterator[tuple[int, Completion]]:
         """See `RolloutEngine`."""
+        # One of 63 bits for each answer, as SGLang takes them.
+        seeds = np.random.SeedSequence(seed).generate_state(len(prompts), np.uint64) >> np.uint64(1)
         answers = self._running().generate(
             [prompt.ids_T.tolist() for prompt in prompts],
-            [_parameters(sampling, prompt.max_new_tokens) for prompt in prompts],
+            [
+                _parameters(sampling, prompt.max_new_tokens) | {"sampling_seed": int(own)}
+                for prompt, own in zip(prompts, seeds, strict=True)
+            ],
             log_probs=sampling.log_probs,
             enough=enough,
         )

@@ -35,7 +35,6 @@ class EngineOptions:
     dtype: str
     vocabulary_size: int
     max_length: int
-    seed: int
     tensor_parallel: int
     first_gpu: int
     max_running: int | None
@@ -200,7 +199,6 @@ def _server_args(options: EngineOptions, device: torch.device) -> dict[str, Any]
         "max_total_tokens": cache,
         "mem_fraction_static": options.memory_fraction or (0.8 if cpu else None),
         "attention_backend": options.attention_backend or ("torch_native" if cpu else None),
-        "sampling_backend": "pytorch" if cpu else None,
         "chunked_prefill_size": -1 if cpu else None,
     }
     return {
@@ -209,9 +207,9 @@ def _server_args(options: EngineOptions, device: torch.device) -> dict[str, Any]
         "dtype": options.dtype,
         "tp_size": options.tensor_parallel,
         "base_gpu_id": 0 if cpu else options.first_gpu,  # of a CPU it would be the NUMA node
-        "random_seed": options.seed,
         "context_length": options.max_length,
         "grammar_backend": "none",
+        "sampling_backend": "pytorch",  # the one that knows seeds
         "disable_cuda_graph": cpu,
         "disable_radix_cache": cpu,
         "skip_tokenizer_init": True,

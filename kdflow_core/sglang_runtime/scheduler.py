@@ -1,4 +1,4 @@
-"""What we add to SGLang's scheduler process: the true vocabulary, and a check of new weights."""
+"""What we add to SGLang's scheduler process: the true vocabulary, seeds, a check of new weights."""
 
 from functools import partial
 from typing import Any
@@ -6,11 +6,13 @@ from typing import Any
 import msgspec
 import torch
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.layers.sampler import Sampler
+from sglang.srt.layers import sampler
 from sglang.srt.managers.scheduler import Scheduler, run_scheduler_process
 from sglang.srt.model_loader import weight_utils
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from tqdm import tqdm
 
+from kdflow_core.sglang_runtime.sampling import seeded_choice
 from kdflow_core.weight_buckets import Bucket, missing_text
 
 
@@ -21,6 +23,7 @@ def scheduler_for(vocabulary_size: int) -> "partial[None]":
 
 def _run(vocabulary_size: int, *args: Any, **kwargs: Any) -> None:
     _mask_padding(vocabulary_size)
+    _sample_by_seeds()
     # Only the ids that a request names end its answer, not those of the model's own files too.
     ModelConfig._get_hf_eos_token_id = lambda _self: set()
     Scheduler.kdflow_expect_weights = _expect_weights
@@ -40,14 +43,28 @@ class _Silent(tqdm):
 
 def _mask_padding(vocabulary_size: int) -> None:
     """Rows of the head beyond the vocabulary are no tokens, and get no probability."""
-    prepare = Sampler._preprocess_logits
+    prepare = sampler.Sampler._preprocess_logits
 
-    def masked(self: Sampler, logits: torch.Tensor, sampling_info: Any) -> torch.Tensor:
+    def masked(self: Any, logits: torch.Tensor, sampling_info: Any) -> torch.Tensor:
         logits = prepare(self, logits, sampling_info)
         logits[:, vocabulary_size:] = float("-inf")
         return logits
 
-    Sampler._preprocess_logits = masked
+    sampler.Sampler._preprocess_logits = masked
+
+
+def _sample_by_seeds() -> None:
+    """Every request brings a seed, and its tokens depend on that alone."""
+    gather = SamplingBatchInfo.from_schedule_batch.__func__
+
+    def seeded(cls: Any, batch: Any, vocab_size: int) -> Any:
+        info = gather(cls, batch, vocab_size)
+        seeds = [request.sampling_params.sampling_seed for request in batch.reqs]
+        info.sampling_seed = torch.tensor(seeds, dtype=torch.int64, device=batch.device)
+        return info
+
+    SamplingBatchInfo.from_schedule_batch = classmethod(seeded)
+    sampler.multinomial_with_seed = seeded_choice
 
 
 def _parameters(scheduler: Scheduler) -> dict[str, torch.Tensor]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from configs.schema.data import AnswersConfig
 from configs.schema.generation import Engine, SglangEngine
@@ -47,9 +46,8 @@ def generate_answers(stage: StageRun) -> ArtifactRef | None:
     if missing:
         with closing(_Answerer(stage, config, rank)) as writer:
             for done, k in enumerate(missing):
-                # Sampled in this process, a part is the same whoever writes it.
-                torch.manual_seed((stage.run.seed << 32) + k)
-                _write(paths[k], writer.answers([examples[i] for i in parts[k]]))
+                seed = (stage.run.seed << 32) + k  # a part is the same whoever writes it
+                _write(paths[k], writer.answers([examples[i] for i in parts[k]], seed))
                 stage.reporter.progress(
                     done=done + 1, total=len(missing), unit="parts of the prompts"
                 )
@@ -92,13 +90,13 @@ class _Answerer:
             folder=folders[config.by],
             vocabulary_size=true_vocabulary_size(tokenizer),
             max_length=self._limit,
-            seed=stage.run.seed,
             device=default_device(),
         )
 
-    def answers(self, examples: Sequence[Example]) -> Iterator[Example]:
+    def answers(self, examples: Sequence[Example], seed: int) -> Iterator[Example]:
         """The examples with new answers."""
-        found = dict(self._engine.generate([self._prompt(e) for e in examples], self._sampling))
+        prompts = [self._prompt(example) for example in examples]
+        found = dict(self._engine.generate(prompts, self._sampling, seed=seed))
         for number, example in enumerate(examples):
             answer = found[number]
             yield replace(

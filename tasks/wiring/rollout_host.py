@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from configs.schema.on_policy import OnPolicyConfig
 from kdflow_core.contracts import Example
@@ -56,7 +55,6 @@ class RolloutHost:
             folder=folders["student"],
             vocabulary_size=true_vocabulary_size(self._tokenizer),
             max_length=self._limit,
-            seed=stage.run.seed,
             device=default_device(),
         )
 
@@ -94,7 +92,6 @@ class RolloutHost:
         identity = round_identity(self._stage.spec.identity, "rollouts", number)
         spec = self._stage.spec.model_copy(update={"identity": identity})
         stage = StageRun(spec, self._stage.reporter)
-        torch.manual_seed((stage.run.seed << 32) + number)
         self._engine.wake()
         asked = self._asked(number, fraction)
         rows = self._rows(number, asked)
@@ -134,7 +131,7 @@ class RolloutHost:
         """The rows of a round, in the order of its prompts."""
         rows: list[dict[str, Any] | None] = [None] * len(asked)
         done, tokens = 0, 0
-        for place, completion in self._completions(asked):
+        for place, completion in self._completions(number, asked):
             rows[place] = self._row(number, asked[place], completion)
             done, tokens = done + 1, tokens + len(completion.ids_N)
             self._stage.reporter.progress(
@@ -142,7 +139,7 @@ class RolloutHost:
             )
         return [row for row in rows if row is not None]
 
-    def _completions(self, asked: list[_Asked]) -> Iterator[tuple[int, Completion]]:
+    def _completions(self, number: int, asked: list[_Asked]) -> Iterator[tuple[int, Completion]]:
         config = self._config
         sampling = Sampling(
             stop_ids=tuple(sorted(end_of_turn_ids(self._tokenizer))),
@@ -151,7 +148,8 @@ class RolloutHost:
             top_k=config.top_k,
         )
         prompts = [one.prompt for one in asked]
-        return self._engine.generate(prompts, sampling, enough=config.collect_fraction)
+        seed = (self._stage.run.seed << 32) + number
+        return self._engine.generate(prompts, sampling, seed=seed, enough=config.collect_fraction)
 
     def _row(self, number: int, asked: _Asked, completion: Completion) -> dict[str, Any]:
         prompt = str(self._tokenizer.decode(asked.prompt.ids_T))

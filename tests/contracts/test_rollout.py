@@ -40,7 +40,6 @@ def engine(request: pytest.FixtureRequest, student_folder: Path) -> Iterator[Rol
         folder=student_folder,
         vocabulary_size=VOCABULARY,
         max_length=LONGEST,
-        seed=3,
         device=torch.device("cpu"),
     )
     yield built
@@ -48,7 +47,7 @@ def engine(request: pytest.FixtureRequest, student_folder: Path) -> Iterator[Rol
     children = psutil.Process().children()
     assert [child.name() for child in children if child.status() == psutil.STATUS_ZOMBIE] == []
     with pytest.raises(ModelError, match="closed"):
-        list(built.generate([Prompt(ids_T=ids, max_new_tokens=1) for ids in prompts(1)], GREEDY))
+        answers(built, prompts(1), GREEDY, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         gc.collect()
@@ -69,11 +68,12 @@ def answers(
     asked: list[np.ndarray],
     sampling: Sampling,
     length: int | list[int],
-    enough: float = 1.0,
+    *,
+    seed: int = 0,
 ) -> list[Completion]:
     lengths = [length] * len(asked) if isinstance(length, int) else length
     given = [Prompt(ids_T=i, max_new_tokens=n) for i, n in zip(asked, lengths, strict=True)]
-    found = dict(engine.generate(given, sampling, enough=enough))
+    found = dict(engine.generate(given, sampling, seed=seed))
     assert sorted(found) == list(range(len(asked)))
     return [found[number] for number in range(len(asked))]
 
@@ -168,11 +168,26 @@ def test_samples_follow_the_distribution(engine: RolloutEngine, model: PreTraine
     assert distance < 1.5 * np.sqrt(effective / count) < 0.5
 
 
+def test_the_same_seed_gives_the_same_answers(engine: RolloutEngine) -> None:
+    """As long as what is computed together is the same; from prompt to prompt they differ."""
+    (prompt,) = prompts(1, seed=4)
+    sampling = Sampling(stop_ids=tuple(range(100, 130)), top_p=0.95)
+
+    def sampled(seed: int) -> list[tuple[int, ...]]:
+        found = answers(engine, [prompt] * 12, sampling, 20, seed=seed)
+        return [tuple(completion.ids_N.tolist()) for completion in found]
+
+    first = sampled(1)
+    assert sampled(1) == first
+    assert len(set(first)) > 10
+    assert not set(first) & set(sampled(2))
+
+
 def test_some_answers_may_be_cut(engine: RolloutEngine) -> None:
     """What there is of them is given, if there is a token; the engine serves on."""
     asked = [Prompt(ids_T=ids, max_new_tokens=90) for ids in prompts(40, seed=5)]
     sampling = Sampling(stop_ids=tuple(range(100, 140)), temperature=2.0)
-    found = dict(engine.generate(asked, sampling, enough=0.5))
+    found = dict(engine.generate(asked, sampling, seed=0, enough=0.5))
     assert all(len(c.ids_N) for c in found.values())
     cut = [c for c in found.values() if c.finish_reason == "cut"]
     assert len(found) - len(cut) >= 20

@@ -364,12 +364,20 @@ def test_what_a_dead_trainer_had_not_saved_is_trained_again(
 
 
 def test_an_engine_killed_at_work_is_asked_again(make_recipe: Callable[..., Path]) -> None:
-    with at_work(load(make_recipe, {"student.num_ranks": 1}, max_staleness=1)) as work:
+    """Its answers, sampled in SGLang, are then those of a run without an accident."""
+    settings: dict[str, Any] = {"max_staleness": 1, "rollout": SGLANG}
+    run = load(make_recipe, {"student.num_ranks": 1}, **settings)
+    with at_work(run) as work:
         work._begin_rollout(1)
         kill(work._rollout)
         with pytest.raises(WorkerError, match="SIGKILL"):
             work.roll_out(1)
         assert work.roll_out(1).counts["answers"] == 16
+    other = {f"storage.{name}": f"{run.storage.root}-{name}" for name in ("root", "scratch")}
+    with at_work(load(make_recipe, {"student.num_ranks": 1} | other, **settings)) as undisturbed:
+        undisturbed.roll_out(1)
+    for one, another in zip(rows_of(work, 1), rows_of(undisturbed, 1), strict=True):
+        np.testing.assert_array_equal(one["answer_ids"], another["answer_ids"])
 
 
 def test_a_reward_that_cannot_be_had_ends_the_round(make_recipe: Callable[..., Path]) -> None:
