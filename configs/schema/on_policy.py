@@ -84,10 +84,10 @@ class OnPolicyConfig(StrictModel):
     pass over the round's own answers has).
 
     Tokens are sampled at `temperature` from the `top_k` most probable (0: all) and the smallest set
-    with probability `top_p`, by the run's seed. An answer ends at the end of its turn, or with `max_new_tokens`, and
-    has then no end that is learned. When `collect_fraction` of a round's answers are finished, the
-    engine may cut the others where they are (and leave out those without a token): a long one does
-    not hold up the round.
+    with probability `top_p`, by the run's seed. An answer ends at the end of its turn, or with
+    `max_new_tokens`, and has then no end that is learned. When `collect_fraction` of a round's
+    answers are finished, the engine may cut the others where they are (and leave out those without
+    a token): a long one does not hold up the round.
 
     Round r + 1 may be rolled out while round r trains, by weights that are at most `max_staleness`
     rounds old; 0 is strictly on-policy. Each round ends with the loss of up to `heldout_sequences`
