@@ -4,7 +4,6 @@ The engine runs in processes of its own (scheduler and detokenizer); here are it
 its private API that takes. `scheduler.py` is our part inside its process.
 """
 
-import asyncio
 import multiprocessing
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from kdflow_core.errors import ModelError
 from kdflow_core.sglang_runtime.scheduler import scheduler_for
 
 UPDATE_GROUP = "kdflow-weights"
+WHOLE_ANSWER = 10**9  # tokens after which a part of an answer would be sent
 CACHE_SLACK = 4096  # cache tokens beyond those that running answers may take
 
 
@@ -80,32 +80,37 @@ class GenerationEngine:
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         """SGLang's answers with the number of their prompt, as they come; the last share beyond
         `enough` is aborted.
+
+        The requests go to the scheduler as one message: which of them it computes together then
+        depends on them alone, and not on when each arrives.
         """
+        if not prompts:
+            return
         first, self._requests = self._requests, self._requests + len(prompts)
         names = [f"kdflow-{first + number}" for number in range(len(prompts))]
-
-        async def answer(number: int) -> tuple[int, dict[str, Any]]:
-            return number, await self._engine.async_generate(
-                input_ids=prompts[number],
-                sampling_params=dict(sampling[number]),
+        stream = self._loop.run_until_complete(
+            self._engine.async_generate(
+                input_ids=list(prompts),
+                sampling_params=[dict(one) for one in sampling],
                 return_logprob=log_probs,
-                rid=names[number],
+                rid=names,
+                stream=True,
             )
-
-        tasks = {self._loop.create_task(answer(number)) for number in range(len(prompts))}
+        )
         waiting, aborted = set(range(len(prompts))), False
-        while tasks:
-            done, tasks = self._loop.run_until_complete(
-                asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            )
-            for task in done:
-                number, result = task.result()
-                waiting.discard(number)
-                yield number, result
-            if not aborted and len(prompts) - len(waiting) >= enough * len(prompts):
-                aborted = True
-                for number in waiting:
-                    self._engine.tokenizer_manager.abort_request(names[number])
+        try:
+            while waiting:
+                result = self._loop.run_until_complete(anext(stream))
+                if result["meta_info"]["finish_reason"] is None:
+                    continue  # its beginning alone
+                waiting.discard(result["index"])
+                yield result["index"], result
+                if not aborted and len(prompts) - len(waiting) >= enough * len(prompts):
+                    aborted = True
+                    for number in waiting:
+                        self._engine.tokenizer_manager.abort_request(names[number])
+        finally:
+            self._loop.run_until_complete(stream.aclose())
 
     def begin_weights(self) -> None:
         """Open an update; every parameter is not-a-number until it arrives."""
@@ -213,6 +218,7 @@ def _server_args(options: EngineOptions, device: torch.device) -> dict[str, Any]
         "disable_cuda_graph": cpu,
         "disable_radix_cache": cpu,
         "skip_tokenizer_init": True,
+        "stream_interval": WHOLE_ANSWER,
         "skip_server_warmup": True,
         "enable_memory_saver": options.sleep,
         # Between rounds the scheduler would otherwise spin, on a core that training needs.

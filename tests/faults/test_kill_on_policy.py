@@ -134,6 +134,16 @@ def write_recipe(
     return path
 
 
+def both_recipes(
+    make_recipe: Callable[..., Path], folder: Path, rollout: dict[str, object]
+) -> tuple[Path, Path]:
+    """The same run twice, with stores of their own."""
+    whole, killed = (
+        write_recipe(make_recipe, folder / name, rollout) for name in ("whole", "killed")
+    )
+    return whole, killed
+
+
 def student_folder_of(recipe: Path) -> Path:
     """Where the trained student is; all rounds are there, each step once."""
     run = load_run(str(recipe))
@@ -153,24 +163,31 @@ def student_folder_of(recipe: Path) -> Path:
     return Path(ref.uri)
 
 
-def test_killed_rounds_end_in_the_same_weights(
-    server: Server, make_recipe: Callable[..., Path], tmp_path: Path
+def end_in_the_same_weights(
+    server: Server,
+    recipes: tuple[Path, Path],
+    kinds: list[str],
+    rng: random.Random,
 ) -> None:
-    """Each kind of process once. With transformers as the engine, answers depend on the seed alone,
-    so that the weights are equal bit for bit.
-    """
-    engine: dict[str, object] = {"type": "transformers"}
-    whole = write_recipe(make_recipe, tmp_path / "whole", engine)
+    """The first recipe's run is left alone, the second's killed; bit for bit they are the same."""
+    whole, killed = recipes
     with start(server, whole) as process:
         output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    killed = write_recipe(make_recipe, tmp_path / "killed", engine)
-    survive(server, killed, ["rollout", "trainer", "flow"], random.Random(1))
+    survive(server, killed, kinds, rng)
     one, other = student_folder_of(whole), student_folder_of(killed)
     weights = [(folder / "model/model.safetensors").read_bytes() for folder in (one, other)]
     assert weights[0] == weights[1]
     losses = [[r["loss"] for r in read_metrics(f / "metrics.jsonl")] for f in (one, other)]
     assert losses[0] == losses[1]
+
+
+def test_killed_rounds_end_in_the_same_weights(
+    server: Server, make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Each kind of process once, with transformers as the engine."""
+    recipes = both_recipes(make_recipe, tmp_path, {"type": "transformers"})
+    end_in_the_same_weights(server, recipes, ["rollout", "trainer", "flow"], random.Random(1))
 
 
 @pytest.mark.slow
@@ -181,6 +198,5 @@ def test_ten_kills_with_sglang(
     """Five kills a seed, of any process of the kind: the engine's are its scheduler's, too."""
     rng = random.Random(seed)
     kinds = ["rollout", "trainer", "flow", *rng.sample(["rollout", "trainer", "flow"], 2)]
-    killed = write_recipe(make_recipe, tmp_path / "killed", {"type": "sglang", "max_running": 8})
-    survive(server, killed, kinds, rng)
-    student_folder_of(killed)
+    recipes = both_recipes(make_recipe, tmp_path, {"type": "sglang", "max_running": 8})
+    end_in_the_same_weights(server, recipes, kinds, rng)
