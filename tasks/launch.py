@@ -18,6 +18,8 @@ KEEP_BUFFERS = {
     "MALLOC_TRIM_THRESHOLD_": str(10**11),
     "MALLOC_TOP_PAD_": str(2**29),
 }
+# SGLang's processes warn of kernels that other hardware has.
+QUIET = {"PYTHONWARNINGS": "ignore"}
 
 Logger = logging.Logger | logging.LoggerAdapter[Any]
 
@@ -84,7 +86,7 @@ def _run_workers(spec: StageSpec, logger: Logger) -> None:
             module="tasks.worker",
             request=spec.model_dump_json(),
             num_ranks=ranks.get(stage, 1),
-            env=KEEP_BUFFERS if stage in {"train", "estimate"} else {},
+            env={"train": KEEP_BUFFERS, "estimate": KEEP_BUFFERS, "generate": QUIET}.get(stage, {}),
             on_event=progress.event,
             on_line=line,
         )

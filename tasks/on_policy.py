@@ -16,7 +16,7 @@ from kdflow_core.errors import WorkerError
 from kdflow_core.workers.local import RankGroup, free_port
 from storage.artifact import ArtifactRef
 from storage.lease import exclusive, lease_name
-from tasks.launch import KEEP_BUFFERS, Logger, tell_waiting
+from tasks.launch import KEEP_BUFFERS, QUIET, Logger, tell_waiting
 from tasks.memory_plan import memory_plan, plan_lines
 from tasks.progress import ProgressLog
 from tasks.rounds import (
@@ -325,7 +325,7 @@ class OnPolicyRun:
 
     def _rollout_group(self) -> RankGroup:
         if self._rollout is None:
-            self._rollout = self._start("rollout", 1, {"PYTHONWARNINGS": "ignore"})
+            self._rollout = self._start("rollout", 1, QUIET)
         return self._rollout
 
     def _start(self, role: str, num_ranks: int, env: dict[str, str]) -> RankGroup:

@@ -44,13 +44,11 @@ def generate_answers(stage: StageRun) -> ArtifactRef | None:
     paths = [folder / f"{number:06d}.arrow" for number in range(len(parts))]
     missing = [k for k in range(rank, len(parts), size) if not paths[k].is_file()]
     if missing:
-        with closing(_Answerer(stage, config, rank)) as writer:
-            for done, k in enumerate(missing):
+        wanted = sum(len(parts[k]) for k in missing)
+        with closing(_Answerer(stage, config, rank=rank, wanted=wanted)) as writer:
+            for k in missing:
                 seed = (stage.run.seed << 32) + k  # a part is the same whoever writes it
                 _write(paths[k], writer.answers([examples[i] for i in parts[k]], seed))
-                stage.reporter.progress(
-                    done=done + 1, total=len(missing), unit="parts of the prompts"
-                )
     barrier()
     if rank != 0:
         return None
@@ -74,8 +72,9 @@ def _chosen(table: TokenTable, fraction: float) -> list[int]:
 class _Answerer:
     """The model that writes, and how."""
 
-    def __init__(self, stage: StageRun, config: AnswersConfig, rank: int) -> None:
+    def __init__(self, stage: StageRun, config: AnswersConfig, *, rank: int, wanted: int) -> None:
         self._config = config
+        self._reporter, self._written, self._wanted = stage.reporter, 0, wanted
         folders = {side: stage.model_folder(side) for side in ("teacher", "student")}
         self._limit = min(stage.run.data.max_length, *map(context_length, folders.values()))
         tokenizer = load_tokenizer(folders[config.by])
@@ -96,7 +95,11 @@ class _Answerer:
     def answers(self, examples: Sequence[Example], seed: int) -> Iterator[Example]:
         """The examples with new answers."""
         prompts = [self._prompt(example) for example in examples]
-        found = dict(self._engine.generate(prompts, self._sampling, seed=seed))
+        found = {}
+        for number, completion in self._engine.generate(prompts, self._sampling, seed=seed):
+            found[number] = completion
+            self._written += 1
+            self._reporter.progress(done=self._written, total=self._wanted, unit="answers")
         for number, example in enumerate(examples):
             answer = found[number]
             yield replace(
