@@ -84,7 +84,7 @@ class Server:
             process.terminate()
         for process in reversed(self.processes):
             try:
-                process.wait(timeout=60)
+                process.wait(timeout=15)
             except subprocess.TimeoutExpired:  # Prefect's worker does not always end when asked to
                 process.kill()
                 process.wait()

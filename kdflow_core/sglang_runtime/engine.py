@@ -23,6 +23,7 @@ from kdflow_core.errors import ModelError
 from kdflow_core.sglang_runtime.scheduler import scheduler_for
 
 UPDATE_GROUP = "kdflow-weights"
+REAPING_S = 10.0  # for killed processes to be gone
 WHOLE_ANSWER = 10**9  # tokens after which a part of an answer would be sent
 CACHE_SLACK = 4096  # cache tokens beyond those that running answers may take
 
@@ -154,8 +155,9 @@ class GenerationEngine:
 
     def close(self) -> None:
         """End the engine's processes."""
-        self._engine.shutdown()
-        multiprocessing.active_children()  # which reaps those that ended
+        self._engine.shutdown()  # kills them, and waits until they hold nothing
+        for process in multiprocessing.active_children():
+            process.join(REAPING_S)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # SGLang ends all children of this process, with them one that Python needs again.

@@ -168,6 +168,17 @@ def test_samples_follow_the_distribution(engine: RolloutEngine, model: PreTraine
     assert distance < 1.5 * np.sqrt(effective / count) < 0.5
 
 
+def test_tokens_of_an_answer_are_drawn_independently(engine: RolloutEngine) -> None:
+    """At a temperature at which all tokens are about as probable: one says nothing of the next."""
+    asked = prompts(60, seed=10)
+    found = answers(engine, asked, Sampling(stop_ids=(), temperature=1000.0), 21)
+    ids = np.stack([completion.ids_N for completion in found]).astype(float)
+    pairs = np.corrcoef(ids[:, :-1].ravel(), ids[:, 1:].ravel())[0, 1]
+    assert abs(pairs) < 4 / np.sqrt(60 * 20)
+    assert ids.mean() == pytest.approx((VOCABULARY - 1) / 2, rel=0.05)
+    assert len(set(ids.ravel())) > 0.9 * VOCABULARY
+
+
 def test_the_same_seed_gives_the_same_answers(engine: RolloutEngine) -> None:
     """As long as what is computed together is the same; from prompt to prompt they differ."""
     (prompt,) = prompts(1, seed=4)
