@@ -74,7 +74,7 @@ def _run_workers(spec: StageSpec, logger: Logger) -> None:
     ranks = {
         "train": student.num_ranks,
         "extract": teacher.num_ranks,
-        "generate": spec.run.answering_ranks if stage == "generate" else 1,
+        "generate": spec.run.answering_ranks,
         "estimate": max(student.num_ranks, teacher.ranks_per_replica),
     }
 

@@ -10,9 +10,11 @@ from typing import Any, Literal
 
 from configs.schema.algorithm import MultiTeacherConfig
 from configs.schema.data import HubSource, Source
+from configs.schema.generation import Engine
 from configs.schema.models import GgufModel, LayerDropModel, PretrainedModel
 from configs.schema.on_policy import OnPolicyConfig
 from configs.schema.run import RunConfig
+from configs.schema.teacher import Teacher
 from kdflow_core.errors import DataError, ModelError
 from kdflow_core.models.folders import TOKENIZER_FILES, context_length, resolve_folder
 from storage.digest import digest
@@ -157,9 +159,9 @@ def _length_limit(run: RunConfig, model: PretrainedModel | GgufModel | LayerDrop
     return min(run.data.max_length, context_length(folder))
 
 
-def _teacher_slice(run: RunConfig) -> dict[str, Any]:
-    """What of the teacher's settings can change its states."""
-    return run.teacher.model_dump(mode="json", include=set(run.teacher.RESULT_FIELDS))
+def _results_slice(part: Teacher | Engine) -> dict[str, Any]:
+    """What of the settings of a teacher or an engine can change what it makes."""
+    return part.model_dump(mode="json", include=set(part.RESULT_FIELDS))
 
 
 def state_splits(run: RunConfig) -> tuple[Split, ...]:
@@ -170,7 +172,7 @@ def state_splits(run: RunConfig) -> tuple[Split, ...]:
 def states_slice(run: RunConfig, sources: frozenset[str] | None) -> dict[str, Any]:
     """Of a teacher's states, of some data sources (None: all); `run` has it as its own."""
     fields: dict[str, Any] = {
-        "teacher": _teacher_slice(run),
+        "teacher": _results_slice(run.teacher),
         "splits": list(state_splits(run)),
         "shard_rows": run.storage.shard_rows,
         "chunk_rows": run.storage.chunk_rows,
@@ -182,10 +184,9 @@ def states_slice(run: RunConfig, sources: frozenset[str] | None) -> dict[str, An
 def answers_slice(run: RunConfig) -> dict[str, Any]:
     """Of the answers that a model writes to the training prompts."""
     assert run.data.answers is not None
-    engine = run.data.answers.engine
     return {
         "answers": run.data.answers.model_dump(mode="json", exclude={"engine"}),
-        "engine": engine.model_dump(mode="json", include=set(engine.RESULT_FIELDS)),
+        "engine": _results_slice(run.data.answers.engine),
         "max_length": run.data.max_length,
         "seed": run.seed,
     }
@@ -216,7 +217,7 @@ def training_slice(run: RunConfig) -> dict[str, Any]:
     if run.algorithm.type != "sft":
         fields["loss"] = run.loss.model_dump(mode="json", exclude={"logits_memory_mb"})
     if run.teacher_in_training:
-        fields["live_teacher"] = _teacher_slice(run)
+        fields["live_teacher"] = _results_slice(run.teacher)
     if run.on_policy is not None:
         fields["on_policy"] = _on_policy_slice(run, run.on_policy)
     return fields
@@ -225,9 +226,7 @@ def training_slice(run: RunConfig) -> dict[str, Any]:
 def _on_policy_slice(run: RunConfig, config: OnPolicyConfig) -> dict[str, Any]:
     """A reward function is known by its name alone here; its file is an input."""
     fields = config.model_dump(mode="json", exclude={"rollout", "reward", "checkpoint_rounds"})
-    fields["rollout"] = config.rollout.model_dump(
-        mode="json", include=set(config.rollout.RESULT_FIELDS)
-    )
+    fields["rollout"] = _results_slice(config.rollout)
     if config.reward is not None:
         reward = config.reward.model_dump(mode="json", exclude={"function"})
         fields["reward"] = reward | {"function": config.reward.name}

@@ -15,6 +15,11 @@ class _Engine(StrictModel):
 
     dtype: Dtype = "bfloat16"
 
+    @property
+    def ranks_per_replica(self) -> int:
+        """Processes that one copy of the model is spread over."""
+        return 1
+
 
 class TransformersEngine(_Engine):
     """Hugging Face transformers, `prompts_per_batch` prompts at a time: the reference."""
@@ -43,6 +48,11 @@ class SglangEngine(_Engine):
     cache_tokens: int | None = Field(default=None, gt=0)
     memory_fraction: float | None = Field(default=None, gt=0, lt=1)
     attention_backend: str | None = None
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Processes that one copy of the model is spread over."""
+        return self.tensor_parallel
 
 
 Engine = Annotated[TransformersEngine | SglangEngine, Field(discriminator="type")]

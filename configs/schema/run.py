@@ -7,7 +7,6 @@ from pydantic import Field, model_validator
 from configs.schema.algorithm import Algorithm, MultiTeacherConfig, VanillaKDConfig
 from configs.schema.base import StrictModel
 from configs.schema.data import DataConfig
-from configs.schema.generation import SglangEngine
 from configs.schema.loss import LossConfig
 from configs.schema.on_policy import ConstantFraction, OnPolicyConfig
 from configs.schema.student import StudentConfig
@@ -219,10 +218,9 @@ class RunConfig(StrictModel):
 
     @property
     def answering_ranks(self) -> int:
-        """The ranks that write `data.answers`, each with a copy of the model."""
+        """The ranks that write `data.answers`, if a model does, each with a copy of it."""
         answers = self.data.answers
-        assert answers is not None
-        width = answers.engine.tensor_parallel if isinstance(answers.engine, SglangEngine) else 1
+        width = 1 if answers is None else answers.engine.ranks_per_replica
         return max(1, self.student.num_ranks // width)
 
     def sources_of(self, name: str) -> frozenset[str] | None:

@@ -18,10 +18,9 @@ from configs.schema.data import AnswersConfig
 from configs.schema.generation import Engine, SglangEngine
 from kdflow_core.contracts import Example, TokenSequence
 from kdflow_core.data.rendering import end_of_turn_ids
-from kdflow_core.models.folders import context_length
 from kdflow_core.models.loading import load_tokenizer, true_vocabulary_size
 from kdflow_core.rollout import build_rollout_engine
-from kdflow_core.rollout.base import Prompt, Sampling
+from kdflow_core.rollout.base import Sampling
 from storage.artifact import ArtifactRef
 from storage.tokens import TokenTable, TokenWriter
 from tasks.adapters import TokenExamples, token_row
@@ -74,10 +73,10 @@ class _Answerer:
 
     def __init__(self, stage: StageRun, config: AnswersConfig, *, rank: int, wanted: int) -> None:
         self._config = config
-        self._reporter, self._written, self._wanted = stage.reporter, 0, wanted
-        folders = {side: stage.model_folder(side) for side in ("teacher", "student")}
-        self._limit = min(stage.run.data.max_length, *map(context_length, folders.values()))
-        tokenizer = load_tokenizer(folders[config.by])
+        self._written, self._wanted = 0, wanted
+        self._stage = stage
+        folder = stage.model_folder(config.by)
+        tokenizer = load_tokenizer(folder)
         self._sampling = Sampling(
             stop_ids=tuple(sorted(end_of_turn_ids(tokenizer))),
             temperature=config.temperature,
@@ -86,20 +85,21 @@ class _Answerer:
         )
         self._engine = build_rollout_engine(
             _placed(config.engine, rank),
-            folder=folders[config.by],
+            folder=folder,
             vocabulary_size=true_vocabulary_size(tokenizer),
-            max_length=self._limit,
+            max_length=stage.length_limit,
             device=default_device(),
         )
 
     def answers(self, examples: Sequence[Example], seed: int) -> Iterator[Example]:
         """The examples with new answers."""
-        prompts = [self._prompt(example) for example in examples]
+        by, most = self._config.by, self._config.max_new_tokens
+        prompts = [self._stage.prompt(example, by, most) for example in examples]
         found = {}
         for number, completion in self._engine.generate(prompts, self._sampling, seed=seed):
             found[number] = completion
             self._written += 1
-            self._reporter.progress(done=self._written, total=self._wanted, unit="answers")
+            self._stage.reporter.progress(done=self._written, total=self._wanted, unit="answers")
         for number, example in enumerate(examples):
             answer = found[number]
             yield replace(
@@ -112,14 +112,6 @@ class _Answerer:
     def close(self) -> None:
         """End the engine."""
         self._engine.close()
-
-    def _prompt(self, example: Example) -> Prompt:
-        longest = max(len(side.context_ids_T) for side in (example.teacher, example.student))
-        return Prompt(
-            ids_T=getattr(example, self._config.by).context_ids_T,
-            # The data's own answer fits, so there is room for a token at least.
-            max_new_tokens=min(self._config.max_new_tokens, self._limit - longest),
-        )
 
 
 def _placed(engine: Engine, rank: int) -> Engine:

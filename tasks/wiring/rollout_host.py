@@ -12,7 +12,6 @@ import numpy as np
 from configs.schema.on_policy import OnPolicyConfig
 from kdflow_core.contracts import Example
 from kdflow_core.data.rendering import end_of_turn_ids
-from kdflow_core.models.folders import context_length
 from kdflow_core.models.loading import load_tokenizer, true_vocabulary_size
 from kdflow_core.rollout import build_rollout_engine
 from kdflow_core.rollout.base import Completion, Prompt, RolloutEngine, Sampling
@@ -43,18 +42,17 @@ class RolloutHost:
         self._stage = stage
         self._config: OnPolicyConfig = stage.run.on_policy
         self._table = stage.tables()["train"]
-        folders = {side: stage.model_folder(side) for side in ("student", "teacher")}
-        self._limit = min(stage.run.data.max_length, *map(context_length, folders.values()))
-        self._tokenizer = load_tokenizer(folders["student"])
+        folder = stage.model_folder("student")
+        self._tokenizer = load_tokenizer(folder)
         reward = self._config.reward
         self._reward: RewardFunction | None = None
         if reward is not None:
             self._reward = load_reward(Path(reward.path), reward.name)
         self._engine: RolloutEngine = build_rollout_engine(
             self._config.rollout,
-            folder=folders["student"],
+            folder=folder,
             vocabulary_size=true_vocabulary_size(self._tokenizer),
-            max_length=self._limit,
+            max_length=stage.length_limit,
             device=default_device(),
         )
 
@@ -118,12 +116,7 @@ class RolloutHost:
         asked = []
         for index in chosen:
             example = data[index]
-            longest = max(len(s.context_ids_T) for s in (example.student, example.teacher))
-            prompt = Prompt(
-                ids_T=example.student.context_ids_T,
-                # The data's own answer fits, so there is room for a token at least.
-                max_new_tokens=min(config.max_new_tokens, self._limit - longest),
-            )
+            prompt = self._stage.prompt(example, "student", config.max_new_tokens)
             asked += [_Asked(index=index, example=example, prompt=prompt)]
         return [one for one in asked for _ in range(config.samples_per_prompt)]
 

@@ -3,18 +3,20 @@
 import os
 import time
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
 from configs.schema.models import PretrainedModel
-from kdflow_core.contracts import OutputHead, Reporter
+from kdflow_core.contracts import Example, OutputHead, Reporter
 from kdflow_core.errors import AlignmentError
-from kdflow_core.models.folders import resolve_folder
+from kdflow_core.models.folders import context_length, resolve_folder
 from kdflow_core.models.heads import head_digest, load_head
 from kdflow_core.models.loading import load_config, load_tokenizer, true_vocabulary_size
+from kdflow_core.rollout.base import Prompt
 from storage.artifact import ArtifactRef, FileRecord
 from storage.states.reader import HiddenStateReader
 from storage.store import ArtifactStore
@@ -70,6 +72,22 @@ class StageRun:
         model = self.run.teacher.model if side == "teacher" else self.run.student.model
         assert isinstance(model, PretrainedModel)
         return resolve_folder(model.path, model.revision)
+
+    def prompt(self, example: Example, side: Literal["teacher", "student"], most: int) -> Prompt:
+        """What a side's model is asked, with room for up to `most` tokens that both sides can hold.
+
+        The data's own answer fits, so there is room for one at least.
+        """
+        longest = max(len(one.context_ids_T) for one in (example.student, example.teacher))
+        sequence = example.teacher if side == "teacher" else example.student
+        room = self.length_limit - longest
+        return Prompt(ids_T=sequence.context_ids_T, max_new_tokens=min(most, room))
+
+    @cached_property
+    def length_limit(self) -> int:
+        """The longest text that the run allows and both models hold, in tokens."""
+        folders = (self.model_folder(side) for side in ("student", "teacher"))
+        return min(self.run.data.max_length, *map(context_length, folders))
 
     def tables(self) -> dict[Split, TokenTable]:
         """The token tables by split; in training's, answers that a model wrote have their place."""
