@@ -16,9 +16,10 @@ from configs.schema.run import RunConfig
 from flows import show_commands, store_commands
 from kdflow_core.errors import KdflowError
 from storage.errors import StoreError
+from tasks.checks import checked_plan
 from tasks.estimate import Estimate, Prospect, check_room
 from tasks.results import check_run, evaluation_rows, report_path, student_path
-from tasks.stages import plan_stages, stage_status
+from tasks.stages import stage_status
 
 app = typer.Typer(
     help="Knowledge distillation of language models.",
@@ -41,7 +42,7 @@ def run(recipe: RecipeArgument, overrides: OverrideArgument = None) -> None:
     """Run the flow `kd` here and now, without a server to start by hand."""
     settings = parse_overrides(overrides or [])
     config = check_run(recipe, settings)
-    plan_stages(config)  # data or models that are not there are refused before Prefect starts
+    checked_plan(config, download=True)  # what cannot work is refused before Prefect starts
     # A cold ephemeral server needs more than Prefect's 20 seconds on a busy machine.
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
@@ -63,6 +64,7 @@ def run(recipe: RecipeArgument, overrides: OverrideArgument = None) -> None:
 def plan(recipe: RecipeArgument, overrides: OverrideArgument = None) -> None:
     """Say which stages would be served from cache, and what changed for the others."""
     config = check_run(recipe, parse_overrides(overrides or []))
+    checked_plan(config, download=False)
     table = Table("stage", "artifact", "would", "why", title=f"plan of {config.name}")
     for status in stage_status(config):
         identity = status.identity

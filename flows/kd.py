@@ -1,5 +1,6 @@
 """The flow `kd`: tokenize -> extract -> train -> evaluate -> report."""
 
+import math
 from typing import Any
 
 from prefect import flow
@@ -11,14 +12,13 @@ from flows.on_policy_round import train_on_policy
 from storage.artifact import ArtifactRef
 from storage.runs import record_run
 from tasks.caching import run_cached
-from tasks.engines import check_engines
+from tasks.checks import checked_plan
 from tasks.results import artifact_key, check_run, evaluation_rows, report_path, student_path
 from tasks.stage_tasks import STAGE_TASKS, share_out
 from tasks.stages import (
     StageIdentity,
     decided,
     open_store,
-    plan_stages,
     round_identities,
     stage_spec,
 )
@@ -35,13 +35,11 @@ def kd(
     run = check_run(recipe, overrides or {})
     done: dict[str, ArtifactRef] = {}
     if run.source == "auto":
-        plan = plan_stages(run)
-        check_engines(run, plan)
+        plan = checked_plan(run, download=True)
         done = _run_stages(run, plan, done)
         run = decided(run, done["estimate"])
         get_run_logger().info("source: auto is %s here", run.source)
-    plan = plan_stages(run)
-    check_engines(run, plan)
+    plan = checked_plan(run, download=True)
     made = plan | round_identities(plan["train"], run)
     used = {stage: f"{identity.kind}/{identity.digest}" for stage, identity in made.items()}
     record_run(open_store(run), run.name, used)
@@ -69,7 +67,7 @@ def _run_stages(
 def _publish_to_ui(run: RunConfig, done: dict[str, ArtifactRef]) -> None:
     rows = evaluation_rows(run, done["evaluation"])
     key = artifact_key(run.name)
-    table = [{k: "" if v is None else v for k, v in row.items()} for row in rows]
+    table = [{k: _shown(v) for k, v in row.items()} for row in rows]
     create_table_artifact(key=f"{key}-evaluation", table=table, description="Held-out evaluation")
     sizes = "\n".join(f"| {n} | `{r.digest}` | {r.num_bytes:,} |" for n, r in done.items())
     create_markdown_artifact(
@@ -81,3 +79,10 @@ def _publish_to_ui(run: RunConfig, done: dict[str, ArtifactRef]) -> None:
     create_link_artifact(key=f"{key}-report", link=path.as_uri(), description="The HTML report")
     get_run_logger().info("student: %s", student_path(run, done["student"]))
     get_run_logger().info("report: %s", path)
+
+
+def _shown(value: Any) -> Any:
+    """A cell of a table: what JSON has no number for is text."""
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -48,13 +48,16 @@ class TokenSequence:
 
     @property
     def prompt_ids_T(self) -> np.ndarray:
-        """The tokens before the first supervised one."""
-        return self.ids_T[: int(self.target_positions_N[0])]
+        """The tokens before the first supervised one; all, where there is none."""
+        positions_N = self.target_positions_N
+        return self.ids_T[: int(positions_N[0])] if len(positions_N) else self.ids_T
 
     @property
     def context_ids_T(self) -> np.ndarray:
-        """The tokens before the last run of supervised ones."""
+        """The tokens before the last run of supervised ones; all, where there is none: a prompt."""
         positions_N = self.target_positions_N
+        if not len(positions_N):
+            return self.ids_T
         breaks = np.flatnonzero(np.diff(positions_N) > 1)
         begin = positions_N[breaks[-1] + 1] if len(breaks) else positions_N[0]
         return self.ids_T[: int(begin)]

@@ -11,8 +11,8 @@ from pathlib import Path
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from storage.data_files import list_files
 from storage.digest import digest, hash_file
-from storage.errors import StoreError
 
 
 class Fingerprints:
@@ -28,22 +28,16 @@ class Fingerprints:
     def files(self, pattern: str) -> dict[str, str]:
         """Base name -> fingerprint of every file that a path, glob, folder or URL names.
 
-        Raises StoreError when nothing matches.
+        Raises DataFileError when nothing matches.
         """
-        fs, path = fsspec.core.url_to_fs(pattern)
-        if fs.isdir(path):
-            paths = sorted(fs.find(path))
-        elif any(sign in path for sign in "*?["):
-            paths = sorted(p for p in fs.glob(path) if fs.isfile(p))
-        else:
-            paths = [path] if fs.exists(path) else []
-        if not paths:
-            raise StoreError(
-                f"no file at '{pattern}'; check the path (relative ones start at the "
-                "recipe's folder, or at the current one when given as an override)"
-            )
+        fs, _ = fsspec.core.url_to_fs(pattern)
+        paths = list_files(pattern)
         start = len(os.path.commonpath([os.path.dirname(p) for p in paths]))
         return {p[start:].lstrip("/"): self._one(fs, p) for p in paths}
+
+    def file(self, path: Path) -> str:
+        """The fingerprint of a local file."""
+        return self._one(LocalFileSystem(), str(path))
 
     def _one(self, fs: fsspec.AbstractFileSystem, path: str) -> str:
         if not isinstance(fs, LocalFileSystem):

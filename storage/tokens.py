@@ -95,12 +95,14 @@ class TokenTable(Sequence[Mapping[str, Any]]):
 
     def supervised_counts(self, side: str) -> np.ndarray:
         """Supervised tokens of each sequence. Shape [num_sequences]."""
-        lengths = self._list_lengths(f"{side}_supervised")
-        chunks = self._table.column(f"{side}_supervised").chunks
-        flat = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks]
-        running = np.concatenate([[0], np.cumsum(np.concatenate([*flat, []]))])
-        ends = np.cumsum(lengths)
-        return np.asarray(running[ends] - running[ends - lengths], dtype=np.int64)
+        counts = [np.zeros(0, np.int64)]
+        for chunk in self._table.column(f"{side}_supervised").chunks:  # never all tokens at once
+            flat = chunk.flatten().to_numpy(zero_copy_only=False)
+            running = np.concatenate([[0], np.cumsum(flat, dtype=np.int64)])
+            lengths = pc.list_value_length(chunk).to_numpy()
+            ends = np.cumsum(lengths, dtype=np.int64)
+            counts.append(running[ends] - running[ends - lengths])
+        return np.concatenate(counts)
 
     def digests(self) -> np.ndarray:
         """The digest of each row's teacher sequence: uint8 [num_sequences, 16]."""

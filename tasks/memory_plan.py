@@ -1,23 +1,20 @@
 """What the parts of an on-policy run hold in each phase of a round, before anything is loaded."""
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from configs.schema.models import PretrainedModel
 from configs.schema.on_policy import OnPolicyConfig
 from configs.schema.rollout import Rollout, TransformersRollout
 from configs.schema.teacher import InProcessTeacher
+from kdflow_core.models.checkpoints import read_checkpoint
 from kdflow_core.models.folders import context_length, resolve_folder, text_config
 from storage.artifact import ArtifactRef
 from tasks.stages import StageSpec, open_store
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 WEIGHTS, MOMENTS, GRADIENTS = 4, 8, 4  # bytes of a parameter in training: float32, AdamW
-HEADER_BYTES = 8
 PHASES = ("roll out", "swap weights", "score", "train")
 
 
@@ -133,20 +130,8 @@ def plan_lines(phases: list[Phase]) -> list[str]:
 
 
 def num_parameters(folder: Path) -> int:
-    """The parameters in a model's safetensors files, by their headers."""
-    return sum(
-        math.prod(tensor["shape"])
-        for path in folder.glob("*.safetensors")
-        for name, tensor in _header(path).items()
-        if name != "__metadata__"
-    )
-
-
-def _header(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(HEADER_BYTES), "little")
-        header: dict[str, Any] = json.loads(file.read(size))
-        return header
+    """The parameters of a model, by the headers of its files."""
+    return read_checkpoint(folder).num_parameters
 
 
 def _folder(spec: StageSpec, side: str) -> Path:

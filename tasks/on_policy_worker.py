@@ -4,7 +4,6 @@
 and gives the run; the others are calls of its methods. No Prefect here.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -38,7 +37,7 @@ class Call(BaseModel):
 
 def main() -> int:
     """Serve calls until the launcher ends. Returns the exit code of one that has failed."""
-    requests = receive_requests(sys.stdin)
+    requests = receive_requests()
     first = HostRequest.model_validate_json(next(requests))
     rank = prepare_rank()
     try:

@@ -3,9 +3,10 @@
 from configs.load import ConfigError
 from configs.schema.run import RunConfig
 from storage.artifact import ArtifactRef
+from tasks.checks import checked_plan
 from tasks.estimate import Estimate, Prospect, prospect, read_estimate
 from tasks.launch import Logger, launch_stage
-from tasks.stages import open_store, plan_stages, stage_spec
+from tasks.stages import open_store, stage_spec
 
 
 def estimate(run: RunConfig, logger: Logger) -> tuple[Estimate, Prospect]:
@@ -19,7 +20,7 @@ def estimate(run: RunConfig, logger: Logger) -> tuple[Estimate, Prospect]:
             "no choice between live and replay to estimate; set algorithm.type=vanilla_kd"
         )
     done: dict[str, ArtifactRef] = {}
-    for identity in plan_stages(run.model_copy(update={"source": "auto"})).values():
+    for identity in checked_plan(run.model_copy(update={"source": "auto"}), download=True).values():
         ref = launch_stage(stage_spec(identity, run, done), logger)
         done = done | {identity.output: ref}
     store = open_store(run)

@@ -16,7 +16,13 @@ from configs.schema.on_policy import OnPolicyConfig
 from configs.schema.run import RunConfig
 from configs.schema.teacher import Teacher
 from kdflow_core.errors import DataError, ModelError
-from kdflow_core.models.folders import TOKENIZER_FILES, context_length, resolve_folder
+from kdflow_core.models.checkpoints import read_checkpoint
+from kdflow_core.models.folders import (
+    context_length,
+    declared_end_ids,
+    resolve_folder,
+    tokenizer_files,
+)
 from storage.digest import digest
 from storage.fingerprint import Fingerprints
 
@@ -65,21 +71,17 @@ def model_identity(
     prepared: str | None,
     prints: Fingerprints,
 ) -> str:
-    """By its files; of a model that a stage makes, that artifact's digest."""
+    """By the files that loading it opens; of a model that a stage makes, that artifact's digest."""
     if prepared is not None:
         return prepared
     assert isinstance(model, PretrainedModel)
     folder = resolve_folder(model.path, model.revision, weights=False)
-    if folder.parent.name == "snapshots":  # the hub's cache names folders by commit
+    if not Path(model.path).is_dir():  # a name on the hub, whose cache has folders by commit
         return digest({"hub": model.path, "commit": folder.name})
-    wanted = {
-        name: mark for name, mark in prints.files(str(folder)).items() if _is_model_file(name)
-    }
-    return digest({"files": wanted})
-
-
-def _is_model_file(name: str) -> bool:
-    return "/" not in name and name.endswith((".json", ".safetensors", ".jinja", ".model", ".txt"))
+    names = ["config.json", *read_checkpoint(folder).files]
+    if model.trust_remote_code:
+        names += sorted(path.name for path in folder.glob("*.py"))
+    return digest({"files": {name: prints.file(folder / name) for name in names}})
 
 
 def tokenizer_identity(
@@ -90,10 +92,7 @@ def tokenizer_identity(
         return prepared
     assert isinstance(model, PretrainedModel)
     folder = resolve_folder(model.path, model.revision, weights=False)
-    present = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    if not present:
-        raise ModelError(f"{folder} holds no tokenizer")
-    return digest({name: prints.files(str(folder / name))[name] for name in present})
+    return digest({name: prints.file(folder / name) for name in tokenizer_files(folder)})
 
 
 def tokens_inputs(
@@ -143,6 +142,8 @@ def tokens_slice(run: RunConfig) -> dict[str, Any]:
         "seed": run.seed,
         "student_template": run.student.chat_template.model_dump(mode="json"),
         "teacher_template": run.teacher.chat_template.model_dump(mode="json"),
+        "student_ends": _declared_ends(run.student.model),
+        "teacher_ends": _declared_ends(run.teacher.model),
         "student_limit": _length_limit(run, run.student.model),
         "teacher_limit": _length_limit(run, run.teacher.model),
     }
@@ -157,6 +158,13 @@ def _length_limit(run: RunConfig, model: PretrainedModel | GgufModel | LayerDrop
         return run.data.max_length
     folder = resolve_folder(model.path, model.revision, weights=False)
     return min(run.data.max_length, context_length(folder))
+
+
+def _declared_ends(model: PretrainedModel | GgufModel | LayerDropModel) -> list[int]:
+    """What a model's files say of the end of a turn; of one that is made, its tokenizer tells."""
+    if not isinstance(model, PretrainedModel):
+        return []
+    return list(declared_end_ids(resolve_folder(model.path, model.revision, weights=False)))
 
 
 def _results_slice(part: Teacher | Engine) -> dict[str, Any]:
@@ -184,7 +192,9 @@ def states_slice(run: RunConfig, sources: frozenset[str] | None) -> dict[str, An
 def answers_slice(run: RunConfig) -> dict[str, Any]:
     """Of the answers that a model writes to the training prompts."""
     assert run.data.answers is not None
+    lacking = None if run.on_policy is None else {"heldout_only": run.on_policy.all_sampled}
     return {
+        "lacking": lacking,
         "answers": run.data.answers.model_dump(mode="json", exclude={"engine"}),
         "engine": _results_slice(run.data.answers.engine),
         "max_length": run.data.max_length,
@@ -240,4 +250,4 @@ def reward_input(run: RunConfig, prints: Fingerprints) -> dict[str, str]:
     path = Path(run.on_policy.reward.path)
     if not path.is_file():
         raise DataError(f"on_policy.reward.function: there is no file {path}")
-    return {"reward": digest(prints.files(str(path)))}
+    return {"reward": digest({path.name: prints.file(path)})}

@@ -33,15 +33,15 @@ from tasks.slices import (
 
 # Raise a stage's number whenever its code would give another output for the same config.
 CODE_VERSIONS = {
-    "model": 1,
-    "tokens": 1,
-    "answers": 1,
+    "model": 2,
+    "tokens": 2,
+    "answers": 2,
     "states": 3,
     "estimate": 2,
-    "student": 2,
-    "rollouts": 1,
-    "round": 1,
-    "evaluation": 2,
+    "student": 3,
+    "rollouts": 2,
+    "round": 2,
+    "evaluation": 3,
     "report": 2,
 }
 
@@ -145,14 +145,13 @@ def plan_stages(run: RunConfig) -> dict[str, StageIdentity]:
         models = {"teacher_model": plan.teacher_ids["teacher"], "student_model": plan.student_id}
         plan.add("estimate", "estimate", estimate_slice(run), models | plan.data_inputs)
         return plan.stages
-    extracted = plan.data_inputs if run.stores_training_states else plan.tokens_input
     upstream: dict[str, str] = dict(plan.data_inputs)
     for name, teacher_id in plan.teacher_ids.items():
         states = plan.add(
             "extract",
             "states",
             states_slice(run_of_teacher(run, name), run.sources_of(name)),
-            extracted | {"teacher_model": teacher_id},
+            plan.data_inputs | {"teacher_model": teacher_id},
             teacher=name,
         )
         upstream |= {
@@ -181,7 +180,6 @@ class _Plan:
         self.stages: dict[str, StageIdentity] = {}
         self.teacher_ids: dict[str, str] = {}
         self.student_id = ""
-        self.tokens_input: dict[str, str] = {}
         self.data_inputs: dict[str, str] = {}
         self.prints = Fingerprints(run.storage.scratch)
         self._prepared: dict[str, str] = {}
@@ -239,8 +237,7 @@ class _Plan:
                     "of one run need the same tokenizer"
                 )
         tokens = self.add("tokenize", "tokens", tokens_slice(self.run), inputs)
-        self.tokens_input = {"tokens": tokens.digest}
-        self.data_inputs = dict(self.tokens_input)
+        self.data_inputs = {"tokens": tokens.digest}
         if self.run.data.answers is not None:
             by = self.run.data.answers.by
             generator = self.teacher_ids["teacher"] if by == "teacher" else self.student_id
@@ -248,7 +245,7 @@ class _Plan:
                 "generate",
                 "answers",
                 answers_slice(self.run),
-                self.tokens_input | {f"{by}_model": generator},
+                self.data_inputs | {f"{by}_model": generator},
             )
             self.data_inputs["answers"] = written.digest
 

@@ -53,7 +53,7 @@ class EventReporter:
 
 def main() -> int:
     """Run one stage as one rank. Returns the exit code."""
-    spec = StageSpec.model_validate_json(next(receive_requests(sys.stdin)))
+    spec = StageSpec.model_validate_json(next(receive_requests()))
     rank = prepare_rank()
     try:
         if spec.identity.stage in PARALLEL_STAGES:

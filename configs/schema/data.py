@@ -7,7 +7,20 @@ from pydantic import Field, model_validator
 from configs.schema.base import StrictModel
 from configs.schema.generation import Engine, TransformersEngine
 
-Layout = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"]
+Layout = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "prompt"]
+Column = Literal[
+    "messages",
+    "conversations",
+    "instruction",
+    "input",
+    "output",
+    "history",
+    "prompt",
+    "completion",
+    "system",
+    "tools",
+    "answer",
+]
 FileFormat = Literal["jsonl", "parquet", "arrow"]
 
 
@@ -15,19 +28,21 @@ class _Source(StrictModel):
     """What all sources share.
 
     `weight` is this source's share of the blend; give it to all sources or to none. `columns`
-    maps kdflow's column names (messages, prompt, completion, instruction, input, output,
-    conversations, system, answer) to the ones in the data.
+    maps kdflow's column names to the ones in the data; a column that is mapped to one name is not
+    read under another. `layout: prompt` has no answers: they are written, as `data.answers` says.
     """
 
     name: str | None = None
     layout: Layout = "auto"
-    columns: dict[str, str] = Field(default_factory=dict)
+    columns: dict[Column, str] = Field(default_factory=dict)
     weight: float | None = Field(default=None, gt=0)
     max_samples: int | None = Field(default=None, gt=0)
 
 
 class FilesSource(_Source):
-    """JSONL, Parquet or Arrow files: a local path, a glob, or an fsspec URL."""
+    """JSON lines (or one JSON array), also compressed as .gz, .bz2, .zst or .lz4, Parquet or Arrow
+    files: a local path, a folder, a glob, or an fsspec URL. A path that names a file is no glob.
+    """
 
     type: Literal["files"] = "files"
     path: str = Field(min_length=1)
@@ -44,7 +59,9 @@ class FilesSource(_Source):
             ".parquet": "parquet",
             ".arrow": "arrow",
         }
-        name = self.path.removesuffix(".gz").removesuffix(".zst")
+        name = self.path
+        for packed in (".gz", ".bz2", ".zst", ".lz4"):
+            name = name.removesuffix(packed)
         return next((fmt for end, fmt in suffixes.items() if name.endswith(end)), None)
 
     @model_validator(mode="after")
@@ -85,6 +102,8 @@ class AnswersConfig(StrictModel):
     `temperature` from the smallest set with probability `top_p`; temperature 0 takes the most
     probable one. An answer that reaches `max_new_tokens` has no end that is learned. An `engine` of
     each rank writes them; a stage that is killed goes on behind the last whole `prompts_per_part`.
+    Prompts without an answer get one in any case, held-out ones too; in an on-policy run these are
+    all that is written, and of the training data only where the student does not answer itself.
     """
 
     by: Literal["teacher", "student"]
@@ -100,8 +119,10 @@ class DataConfig(StrictModel):
     """The data of a run.
 
     Over-long samples are dropped and counted, never cut. `max_malformed_fraction` is the share of
-    unreadable samples (broken JSON, missing columns) that is tolerated and counted before the
-    stage refuses. `supervise: last` trains on the last assistant turn only.
+    samples of a source that may be dropped for any other reason (broken JSON, missing columns, a
+    chat template that does not fit) before the stage refuses. The split goes by prompt: samples
+    with the same one are all held out, or none is. `supervise: last` trains on the last assistant
+    turn only.
     """
 
     sources: tuple[Source, ...] = Field(min_length=1, strict=False)
@@ -120,6 +141,8 @@ class DataConfig(StrictModel):
         names = self.source_names
         if len(set(names)) != len(names):
             raise ValueError(f"two sources share a name: {', '.join(names)}; set `name`")
+        if "all" in names:
+            raise ValueError("a source is called 'all', which stands for all sources; set `name`")
         return self
 
     @property

@@ -1,5 +1,6 @@
 """Where a model's weights and tokenizer come from."""
 
+from datetime import date as Date  # noqa: N812 - the field has that name
 from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue, model_validator
@@ -14,12 +15,14 @@ class PretrainedModel(StrictModel):
     """A Hugging Face model folder, or a name on the hub.
 
     Pin `revision` of a hub name to a commit: otherwise the name is looked up at each plan, and a
-    new commit upstream starts every stage anew.
+    new commit upstream starts every stage anew. With `trust_remote_code`, Python files that the
+    model brings along are run.
     """
 
     type: Literal["pretrained"] = "pretrained"
     path: str = Field(min_length=1)
     revision: str | None = None
+    trust_remote_code: bool = False
 
 
 class GgufModel(StrictModel):
@@ -35,6 +38,11 @@ class GgufModel(StrictModel):
     file: str | None = None
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     dtype: Dtype = "bfloat16"
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """There is no code in such a file."""
+        return False
 
     @model_validator(mode="after")
     def _one_location(self) -> "GgufModel":
@@ -60,12 +68,15 @@ class LayerDropModel(StrictModel):
 class ChatTemplate(StrictModel):
     """How a model's conversations are rendered.
 
-    `template` is Jinja text that replaces the tokenizer's own; `args` go to the template
-    (for instance `enable_thinking: false`). A template may read `answer`, the sample's gold answer.
+    `template` is Jinja text that replaces the tokenizer's own, or the name of one of its several;
+    `args` go to the template (for instance `enable_thinking: false`). A template may read `answer`,
+    the sample's gold answer. One that writes the day's date gets `date`, so that the tokens do not
+    depend on the day.
     """
 
     template: str | None = None
     args: dict[str, JsonValue] = Field(default_factory=dict)
+    date: Date = Field(default=Date(2025, 1, 1), strict=False)
 
 
 TeacherModel = Annotated[PretrainedModel | GgufModel, Field(discriminator="type")]

@@ -134,6 +134,11 @@ class OnPolicyConfig(StrictModel):
             raise ValueError("`prompt_weights` are all 0; give one source a weight")
         return self
 
+    @property
+    def all_sampled(self) -> bool:
+        """Whether the student answers every prompt itself."""
+        return isinstance(self.fraction, ConstantFraction) and self.fraction.value == 1
+
     def steps(self, global_batch_size: int) -> int:
         """The optimizer steps of a round."""
         if self.steps_per_round is not None:

@@ -8,7 +8,7 @@ from configs.schema.algorithm import Algorithm, MultiTeacherConfig, VanillaKDCon
 from configs.schema.base import StrictModel
 from configs.schema.data import DataConfig
 from configs.schema.loss import LossConfig
-from configs.schema.on_policy import ConstantFraction, OnPolicyConfig
+from configs.schema.on_policy import OnPolicyConfig
 from configs.schema.student import StudentConfig
 from configs.schema.teacher import InProcessTeacher, Teacher
 
@@ -232,8 +232,13 @@ class RunConfig(StrictModel):
 
 
 def _check_on_policy(run: RunConfig, on_policy: OnPolicyConfig) -> None:
-    if run.source != "replay" or run.data.answers is not None:
-        raise ValueError("`source` and data.answers are for `mode: offpolicy`; leave them out")
+    if run.source != "replay":
+        raise ValueError("`source` is for `mode: offpolicy`; leave it out")
+    if run.data.answers is not None and run.data.answers.fraction != 1:
+        raise ValueError(
+            "data.answers.fraction is for `mode: offpolicy`; here only prompts without an answer "
+            "get one, and on_policy.fraction says how many the student answers; leave it out"
+        )
     if run.algorithm.type not in {"vanilla_kd", "self_distillation"}:
         raise ValueError(
             f"algorithm.type={run.algorithm.type} is not for `mode: onpolicy`, which has "
@@ -258,9 +263,8 @@ def _check_on_policy(run: RunConfig, on_policy: OnPolicyConfig) -> None:
 
 
 def _check_samples(on_policy: OnPolicyConfig, temperature: float) -> None:
-    all_sampled = isinstance(on_policy.fraction, ConstantFraction) and on_policy.fraction.value == 1
     whole = on_policy.top_p == 1 and on_policy.top_k == 0
-    if not (all_sampled and whole and on_policy.temperature == temperature):
+    if not (on_policy.all_sampled and whole and on_policy.temperature == temperature):
         raise ValueError(
             "loss.divergence sampled_reverse_kl learns from what the student has sampled; set "
             "on_policy.fraction to the constant 1, top_p=1, top_k=0 and the divergence's own "

@@ -1,52 +1,75 @@
 """Rows of the usual data layouts as one kind of conversation.
 
 Layouts: `messages` (role/content), `sharegpt` (conversations of from/value), `alpaca`
-(instruction/input/output) and `prompt_completion`. A column `answer` is kept as the gold answer.
+(instruction/input/output/history), `prompt_completion` and `prompt` (without an answer). A column
+`tools` goes to the chat template, `answer` is kept as the gold answer.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from kdflow_core.errors import KdflowError
+from kdflow_core.data.messages import (
+    Message,
+    SampleError,
+    as_text,
+    is_blank,
+    listed,
+    normal_message,
+    normal_tools,
+    without_none,
+)
 
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-}
 COLUMNS = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
+    "prompt": ("prompt",),
 }
-OPTIONAL_COLUMNS = ("system", "input", "answer")
-
-
-class SampleError(KdflowError):
-    """A sample that is dropped and counted under `reason`."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
+OPTIONAL_COLUMNS = ("system", "input", "history", "tools", "answer")
+CANONICAL = {name for need in COLUMNS.values() for name in need} | set(OPTIONAL_COLUMNS)
+MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
+# What a conversation is known by. Whatever else a message has (ids, scores) reaches the template.
+HASHED_FIELDS = ("role", "content", "reasoning_content", "tool_calls", "name")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """Messages with `role` and `content`, the last one from the assistant."""
+    """Messages as templates know them, the last one from the assistant unless the answer is still
+    to be written; the tools that they may call; the messages that are not to be learned from.
+    """
 
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[Message, ...]
     answer: str | None
+    tools: tuple[Message, ...] = ()
+    unsupervised: frozenset[int] = frozenset()
 
     @property
+    def lacks_answer(self) -> bool:
+        """Whether there is only a prompt."""
+        return str(self.messages[-1]["role"]) != "assistant"
+
+    @cached_property
     def text(self) -> str:
-        """Canonical text: what the split and the selection hash."""
-        return json.dumps(self.messages, sort_keys=True, ensure_ascii=False)
+        """Canonical text: what the selection hashes."""
+        return self._canonical(len(self.messages))
+
+    @cached_property
+    def prompt_text(self) -> str:
+        """Canonical text up to the first answer: what the split hashes."""
+        roles = [m["role"] for m in self.messages]
+        first = roles.index("assistant") if "assistant" in roles else len(roles)
+        return self._canonical(first)
+
+    def _canonical(self, count: int) -> str:
+        known = [{k: m[k] for k in HASHED_FIELDS if k in m} for m in self.messages[:count]]
+        text = json.dumps(known, sort_keys=True, ensure_ascii=False)
+        if self.tools:
+            text += json.dumps(self.tools, sort_keys=True, ensure_ascii=False)
+        return text
 
 
 def detect_layout(names: set[str]) -> str | None:
@@ -54,78 +77,143 @@ def detect_layout(names: set[str]) -> str | None:
     return next((layout for layout, need in COLUMNS.items() if names.issuperset(need)), None)
 
 
-def parse_row(row: Mapping[str, Any], *, layout: str, columns: Mapping[str, str]) -> Conversation:
-    """A raw row as a conversation.
+def parse_row(
+    row: Mapping[str, Any], *, layout: str, columns: Mapping[Any, str], prompts: bool = False
+) -> Conversation:
+    """A raw row as a conversation; with `prompts`, one that lacks an answer will do.
 
     Raises:
-        SampleError: `missing_column`, `bad_message` or `empty`.
+        SampleError: `malformed`, `missing_column`, `bad_message`, `media`, `no_answer` or `empty`.
     """
-    inverse = {actual: canonical for canonical, actual in columns.items()}
-    fields = {inverse.get(name, name): value for name, value in row.items() if value is not None}
-    if layout == "auto":
-        found = detect_layout(set(fields))
-        if found is None:
-            raise SampleError(
-                "missing_column",
-                f"columns {sorted(row)} fit none of the layouts "
-                + "; ".join(f"{name}: {', '.join(need)}" for name, need in COLUMNS.items())
-                + "; map them with `columns`",
-            )
-        layout = found
-    missing = [name for name in COLUMNS[layout] if name not in fields]
+    try:
+        conversation = _parse(row, layout, columns, prompts=prompts)
+        for text in (conversation.text, conversation.answer or ""):
+            text.encode()
+    except UnicodeEncodeError as error:
+        raise SampleError("malformed", f"half a surrogate pair in the text: {error}") from error
+    except RecursionError as error:
+        raise SampleError("malformed", "a row is nested too deeply") from error
+    return conversation
+
+
+def _parse(
+    row: Mapping[str, Any], layout: str, columns: Mapping[str, str], *, prompts: bool
+) -> Conversation:
+    fields = _fields(row, columns)
+    media = [name for name in MEDIA_COLUMNS if name in row and not is_blank(row[name])]
+    if media:
+        raise SampleError("media", f"column '{media[0]}' holds media, and kdflow trains on text")
+    messages = _messages(fields, _layout(fields, row, layout))
+    tools = normal_tools(fields["tools"]) if "tools" in fields else _tools_of(messages)
+    messages = [{k: v for k, v in m.items() if k != "tools"} for m in messages]
+    if not (prompts and messages and messages[-1]["role"] in {"user", "tool"}):
+        messages = _through_last_answer(messages)
+    _refuse_empty_answers(messages)
+    off = [i for i, m in enumerate(messages) if m.pop("kdflow_unsupervised", False)]
+    answer = fields.get("answer")
+    return Conversation(
+        messages=tuple(messages),
+        tools=tuple(tools),
+        unsupervised=frozenset(off),
+        answer=None if answer is None else str(answer),
+    )
+
+
+def _through_last_answer(messages: list[Message]) -> list[Message]:
+    """What follows the last answer teaches nothing."""
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    if not messages:
+        raise SampleError("empty", "a row without messages")
+    if not answers:
+        raise SampleError(
+            "no_answer",
+            "a row has a prompt and no answer; set data.answers to have a model write it",
+        )
+    return messages[: answers[-1] + 1]
+
+
+def _refuse_empty_answers(messages: list[Message]) -> None:
+    for message in messages:
+        said = (message["content"], str(message.get("reasoning_content", "")))
+        if (
+            message["role"] == "assistant"
+            and not any(text.strip() for text in said)
+            and not message.get("tool_calls")
+        ):
+            raise SampleError("empty", "an assistant message is empty")
+
+
+def _fields(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The row's values under kdflow's names. A column that is mapped to one name has no other."""
+    taken = set(columns.values())
+    fields = {}
+    for name in CANONICAL:
+        actual = columns.get(name, None if name in taken else name)
+        value = row.get(actual) if actual is not None else None
+        if value is None or (name in OPTIONAL_COLUMNS and is_blank(value)):
+            continue
+        fields[name] = value
+    return fields
+
+
+def _layout(fields: Mapping[str, Any], row: Mapping[str, Any], layout: str) -> str:
+    found = detect_layout(set(fields)) if layout == "auto" else layout
+    if found is None:
+        raise SampleError(
+            "missing_column",
+            f"columns {sorted(map(str, row))} fit none of the layouts "
+            + "; ".join(f"{name}: {', '.join(need)}" for name, need in COLUMNS.items())
+            + "; map them with `columns`",
+        )
+    missing = [name for name in COLUMNS[found] if name not in fields]
     if missing:
         raise SampleError(
-            "missing_column", f"layout '{layout}' needs column '{missing[0]}', got {sorted(row)}"
+            "missing_column",
+            f"layout '{found}' needs column '{missing[0]}', got {sorted(map(str, row))}",
         )
-    messages = _messages(fields, layout)
-    if not any(m["role"] == "assistant" for m in messages):
-        raise SampleError("empty", "no assistant message")
-    while messages[-1]["role"] != "assistant":
-        messages.pop()  # what follows the last answer teaches nothing
-    if not all(m["content"].strip() for m in messages if m["role"] == "assistant"):
-        raise SampleError("empty", "an assistant message is empty")
-    answer = fields.get("answer")
-    return Conversation(messages=tuple(messages), answer=None if answer is None else str(answer))
+    return found
 
 
-def _messages(fields: Mapping[str, Any], layout: str) -> list[dict[str, str]]:
+def _messages(fields: Mapping[str, Any], layout: str) -> list[Message]:
     if layout == "messages":
-        messages = [_message(m, "role", "content") for m in _as_list(fields["messages"])]
+        messages = [normal_message(m) for m in listed(fields["messages"], "messages")]
     elif layout == "sharegpt":
-        messages = [_message(m, "from", "value") for m in _as_list(fields["conversations"])]
+        messages = [normal_message(m) for m in listed(fields["conversations"], "conversations")]
     elif layout == "alpaca":
         parts = [fields["instruction"], fields.get("input") or ""]
-        prompt = "\n\n".join(_text(part) for part in parts if part)
-        messages = _exchange(prompt, fields["output"])
+        prompt = "\n\n".join(as_text(part) for part in parts if part)
+        messages = [*_history(fields.get("history")), *_exchange(prompt, fields["output"])]
     else:
-        messages = _exchange(fields["prompt"], fields["completion"])
+        messages = _exchange(fields["prompt"], fields.get("completion"))
     if "system" in fields and messages and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": _text(fields["system"])})
+        messages.insert(0, {"role": "system", "content": as_text(fields["system"])})
     return messages
 
 
-def _exchange(prompt: Any, completion: Any) -> list[dict[str, str]]:
-    if isinstance(prompt, list) and isinstance(completion, list):  # TRL's conversational form
-        return [_message(m, "role", "content") for m in [*prompt, *completion]]
-    return [
-        {"role": "user", "content": _text(prompt)},
-        {"role": "assistant", "content": _text(completion)},
-    ]
+def _history(history: Any) -> list[Message]:
+    """Alpaca's earlier turns: pairs of question and answer."""
+    messages = []
+    for pair in [] if history is None else listed(history, "history"):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise SampleError("bad_message", f"`history` has pairs of texts, got {pair!r:.200}")
+        messages += _exchange(*pair)
+    return messages
 
 
-def _as_list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise SampleError("bad_message", f"expected a list of messages, got {type(value).__name__}")
-    return value
+def _exchange(prompt: Any, completion: Any) -> list[Message]:
+    """A prompt and its completion, if it has one; both as text, or as messages (TRL's form)."""
+    messages: list[Message] = []
+    for value, role in ((prompt, "user"), (completion, "assistant")):
+        if value is None:
+            continue
+        if isinstance(value, list):
+            messages += [normal_message(m) for m in value]
+        else:
+            messages.append({"role": role, "content": as_text(value)})
+    return messages
 
 
-def _message(message: Any, role_key: str, content_key: str) -> dict[str, str]:
-    if not isinstance(message, Mapping) or message.get(role_key) not in ROLES:
-        raise SampleError("bad_message", f"not a message with a known '{role_key}': {message!r}")
-    return {"role": ROLES[message[role_key]], "content": _text(message.get(content_key))}
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise SampleError("bad_message", f"expected text, got {type(value).__name__}: {value!r}")
-    return value
+def _tools_of(messages: list[Message]) -> list[Message]:
+    """Tools that a system message brings along."""
+    found = [m["tools"] for m in messages if m["role"] == "system" and m.get("tools")]
+    return normal_tools(without_none(found[0])) if found else []

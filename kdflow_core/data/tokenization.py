@@ -1,13 +1,14 @@
 """The tokenize stage: sources in, examples out, everything dropped counted by reason.
 
-Selection (`max_samples`, blending weights) and the split go by a hash of the content, so adding
-samples moves none of the others, and equal samples land on the same side of the split.
+Selection (`max_samples`, blending weights) goes by a hash of the content, the split by one of the
+prompt: adding samples moves none of the others, and samples with the same prompt land on the same
+side.
 """
 
 import hashlib
 import heapq
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,21 +16,28 @@ import numpy as np
 
 from configs.schema.data import DataConfig, Source
 from kdflow_core.contracts import Example, Reporter, TokenSequence
-from kdflow_core.data.conversations import Conversation, SampleError, parse_row
+from kdflow_core.data.conversations import Conversation, parse_row
+from kdflow_core.data.messages import SampleError
 from kdflow_core.data.rendering import Renderer
-from kdflow_core.data.sources import iterate_rows
+from kdflow_core.data.sources import RowFiles, iterate_rows
 from kdflow_core.errors import DataError
 
 Split = Literal["train", "heldout"]
-MALFORMED = ("malformed", "missing_column", "bad_message")
+# What is dropped as a matter of course; a limit holds for every other reason.
+EXPECTED = ("too_long", "blank_line")
 HASH_SPAN = 2**64
+# What a sample's canonical text may have beside its content: names of fields, brackets, escapes.
+MARKUP_CHARACTERS = 100_000
 
 
 @dataclass
 class Tally:
-    """Samples read and dropped, by source and reason, and an example of each reason."""
+    """Samples read, those of them that are prompts alone, and those dropped, by source and reason,
+    with an example of each reason.
+    """
 
     read: Counter[str] = field(default_factory=Counter)
+    prompts: Counter[str] = field(default_factory=Counter)
     dropped: dict[str, Counter[str]] = field(default_factory=dict)
     first_detail: dict[str, str] = field(default_factory=dict)
 
@@ -39,14 +47,14 @@ class Tally:
         self.first_detail.setdefault(error.reason, str(error))
 
 
-def content_hash(conversation: Conversation, seed: int) -> int:
-    """A uniform 64-bit number from the sample's content."""
-    data = f"{seed}\0{conversation.text}".encode()
+def text_hash(text: str, seed: int) -> int:
+    """A uniform 64-bit number from a text."""
+    data = f"{seed}\0{text}".encode()
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
 def split_of(hashed: int, heldout_fraction: float) -> Split:
-    """Which split a content hash falls into."""
+    """Which split a hash of a prompt falls into."""
     return "heldout" if hashed / HASH_SPAN < heldout_fraction else "train"
 
 
@@ -54,6 +62,7 @@ def tokenize(
     *,
     config: DataConfig,
     seed: int,
+    files: RowFiles,
     student: Renderer,
     teacher: Renderer,
     max_teacher_length: int,
@@ -66,41 +75,62 @@ def tokenize(
     Where both models render alike, give the same renderer twice: it then renders once.
 
     Raises:
-        DataError: a source cannot be read, too many samples are malformed, or none are left.
+        DataError: a source cannot be read, too many samples are dropped, or none are left.
     """
-    names = config.source_names
-    limits = _selection_thresholds(config, seed)
+    limits = (
+        (student, min(config.max_length, max_student_length)),
+        (teacher, min(config.max_length, max_teacher_length)),
+    )
+    selections = _selections(config, seed, files)
     kept = Counter[str]()
-    for source, name, limit in zip(config.sources, names, limits, strict=True):
-        for conversation in _conversations(source, name, tally):
-            hashed = content_hash(conversation, seed + 1)
-            if hashed > limit:
+    for source, name, selected in zip(config.sources, config.source_names, selections, strict=True):
+        for conversation in _conversations(config, source, name, files, tally):
+            if not selected(conversation):
                 continue
             try:
-                example = _render(conversation, name, student, teacher)
-                _check_length(example.student, min(config.max_length, max_student_length))
-                _check_length(example.teacher, min(config.max_length, max_teacher_length))
+                example = _render(conversation, name, limits)
             except SampleError as error:
                 tally.drop(name, error)
                 continue
-            split = split_of(content_hash(conversation, seed), config.heldout_fraction)
+            tally.prompts[name] += conversation.lacks_answer
+            split = split_of(text_hash(conversation.prompt_text, seed), config.heldout_fraction)
             kept[split] += 1
             yield split, example
             reporter.progress(done=kept.total(), total=0, unit="samples", detail=name)
-        _refuse_malformed(name, tally, config.max_malformed_fraction)
+        _refuse_dropped(name, tally, config.max_malformed_fraction)
     _refuse_empty(kept, tally, config)
 
 
-def _selection_thresholds(config: DataConfig, seed: int) -> list[int]:
-    """Per source, the largest content hash that is kept (the selection takes the lowest)."""
+class _Selection:
+    """Whether samples of a source are taken: those with the lowest hashes of their content, and of
+    equal samples at the limit as many as there is room for.
+    """
+
+    def __init__(self, hashes: list[int], seed: int) -> None:
+        self._seed = seed
+        self._limit = max(hashes, default=-1)
+        self._room = hashes.count(self._limit)
+
+    def __call__(self, conversation: Conversation) -> bool:
+        hashed = text_hash(conversation.text, self._seed)
+        if hashed == self._limit:
+            self._room -= 1
+            return self._room >= 0
+        return hashed < self._limit
+
+
+def _selections(
+    config: DataConfig, seed: int, files: RowFiles
+) -> list[Callable[[Conversation], bool]]:
+    """Per source, what is taken of it."""
     weighted = config.sources[0].weight is not None
     limited = config.max_samples is not None or any(s.max_samples for s in config.sources)
     if not weighted and not limited:
-        return [HASH_SPAN] * len(config.sources)
+        return [lambda _: True] * len(config.sources)
     hashes = []
     for source, name in zip(config.sources, config.source_names, strict=True):
-        conversations = _conversations(source, name, Tally())
-        all_hashes = (content_hash(c, seed + 1) for c in conversations)
+        conversations = _conversations(config, source, name, files, Tally())
+        all_hashes = (text_hash(c.text, seed + 1) for c in conversations)
         if source.max_samples is None:
             hashes.append(sorted(all_hashes))
         else:
@@ -110,7 +140,7 @@ def _selection_thresholds(config: DataConfig, seed: int) -> list[int]:
         weights=[s.weight for s in config.sources],
         max_samples=config.max_samples,
     )
-    return [h[n - 1] if n else -1 for h, n in zip(hashes, counts, strict=True)]
+    return [_Selection(h[:n], seed + 1) for h, n in zip(hashes, counts, strict=True)]
 
 
 def blend_counts(
@@ -137,51 +167,65 @@ def blend_counts(
     return [min(count, n) for count, n in zip(counts, available, strict=True)]
 
 
-def _conversations(source: Source, name: str, tally: Tally) -> Iterator[Conversation]:
-    for row in iterate_rows(source):
+def _conversations(
+    config: DataConfig, source: Source, name: str, files: RowFiles, tally: Tally
+) -> Iterator[Conversation]:
+    prompts = config.answers is not None
+    for row in iterate_rows(source, files):
         tally.read[name] += 1
         try:
             if isinstance(row, SampleError):
                 raise row
-            yield parse_row(row, layout=source.layout, columns=source.columns)
+            yield parse_row(row, layout=source.layout, columns=source.columns, prompts=prompts)
         except SampleError as error:
             tally.drop(name, error)
 
 
 def _render(
-    conversation: Conversation, source: str, student: Renderer, teacher: Renderer
+    conversation: Conversation, source: str, limits: tuple[tuple[Renderer, int], ...]
 ) -> Example:
-    student_tokens = student.render(conversation)
-    teacher_tokens = student_tokens if teacher is student else teacher.render(conversation)
-    if not np.array_equal(student_tokens.target_ids_N, teacher_tokens.target_ids_N):
+    """As the student reads it and as the teacher does, each within its limit of tokens."""
+    sides: list[TokenSequence] = []
+    for renderer, limit in limits:
+        # Before anything is rendered: a text of this length cannot have fewer tokens.
+        if len(conversation.text) > limit * renderer.chat.longest_token + MARKUP_CHARACTERS:
+            raise SampleError(
+                "too_long",
+                f"a sample has {len(conversation.text):,} characters, the limit is {limit} tokens",
+            )
+        same = bool(sides) and renderer is limits[0][0]
+        tokens = sides[0] if same else renderer.render(conversation)
+        if len(tokens.ids_T) > limit:
+            raise SampleError(
+                "too_long", f"a sample has {len(tokens.ids_T)} tokens, the limit is {limit}"
+            )
+        sides.append(tokens)
+    student, teacher = sides
+    if not np.array_equal(student.target_ids_N, teacher.target_ids_N):
         raise SampleError(
             "templates_disagree",
             "the chat templates of student and teacher supervise different tokens for the same "
             "answer; give both the same template, or arguments that render answers alike",
         )
-    if not student_tokens.supervised_T.any():
+    if not conversation.lacks_answer and not student.supervised_T.any():
         raise SampleError("empty", "no supervised token")
     return Example(
         source=source,
-        student=student_tokens,
-        teacher=teacher_tokens,
+        student=student,
+        teacher=teacher,
         answer=conversation.answer,
     )
 
 
-def _check_length(tokens: TokenSequence, limit: int) -> None:
-    length = len(tokens.ids_T)
-    if length > limit:
-        raise SampleError("too_long", f"a sample has {length} tokens, the limit is {limit}")
-
-
-def _refuse_malformed(name: str, tally: Tally, tolerated: float) -> None:
+def _refuse_dropped(name: str, tally: Tally, tolerated: float) -> None:
+    """Raises DataError where more than the tolerated share was dropped."""
     dropped = tally.dropped.get(name, Counter())
-    malformed = sum(dropped[reason] for reason in MALFORMED)
-    if malformed > tolerated * tally.read[name]:
-        reason = next(r for r in MALFORMED if dropped[r])
+    counted = {reason: n for reason, n in dropped.items() if reason not in EXPECTED}
+    if sum(counted.values()) > tolerated * tally.read[name]:
+        reason = next(iter(counted))
         raise DataError(
-            f"{malformed} of {tally.read[name]} samples of '{name}' cannot be used; the first: "
+            f"{sum(counted.values())} of {tally.read[name]} samples of '{name}' cannot be used "
+            f"({', '.join(f'{r}: {n}' for r, n in counted.items())}); the first: "
             f"{tally.first_detail[reason]}. Mend the data, or raise data.max_malformed_fraction "
             f"(now {tolerated}) to drop and count them"
         )

@@ -1,14 +1,13 @@
 """Greedy answers to held-out prompts, and how many end with the gold answer."""
 
-import re
-import string
 from collections import defaultdict
 from collections.abc import Sequence
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from kdflow_core.contracts import Reporter, TokenSequence
-from kdflow_core.data.rendering import end_of_turn_ids
+from kdflow_core.data.chat import ChatFormat
+from kdflow_core.eval.answers import answer_matches
 from kdflow_core.models.loading import true_vocabulary_size
 from kdflow_core.rollout.base import Prompt, Sampling
 from kdflow_core.rollout.generation import generate_ids
@@ -19,7 +18,7 @@ PROMPTS_PER_BATCH = 16
 def generate_greedily(
     *,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    chat: ChatFormat,
     sequences: Sequence[TokenSequence],
     max_new_tokens: int,
     reporter: Reporter,
@@ -27,8 +26,8 @@ def generate_greedily(
 ) -> list[str]:
     """The model's answers, as text, to the prompts of the sequences (in order)."""
     texts: list[str] = []
-    sampling = Sampling(temperature=0.0, stop_ids=tuple(sorted(end_of_turn_ids(tokenizer))))
-    vocabulary_size = true_vocabulary_size(tokenizer)
+    sampling = Sampling(temperature=0.0, stop_ids=chat.end_ids)
+    vocabulary_size = true_vocabulary_size(chat.tokenizer)
     for begin in range(0, len(sequences), PROMPTS_PER_BATCH):
         answers = generate_ids(
             model=model,
@@ -39,20 +38,11 @@ def generate_greedily(
             ],
             sampling=sampling,
         )
-        texts += tokenizer.batch_decode([ids.tolist() for ids in answers], skip_special_tokens=True)
+        texts += chat.tokenizer.batch_decode(
+            [ids.tolist() for ids in answers], skip_special_tokens=True
+        )
         reporter.progress(done=len(texts), total=len(sequences), unit="answers", detail=label)
     return [text.strip() for text in texts]
-
-
-def answer_matches(generated: str, answer: str) -> bool:
-    """Whether the generation, without case and punctuation, is the gold answer or ends with it."""
-    words, gold = _words(generated), _words(answer)
-    return bool(gold) and words[-len(gold) :] == gold
-
-
-def _words(text: str) -> list[str]:
-    kept = string.punctuation.replace("-", "")  # a minus sign is part of a number
-    return re.sub(f"[{re.escape(kept)}]", " ", text.casefold()).split()
 
 
 def exact_match(

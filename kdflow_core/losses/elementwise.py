@@ -75,7 +75,7 @@ def block_terms(block: Block, spec: LossSpec) -> tuple[torch.Tensor, torch.Tenso
         log_p_BV = over.log_softmax(block.teacher_BV)
         p_BV = log_p_BV.exp()
         top_B = over.top1(block.teacher_BV)
-        agreement_B = over.at(block.student_BV, top_B) == over.max(block.student_BV)
+        agreement_B = over.top1(block.student_BV) == top_B
         teacher_entropy_B = -over.dot(p_BV, log_p_BV)
         statistics = TokenStatistics(
             student_entropy_T=student_entropy_B,

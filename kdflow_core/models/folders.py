@@ -12,14 +12,31 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "chat_template.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.txt",
+    "tekken.json",
 )
-SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
+TEMPLATE_FOLDER = "additional_chat_templates"
+SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.tiktoken"]
 WEIGHT_FILES = ["*.safetensors"]
+# Under which names configs have the context length; the first one counts.
+CONTEXT_FIELDS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_sequence_length",
+    "max_seq_len",
+    "max_seq_length",
+    "seq_length",
+    "n_ctx",
+    "model_max_length",
+)
 
 
 def resolve_folder(path: str, revision: str | None, *, weights: bool = True) -> Path:
@@ -43,14 +60,46 @@ def resolve_folder(path: str, revision: str | None, *, weights: bool = True) -> 
 
 def context_length(folder: Path) -> int:
     """The longest sequence that the model was made for, in tokens. Raises ModelError."""
-    return int(text_config(folder).get("max_position_embeddings") or 2**31)
+    config = text_config(folder)
+    given = next((config[name] for name in CONTEXT_FIELDS if config.get(name)), None)
+    return 2**31 if given is None else int(given)
+
+
+def declared_end_ids(folder: Path) -> tuple[int, ...]:
+    """The ids that end a turn, by the generation config, else by the config; maybe none.
+
+    Raises ModelError.
+    """
+    generation = folder / "generation_config.json"
+    sources = [_json(generation)] if generation.is_file() else []
+    for source in (*sources, text_config(folder), _json(folder / "config.json")):
+        given = source.get("eos_token_id")
+        ids = given if isinstance(given, list) else [given]
+        found = sorted({int(i) for i in ids if isinstance(i, int) and i >= 0})
+        if found:
+            return tuple(found)
+    return ()
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """The names of the files that make up a folder's tokenizer. Raises ModelError for none."""
+    present = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not present:
+        raise ModelError(f"{folder} holds no tokenizer")
+    templates = sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))
+    return present + [f"{TEMPLATE_FOLDER}/{path.name}" for path in templates]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path.parent} has no readable {path.name}: {error}") from error
+    return value
 
 
 def text_config(folder: Path) -> dict[str, Any]:
     """The config of a model's language part, as its file has it. Raises ModelError."""
-    try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ModelError(f"{folder} has no readable config.json: {error}") from error
+    config = _json(folder / "config.json")
     part: dict[str, Any] = config.get("text_config", config)
     return part

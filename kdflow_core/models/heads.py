@@ -7,7 +7,7 @@ Dimensions: B batch, T tokens, V vocabulary, H hidden size.
 """
 
 import hashlib
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from kdflow_core.contracts import OutputHead
 from kdflow_core.errors import ModelError
+from kdflow_core.models.checkpoints import TensorHeader, read_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,22 +102,36 @@ def load_head(folder: Path, config: PretrainedConfig, vocabulary_size: int) -> O
     Raises ModelError.
     """
     rule = rule_of(config)
-    files = _tensor_files(folder)
-    tied = bool(config.get_text_config().tie_word_embeddings)
-    name = rule.embedding if tied or rule.weight not in files else rule.weight
-    if name not in files:
-        raise ModelError(f"{folder} holds no tensor '{name}', the output head by its architecture")
-    weight_VH = _read_rows(files[name], name, vocabulary_size)
+    tensors = read_checkpoint(folder).tensors
+    name = head_tensor(folder, config, tensors)
+    weight_VH = _read_rows(tensors[name].path, name, vocabulary_size)
     if weight_VH.shape[0] < vocabulary_size:
         raise ModelError(
             f"the head in {folder} has {weight_VH.shape[0]} rows, the tokenizer {vocabulary_size} "
             "ids: model and tokenizer do not belong together"
         )
+    tied = name != rule.weight
     bias_V = None
-    if rule.bias in files and not tied:
-        bias_V = _read_rows(files[rule.bias], rule.bias, vocabulary_size)
+    if rule.bias in tensors and not tied:
+        bias_V = _read_rows(tensors[rule.bias].path, rule.bias, vocabulary_size)
     scale, softcap = scale_and_softcap(config)
     return OutputHead(weight_VH=weight_VH, bias_V=bias_V, logit_scale=scale, softcap=softcap)
+
+
+def head_tensor(folder: Path, config: PretrainedConfig, tensors: Mapping[str, TensorHeader]) -> str:
+    """The name of the tensor that is the output head: the embedding where they are tied.
+
+    Raises ModelError where the checkpoint has none.
+    """
+    rule = rule_of(config)
+    name = rule.weight
+    if config.get_text_config().tie_word_embeddings:
+        # Checkpoints of the bare model have no prefix.
+        bare = rule.embedding.partition(".")[2]
+        name = bare if bare in tensors and rule.embedding not in tensors else rule.embedding
+    if name not in tensors:
+        raise ModelError(f"{folder} holds no tensor '{name}', the output head by its architecture")
+    return name
 
 
 def live_head(model: PreTrainedModel, vocabulary_size: int) -> OutputHead:
@@ -170,19 +185,6 @@ def verify_head(model: PreTrainedModel, head: OutputHead) -> None:
             f"logits rebuilt from the hidden states of {type(model).__name__} differ from the "
             f"model's own (relative error {error:.3g}): its head is not understood"
         )
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> safetensors file, from the index or from the single file."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = json.loads(index.read_text())["weight_map"]
-        return {name: folder / file for name, file in weight_map.items()}
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise ModelError(f"{folder} holds no safetensors weights; convert the checkpoint first")
-    with safe_open(single, framework="pt") as file:
-        return dict.fromkeys(file.keys(), single)
 
 
 def _read_rows(path: Path, name: str, num_rows: int) -> torch.Tensor:

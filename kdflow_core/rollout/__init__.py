@@ -26,6 +26,7 @@ def build_rollout_engine(
     vocabulary_size: int,
     max_length: int,
     device: torch.device,
+    trust_remote_code: bool = False,
 ) -> RolloutEngine:
     """The engine that `config` names, over the model in `folder`.
 
@@ -39,5 +40,6 @@ def build_rollout_engine(
         vocabulary_size=vocabulary_size,
         max_length=max_length,
         device=device,
+        trust_remote_code=trust_remote_code,
     )
     return engine

@@ -30,9 +30,14 @@ class TransformersRolloutEngine:
         vocabulary_size: int,
         max_length: int,  # noqa: ARG002 - a model without a cache of its own needs no sizes
         device: torch.device,
+        trust_remote_code: bool,
     ) -> None:
         model = load_causal_lm(
-            folder, dtype=DTYPES[config.dtype], attention=config.attention, device=device
+            folder,
+            dtype=DTYPES[config.dtype],
+            attention=config.attention,
+            device=device,
+            trust_remote_code=trust_remote_code,
         )
         self.version = 0
         self._model: PreTrainedModel | None = model

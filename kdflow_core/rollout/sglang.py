@@ -38,6 +38,7 @@ class SglangRolloutEngine:
         vocabulary_size: int,
         max_length: int,
         device: torch.device,
+        trust_remote_code: bool,
     ) -> None:
         require_sglang()
         sleeps = isinstance(config, SglangRollout) and config.sleep
@@ -55,6 +56,7 @@ class SglangRolloutEngine:
         self._engine: GenerationEngine | None = GenerationEngine(
             EngineOptions(
                 folder=folder,
+                trust_remote_code=trust_remote_code,
                 dtype=config.dtype,
                 vocabulary_size=vocabulary_size,
                 # SGLang keeps some of its context free; the model's own is the limit.

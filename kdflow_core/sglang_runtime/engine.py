@@ -33,6 +33,7 @@ class EngineOptions:
     """What of SGLang's many options we set; None leaves the choice to SGLang."""
 
     folder: Path
+    trust_remote_code: bool
     dtype: str
     vocabulary_size: int
     max_length: int
@@ -210,6 +211,7 @@ def _server_args(options: EngineOptions, device: torch.device) -> dict[str, Any]
     }
     return {
         "model_path": str(options.folder),
+        "trust_remote_code": options.trust_remote_code,
         "device": device.type,
         "dtype": options.dtype,
         "tp_size": options.tensor_parallel,

@@ -52,6 +52,7 @@ class RunnerOptions:
     """What of SGLang's many options we set; None leaves the choice to SGLang."""
 
     folder: Path
+    trust_remote_code: bool
     dtype: str
     tensor_parallel: int
     expert_parallel: int
@@ -236,6 +237,7 @@ def _server_args(options: RunnerOptions, device: torch.device) -> Any:
     try:
         args = ServerArgs(
             model_path=str(options.folder),
+            trust_remote_code=options.trust_remote_code,
             device=device.type,
             dtype=options.dtype,
             sampling_backend="pytorch",

@@ -6,14 +6,16 @@ W + alpha / rank * B A.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from configs.schema.student import LoraConfig
-from kdflow_core.errors import ModelError
+from kdflow_core.models.structure import adapter_targets
 
 ADAPTER = "default"
 
@@ -39,19 +41,38 @@ class ServedWeight:
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
-    """Freeze a model and give its linear layers adapters. Raises ModelError."""
-    settings = PeftLoraConfig(
+    """Freeze a model and give linear layers of its decoder adapters.
+
+    Raises ModelError for targets that are something else.
+    """
+    targets = adapter_targets(model, config.targets)
+    inject_adapter_in_model(_peft_config(config, targets), model, adapter_name=ADAPTER)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def _peft_config(config: LoraConfig, targets: list[str]) -> PeftLoraConfig:
+    return PeftLoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules="all-linear" if config.targets is None else list(config.targets),
+        target_modules=targets,
+        task_type="CAUSAL_LM",
     )
-    try:
-        inject_adapter_in_model(settings, model, adapter_name=ADAPTER)
-    except ValueError as error:
-        raise ModelError(f"student.lora: {error}") from error
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+
+
+def save_adapter(state: Mapping[str, torch.Tensor], config: LoraConfig, target: Path) -> None:
+    """Write the adapters of a state dict as PEFT reads them, for the model they were trained on."""
+    mark = ".lora_A."
+    targets = [name.partition(mark)[0] for name in state if mark in name]
+    target.mkdir(parents=True, exist_ok=True)
+    _peft_config(config, targets).save_pretrained(str(target))
+    adapters = {
+        f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": tensor.contiguous()
+        for name, tensor in state.items()
+        if ".lora_" in name
+    }
+    save_file(adapters, target / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def served_weights(names: Mapping[str, object], scale: float) -> dict[str, ServedWeight]:

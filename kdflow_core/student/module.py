@@ -16,6 +16,7 @@ from kdflow_core.contracts import OutputHead
 from kdflow_core.errors import ModelError
 from kdflow_core.losses.chunked import LossOutput
 from kdflow_core.models.heads import live_head
+from kdflow_core.models.structure import decoder_layers
 from kdflow_core.student.head_part import HeadPart, spread_head_, student_part, teacher_part
 
 
@@ -74,13 +75,3 @@ def shard(module: DistillationModule, *, mesh: DeviceMesh, compute_dtype: torch.
     fully_shard(module, mesh=mesh, mp_policy=root_policy, ignored_params=spread)
     if not isinstance(module, FSDPModule):
         raise ModelError("FSDP2 did not take the student module")
-
-
-def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The decoder layers of a causal language model. Raises ModelError."""
-    layers = getattr(model.base_model, "layers", None)
-    if layers is None:
-        layers = getattr(model.base_model, "h", None)  # GPT-2
-    if layers is None:
-        raise ModelError(f"{type(model).__name__} has no list of decoder layers to shard")
-    return list(layers)

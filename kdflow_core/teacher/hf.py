@@ -34,7 +34,11 @@ class TransformersTeacherEngine:
         device: torch.device,
     ) -> None:
         model = load_causal_lm(
-            folder, dtype=DTYPES[config.dtype], attention=config.attention, device=device
+            folder,
+            dtype=DTYPES[config.dtype],
+            attention=config.attention,
+            device=device,
+            trust_remote_code=config.model.trust_remote_code,
         )
         verify_head(model, head)
         self._model: torch.nn.Module | None = model.base_model

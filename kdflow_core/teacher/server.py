@@ -167,7 +167,8 @@ def check_flags(info: dict[str, Any], config: SglangServerTeacher, folder: Path)
             f"the server at teacher.url={config.url} cannot give the states of whole sequences; "
             f"start it with `{FLAGS}`"
         )
-    model_dtype = load_config(folder).dtype or torch.float32
+    model_config = load_config(folder, trust_remote_code=config.model.trust_remote_code)
+    model_dtype = model_config.dtype or torch.float32
     dtype = {"auto": model_dtype, "half": torch.float16, "float": torch.float32}.get(
         info["dtype"], DTYPES.get(info["dtype"])
     )

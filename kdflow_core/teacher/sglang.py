@@ -120,6 +120,7 @@ def _start(
     return PrefillRunner(
         RunnerOptions(
             folder=folder,
+            trust_remote_code=config.model.trust_remote_code,
             dtype=config.dtype,
             tensor_parallel=config.tensor_parallel,
             expert_parallel=config.expert_parallel,

@@ -19,13 +19,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from kdflow_core.errors import WorkerError
 
 EVENT_PREFIX = "KDFLOW-EVENT "
 GRACE_S = 5.0
 KEPT_LINES = 40
+STDIN = 0
 
 
 @dataclass
@@ -242,12 +243,18 @@ def free_port() -> int:
 # The side of the rank.
 
 
-def receive_requests(stdin: IO[str]) -> Iterator[str]:
-    """The launcher's requests, as they come; from now on this process ends when the launcher does.
+def receive_requests() -> Iterator[str]:
+    """The launcher's requests, as they come over standard input; from now on this process ends when
+    the launcher does, and the rest of its process group with it.
 
-    The rest of its process group ends with it.
+    Nothing else can be read from standard input: a library that asks a question there finds its
+    end, and does not wait for ever.
     """
     lines: queue.Queue[str] = queue.Queue()
+    stdin = os.fdopen(os.dup(STDIN), encoding="utf-8")
+    with open(os.devnull, encoding="utf-8") as nothing:
+        os.dup2(nothing.fileno(), STDIN)
+    sys.stdin = os.fdopen(STDIN, encoding="utf-8", closefd=False)
 
     def read() -> None:
         for line in stdin:

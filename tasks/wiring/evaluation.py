@@ -7,15 +7,20 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from transformers import PreTrainedModel
 
 from kdflow_core.contracts import Example
-from kdflow_core.eval.distribution import TeacherSignal, score_distributions
+from kdflow_core.errors import AlignmentError
+from kdflow_core.eval.distribution import TeacherSignal, score_distributions, state_difference
 from kdflow_core.eval.generation import exact_match, generate_greedily
-from kdflow_core.models.loading import DTYPES, load_causal_lm, load_tokenizer
+from kdflow_core.models.loading import DTYPES, load_causal_lm
 from storage.artifact import ArtifactRef
 from tasks.adapters import TokenExamples
 from tasks.report_page import write_report
+from tasks.wiring.reference import state_limit
 from tasks.wiring.stage_run import StageRun, default_device
+
+CHECKED_SEQUENCES = 4
 
 
 def evaluate_student(stage: StageRun) -> ArtifactRef:
@@ -32,7 +37,7 @@ def evaluate_student(stage: StageRun) -> ArtifactRef:
     models, answers = {}, {}
     for label, folder in folders.items():
         models[label], answers[label] = _judge(stage, label, folder, examples, shown, teachers)
-    tokenizer = load_tokenizer(folders["teacher"])
+    tokenizer = stage.tokenizer("teacher")
     samples = [
         {
             "source": example.source,
@@ -78,7 +83,10 @@ def _judge(
         dtype=DTYPES[teacher.dtype if side == "teacher" else student.compute_dtype],
         attention=student.attention,
         device=default_device(),
+        trust_remote_code=stage.trusts(side),
     )
+    if side == "teacher":
+        _check_own_states(stage, model, examples, teachers["all"])
     scores = score_distributions(
         model=model,
         examples=examples,
@@ -91,7 +99,7 @@ def _judge(
     by_source: dict[str, dict[str, float]] = {name: asdict(s) for name, s in scores.items()}
     texts = generate_greedily(
         model=model,
-        tokenizer=load_tokenizer(folder),
+        chat=stage.chat(side),
         sequences=[e.teacher if side == "teacher" else e.student for e in shown],
         max_new_tokens=stage.run.eval.max_new_tokens,
         reporter=stage.reporter,
@@ -101,6 +109,25 @@ def _judge(
     for name, share in shares.items():
         by_source[name]["exact_match"] = share
     return by_source, texts
+
+
+def _check_own_states(
+    stage: StageRun, model: PreTrainedModel, examples: TokenExamples, teacher: TeacherSignal
+) -> None:
+    """Refuse a teacher whose states are not those that were stored. Raises AlignmentError."""
+    own = stage.run.sources_of("teacher") if "teacher" in stage.run.teacher_names else None
+    chosen = [i for i in range(len(examples)) if own is None or examples[i].source in own]
+    sequences = [examples[i].teacher for i in chosen[:CHECKED_SEQUENCES]]
+    difference = state_difference(model, sequences, teacher.states)
+    limit = state_limit(stage.run.teacher)
+    if not difference < limit:
+        raise AlignmentError(
+            f"the teacher's states as transformers computes them are far from those that "
+            f"teacher.type={stage.run.teacher.type} has stored (median relative difference "
+            f"{difference:.2f}, limit {limit}): one of the two has not read the weights in "
+            f"{stage.model_folder('teacher')} as they are. Check the checkpoint; then delete "
+            f"{stage.spec.inputs['states'].uri} and run again"
+        )
 
 
 def _generation_indices(examples: TokenExamples, limit: int) -> list[int]:

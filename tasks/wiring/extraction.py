@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from kdflow_core.bounded import BoundedWorker
-from kdflow_core.contracts import OutputHead, TokenSequence
+from kdflow_core.contracts import OutputHead, TeacherEngine, TokenSequence
 from kdflow_core.errors import DataError
 from kdflow_core.models.heads import head_digest
 from kdflow_core.models.loading import load_config
@@ -26,10 +26,12 @@ from storage.states.writer import HiddenStateWriter
 from storage.tokens import TokenTable
 from tasks.adapters import TeacherSequences, bfloat16_bits, bfloat16_tensor
 from tasks.slices import state_splits
+from tasks.wiring.reference import Reference
 from tasks.wiring.stage_run import StageRun, barrier, default_device, rank_and_size
 
 WINDOW_BATCHES = 8
 SHARDS_BEHIND = 2
+REFERENCE_CANDIDATES = 32  # sequences, of which the shortest are compared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +128,8 @@ def _tell_loss(stage: StageRun, loss: dict[str, float]) -> None:
 
 def _info(stage: StageRun, head: OutputHead, layout: Layout) -> dict[str, Any]:
     """What a reader of the states must check or wants to know."""
-    config = load_config(stage.model_folder("teacher"))
+    folder, trust = stage.model_folder("teacher"), stage.trusts("teacher")
+    config = load_config(folder, trust_remote_code=trust)
     tokens = stage.spec.inputs["tokens"]
     tokenized = stage.store.manifest(tokens.kind, tokens.digest)
     return {
@@ -190,6 +193,37 @@ def distinct_sequences(
     )
 
 
+def _reference(
+    stage: StageRun, work: TeacherWork, writer: HiddenStateWriter, missing: list[int]
+) -> Reference | None:
+    """What the first states are compared with; nothing where transformers itself is the teacher."""
+    if stage.run.teacher.type == "transformers":
+        return None
+    first = list(writer.sequences_of(missing[0]))[:REFERENCE_CANDIDATES]
+    return Reference(stage, list(TeacherSequences(work.tables, work.places(first))))
+
+
+def _checked_engine(
+    stage: StageRun, head: OutputHead, longest: int, reference: Reference | None
+) -> TeacherEngine:
+    """The teacher, its first states compared with those of transformers."""
+    rank, _ = rank_and_size()
+    if reference is not None and rank == 0:
+        reference.compute()
+    engine = build_engine(
+        stage.run.teacher,
+        folder=stage.model_folder("teacher"),
+        head=head,
+        longest=longest,
+        device=default_device(),
+    )
+    if rank == 0 and engine.remark:
+        stage.reporter.message(engine.remark)
+    if reference is not None:
+        reference.compare(engine)
+    return engine
+
+
 def _run_teacher(
     stage: StageRun,
     head: OutputHead,
@@ -201,15 +235,8 @@ def _run_teacher(
     rank, size = rank_and_size()
     replica, place_in_replica = divmod(rank, teacher.ranks_per_replica)
     shards = missing[replica :: size // teacher.ranks_per_replica]
-    engine = build_engine(
-        teacher,
-        folder=stage.model_folder("teacher"),
-        head=head,
-        longest=int(work.lengths.max()),
-        device=default_device(),
-    )
-    if rank == 0 and engine.remark:
-        stage.reporter.message(engine.remark)
+    reference = _reference(stage, work, writer, missing) if replica == 0 else None
+    engine = _checked_engine(stage, head, int(work.lengths.max()), reference)
     numbers = [number for shard in shards for number in writer.sequences_of(shard)]
     total, done = int(work.lengths[numbers].sum()), 0
     targets: list[np.ndarray] = []

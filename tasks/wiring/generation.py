@@ -7,7 +7,7 @@ goes on with the missing ones.
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,56 +16,104 @@ import numpy as np
 
 from configs.schema.data import AnswersConfig
 from configs.schema.generation import Engine, SglangEngine
+from configs.schema.run import RunConfig
 from kdflow_core.contracts import Example, TokenSequence
-from kdflow_core.data.rendering import end_of_turn_ids
-from kdflow_core.models.loading import load_tokenizer, true_vocabulary_size
+from kdflow_core.models.loading import true_vocabulary_size
 from kdflow_core.rollout import build_rollout_engine
 from kdflow_core.rollout.base import Sampling
 from storage.artifact import ArtifactRef
 from storage.tokens import TokenTable, TokenWriter
 from tasks.adapters import TokenExamples, token_row
+from tasks.slices import SPLITS, Split
 from tasks.wiring.stage_run import StageRun, barrier, default_device, rank_and_size
+
+HELDOUT_SEEDS = 1 << 24  # behind those of the training data's parts
 
 
 def generate_answers(stage: StageRun) -> ArtifactRef | None:
-    """The training examples with answers of the teacher or the student; every rank runs this, rank
-    0 returns the artifact's reference.
+    """The examples with answers of the teacher or the student; every rank runs this, rank 0 returns
+    the artifact's reference.
     """
     config = stage.run.data.answers
     assert config is not None
     rank, size = rank_and_size()
-    table = stage.tables()["train"]
-    examples, answered = TokenExamples(table), _chosen(table, config.fraction)
-    length = config.prompts_per_part
-    parts = [answered[k : k + length] for k in range(0, len(answered), length)]
+    tokens = stage.store.local_copy(stage.spec.inputs["tokens"])
+    tables = {split: TokenTable(tokens / f"{split}.arrow") for split in SPLITS}
+    wanted = {split: _wanted(stage.run, split, table) for split, table in tables.items()}
+    parts = [
+        _Part(split=split, number=k, rows=rows[begin : begin + config.prompts_per_part])
+        for split, rows in wanted.items()
+        for k, begin in enumerate(range(0, len(rows), config.prompts_per_part))
+    ]
     folder = stage.workdir / "parts"
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{number:06d}.arrow" for number in range(len(parts))]
-    missing = [k for k in range(rank, len(parts), size) if not paths[k].is_file()]
+    missing = [part for part in parts[rank::size] if not part.path(folder).is_file()]
     if missing:
-        wanted = sum(len(parts[k]) for k in missing)
-        with closing(_Answerer(stage, config, rank=rank, wanted=wanted)) as writer:
-            for k in missing:
-                seed = (stage.run.seed << 32) + k  # a part is the same whoever writes it
-                _write(paths[k], writer.answers([examples[i] for i in parts[k]], seed))
+        count = sum(len(part.rows) for part in missing)
+        with closing(_Answerer(stage, config, rank=rank, wanted=count)) as writer:
+            for part in missing:
+                examples = TokenExamples(tables[part.split])
+                seed = (stage.run.seed << 32) + part.seed  # a part is the same whoever writes it
+                chosen = [examples[i] for i in part.rows]
+                _write(part.path(folder), writer.answers(chosen, seed))
     barrier()
     if rank != 0:
         return None
     target = stage.workdir / "artifact"
     target.mkdir(exist_ok=True)
-    tokens = _merge(examples, set(answered), paths, target / "train.arrow")
+    supervised = 0
+    for split, table in tables.items():
+        paths = [part.path(folder) for part in parts if part.split == split]
+        supervised += _merge(
+            TokenExamples(table), set(wanted[split]), paths, target / f"{split}.arrow"
+        )
     files = stage.store.publish(stage.kind, stage.digest, target)
-    counts = {"sequences": len(examples), "answered": len(answered), "supervised_tokens": tokens}
+    counts = {
+        "sequences": len(tables["train"]),
+        "answered": len(wanted["train"]),
+        "heldout_answered": len(wanted["heldout"]),
+        "supervised_tokens": supervised,
+    }
     ref = stage.commit(files=files, counts=counts, info={"by": config.by})
     shutil.rmtree(stage.workdir)  # the parts have served
     return ref
 
 
-def _chosen(table: TokenTable, fraction: float) -> list[int]:
-    """Which examples' prompts are answered anew, by their digests, which are uniform."""
-    # 53 bits of each: as many as a float compares exactly.
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """Some of the rows of a split that are answered anew."""
+
+    split: Split
+    number: int
+    rows: list[int]
+
+    @property
+    def seed(self) -> int:
+        """Another one for each part."""
+        return self.number if self.split == "train" else HELDOUT_SEEDS + self.number
+
+    def path(self, folder: Path) -> Path:
+        """Where its answers lie."""
+        prefix = "" if self.split == "train" else f"{self.split}-"
+        return folder / f"{prefix}{self.number:06d}.arrow"
+
+
+def _wanted(run: RunConfig, split: Split, table: TokenTable) -> list[int]:
+    """Which examples are answered: prompts that lack an answer, unless the student will answer them
+    in its rounds, and in training data the share that is to be answered anew.
+    """
+    config = run.data.answers
+    assert config is not None
+    lacking = table.supervised_counts("student") == 0
+    if run.on_policy is not None:
+        if split == "train" and run.on_policy.all_sampled:
+            lacking[:] = False
+        return [int(i) for i in np.flatnonzero(lacking)]
+    if split == "heldout":
+        return [int(i) for i in np.flatnonzero(lacking)]
+    # By their digests, which are uniform: 53 bits of each, as many as a float compares exactly.
     uniform = table.digests().view(">u8")[:, 0] >> np.uint64(11)
-    return [int(i) for i in np.flatnonzero(uniform < fraction * 2**53)]
+    return [int(i) for i in np.flatnonzero(lacking | (uniform < config.fraction * 2**53))]
 
 
 class _Answerer:
@@ -75,10 +123,9 @@ class _Answerer:
         self._config = config
         self._written, self._wanted = 0, wanted
         self._stage = stage
-        folder = stage.model_folder(config.by)
-        tokenizer = load_tokenizer(folder)
+        folder, chat = stage.model_folder(config.by), stage.chat(config.by)
         self._sampling = Sampling(
-            stop_ids=tuple(sorted(end_of_turn_ids(tokenizer))),
+            stop_ids=chat.end_ids,
             temperature=config.temperature,
             top_p=config.top_p,
             log_probs=config.by == "student" and config.temperature > 0,
@@ -86,9 +133,10 @@ class _Answerer:
         self._engine = build_rollout_engine(
             _placed(config.engine, rank),
             folder=folder,
-            vocabulary_size=true_vocabulary_size(tokenizer),
+            vocabulary_size=true_vocabulary_size(chat.tokenizer),
             max_length=stage.length_limit,
             device=default_device(),
+            trust_remote_code=stage.trusts(config.by),
         )
 
     def answers(self, examples: Sequence[Example], seed: int) -> Iterator[Example]:

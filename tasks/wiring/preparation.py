@@ -9,14 +9,18 @@ from kdflow_core.contracts import Example
 from kdflow_core.data.rendering import Renderer
 from kdflow_core.data.tokenization import Split, Tally, tokenize
 from kdflow_core.errors import ModelError
-from kdflow_core.models.conversion import convert_gguf, drop_layers
+from kdflow_core.models.conversion import convert_gguf
 from kdflow_core.models.folders import context_length
-from kdflow_core.models.loading import DTYPES, check_same_vocabulary, load_tokenizer
+from kdflow_core.models.inspection import check_model
+from kdflow_core.models.layer_drop import drop_layers
+from kdflow_core.models.loading import DTYPES
 from storage.artifact import ArtifactRef
+from storage.data_files import DataFiles
 from storage.tokens import TokenTable, TokenWriter
 from tasks.adapters import token_row
+from tasks.model_checks import check_pair, use_of
 from tasks.slices import SPLITS, gguf_path
-from tasks.wiring.stage_run import StageRun
+from tasks.wiring.stage_run import SIDES, StageRun
 
 
 def prepare_model(stage: StageRun) -> ArtifactRef:
@@ -33,7 +37,13 @@ def prepare_model(stage: StageRun) -> ArtifactRef:
         convert_gguf(path, target, dtype=DTYPES[model.dtype])
     elif isinstance(model, LayerDropModel):
         stage.reporter.message(f"dropping layers {sorted(model.drop_layers)} of the teacher")
-        drop_layers(stage.model_folder("teacher"), target, model.drop_layers)
+        drop_layers(
+            stage.model_folder("teacher"),
+            target,
+            model.drop_layers,
+            trust_remote_code=stage.trusts("teacher"),
+        )
+    check_model(target, use_of(stage.run, "teacher" if teacher_side else "student"))
     return stage.publish(counts={}, info={"model": model.model_dump(mode="json")})
 
 
@@ -45,27 +55,21 @@ def _sha256(path: Path) -> str:
 def tokenize_data(stage: StageRun) -> ArtifactRef:
     """Text to token ids, once for both models."""
     run, folder = stage.run, stage.workdir
-    folders = {side: stage.model_folder(side) for side in ("student", "teacher")}
-    tokenizers = {side: load_tokenizer(path) for side, path in folders.items()}
-    check_same_vocabulary(tokenizers["student"], tokenizers["teacher"])
-    templates = {"student": run.student.chat_template, "teacher": run.teacher.chat_template}
-    renderers = {
-        side: Renderer(
-            tokenizer=tokenizers[side],
-            template=template.template,
-            template_args=template.args,
-            supervise=run.data.supervise,
-        )
-        for side, template in templates.items()
-    }
+    folders = {side: stage.model_folder(side) for side in SIDES}
+    chats = {side: stage.chat(side) for side in SIDES}
+    check_pair(chats["student"], chats["teacher"])
+    renderers = {side: Renderer(chats[side], supervise=run.data.supervise) for side in SIDES}
     inputs = stage.spec.identity.inputs
     same_tokenizer = inputs["teacher_tokenizer"] == inputs["student_tokenizer"]
-    if same_tokenizer and templates["teacher"] == templates["student"]:
+    same_template = run.teacher.chat_template == run.student.chat_template
+    same_ends = chats["teacher"].end_ids == chats["student"].end_ids
+    if same_tokenizer and same_template and same_ends:
         renderers["teacher"] = renderers["student"]
     tally = Tally()
     examples = tokenize(
         config=run.data,
         seed=run.seed,
+        files=DataFiles(),
         student=renderers["student"],
         teacher=renderers["teacher"],
         max_student_length=context_length(folders["student"]),
@@ -76,13 +80,22 @@ def tokenize_data(stage: StageRun) -> ArtifactRef:
     _write_examples(folder, examples)
     counts = _counts(folder)
     dropped = {source: dict(reasons) for source, reasons in tally.dropped.items()}
+    ignored = {side: dict(r.ignored) for side, r in renderers.items() if r.ignored}
     stage.reporter.message(
         f"{counts['train_sequences']} training and "
         f"{counts['heldout_sequences']} held-out samples; dropped: {dropped or 'none'}"
+        + (f"; fields that the chat template leaves out: {ignored}" if ignored else "")
     )
     return stage.publish(
         counts=counts,
-        info={"read": dict(tally.read), "dropped": dropped, "first_dropped": tally.first_detail},
+        info={
+            "read": dict(tally.read),
+            "prompts": dict(tally.prompts),
+            "dropped": dropped,
+            "first_dropped": tally.first_detail,
+            "ignored": ignored,
+            "end_ids": {side: list(chat.end_ids) for side, chat in chats.items()},
+        },
     )
 
 

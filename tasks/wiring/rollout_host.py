@@ -11,8 +11,7 @@ import numpy as np
 
 from configs.schema.on_policy import OnPolicyConfig
 from kdflow_core.contracts import Example
-from kdflow_core.data.rendering import end_of_turn_ids
-from kdflow_core.models.loading import load_tokenizer, true_vocabulary_size
+from kdflow_core.models.loading import true_vocabulary_size
 from kdflow_core.rollout import build_rollout_engine
 from kdflow_core.rollout.base import Completion, Prompt, RolloutEngine, Sampling
 from kdflow_core.rollout.rewards import RewardFunction, load_reward, reward_of
@@ -43,7 +42,8 @@ class RolloutHost:
         self._config: OnPolicyConfig = stage.run.on_policy
         self._table = stage.tables()["train"]
         folder = stage.model_folder("student")
-        self._tokenizer = load_tokenizer(folder)
+        chat = stage.chat("student")
+        self._tokenizer, self._stop_ids = chat.tokenizer, chat.end_ids
         reward = self._config.reward
         self._reward: RewardFunction | None = None
         if reward is not None:
@@ -54,6 +54,7 @@ class RolloutHost:
             vocabulary_size=true_vocabulary_size(self._tokenizer),
             max_length=stage.length_limit,
             device=default_device(),
+            trust_remote_code=stage.trusts("student"),
         )
 
     def begin_weights(self) -> None:
@@ -135,7 +136,7 @@ class RolloutHost:
     def _completions(self, number: int, asked: list[_Asked]) -> Iterator[tuple[int, Completion]]:
         config = self._config
         sampling = Sampling(
-            stop_ids=tuple(sorted(end_of_turn_ids(self._tokenizer))),
+            stop_ids=self._stop_ids,
             temperature=config.temperature,
             top_p=config.top_p,
             top_k=config.top_k,

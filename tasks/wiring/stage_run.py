@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
 
 from configs.schema.models import PretrainedModel
 from kdflow_core.contracts import Example, OutputHead, Reporter
+from kdflow_core.data.chat import ChatFormat
 from kdflow_core.errors import AlignmentError
 from kdflow_core.models.folders import context_length, resolve_folder
 from kdflow_core.models.heads import head_digest, load_head
@@ -22,8 +24,12 @@ from storage.states.reader import HiddenStateReader
 from storage.store import ArtifactStore
 from storage.tokens import TokenTable
 from tasks.adapters import StoredStates
+from tasks.model_checks import chat_format, made_of
 from tasks.slices import SPLITS, Split
 from tasks.stages import StageSpec, open_store, spec_of_teacher
+
+Side = Literal["teacher", "student"]
+SIDES: tuple[Side, ...] = ("student", "teacher")
 
 
 class StageRun:
@@ -64,7 +70,7 @@ class StageRun:
         files = self.store.publish(self.kind, self.digest, self.workdir)
         return self.commit(files=files, counts=counts, info=info)
 
-    def model_folder(self, side: str) -> Path:
+    def model_folder(self, side: Side) -> Path:
         """The local folder of the teacher's or the (untrained) student's model."""
         prepared = self.spec.inputs.get(f"{side}_model")
         if prepared is not None:
@@ -73,7 +79,19 @@ class StageRun:
         assert isinstance(model, PretrainedModel)
         return resolve_folder(model.path, model.revision)
 
-    def prompt(self, example: Example, side: Literal["teacher", "student"], most: int) -> Prompt:
+    def trusts(self, side: Side) -> bool:
+        """Whether Python files that a side's model brings along may run."""
+        return made_of(self.run, side).trust_remote_code
+
+    def tokenizer(self, side: Side) -> PreTrainedTokenizerBase:
+        """The tokenizer of a side's model."""
+        return load_tokenizer(self.model_folder(side), trust_remote_code=self.trusts(side))
+
+    def chat(self, side: Side) -> ChatFormat:
+        """How a side's model is spoken to, and how it ends its turns."""
+        return chat_format(self.run, side, self.model_folder(side))
+
+    def prompt(self, example: Example, side: Side, most: int) -> Prompt:
         """What a side's model is asked, with room for up to `most` tokens that both sides can hold.
 
         The data's own answer fits, so there is room for one at least.
@@ -86,17 +104,14 @@ class StageRun:
     @cached_property
     def length_limit(self) -> int:
         """The longest text that the run allows and both models hold, in tokens."""
-        folders = (self.model_folder(side) for side in ("student", "teacher"))
-        return min(self.run.data.max_length, *map(context_length, folders))
+        own = (context_length(self.model_folder(side)) for side in SIDES)
+        return min(self.run.data.max_length, *own)
 
     def tables(self) -> dict[Split, TokenTable]:
-        """The token tables by split; in training's, answers that a model wrote have their place."""
-        folder = self.store.local_copy(self.spec.inputs["tokens"])
-        tables: dict[Split, TokenTable] = {s: TokenTable(folder / f"{s}.arrow") for s in SPLITS}
-        if "answers" in self.spec.inputs:
-            folder = self.store.local_copy(self.spec.inputs["answers"])
-            tables["train"] = TokenTable(folder / "train.arrow")
-        return tables
+        """The token tables by split, with the answers in place that a model wrote."""
+        name = "answers" if "answers" in self.spec.inputs else "tokens"
+        folder = self.store.local_copy(self.spec.inputs[name])
+        return {split: TokenTable(folder / f"{split}.arrow") for split in SPLITS}
 
     def of_teacher(self, name: str) -> "StageRun":
         """This stage as one of several teachers has it: with its model and its states."""
@@ -122,8 +137,8 @@ class StageRun:
     def teacher_head(self, device: torch.device) -> OutputHead:
         """The teacher's output head over the true vocabulary."""
         folder = self.model_folder("teacher")
-        size = true_vocabulary_size(load_tokenizer(folder))
-        head = load_head(folder, load_config(folder), size)
+        config = load_config(folder, trust_remote_code=self.trusts("teacher"))
+        head = load_head(folder, config, true_vocabulary_size(self.tokenizer("teacher")))
         return OutputHead(
             weight_VH=head.weight_VH.to(device),
             bias_V=None if head.bias_V is None else head.bias_V.to(device),

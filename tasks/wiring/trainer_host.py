@@ -21,7 +21,7 @@ from kdflow_core.loops.measure import Measuring, heldout_scores, log_prob_differ
 from kdflow_core.loops.trainer import Trainer
 from kdflow_core.losses.reverse_kl import ReverseKL
 from kdflow_core.models.folders import context_length
-from kdflow_core.models.loading import DTYPES, load_tokenizer
+from kdflow_core.models.loading import DTYPES
 from kdflow_core.student.export import export_student
 from kdflow_core.student.offload import StudentOffload
 from kdflow_core.student.plan import TrainingPlan
@@ -308,11 +308,11 @@ class TrainerHost:
         self._metrics.close()
         export_student(
             self._module,
-            tokenizer=load_tokenizer(stage.model_folder("student")),
+            chat=stage.chat("student"),
             dtype=DTYPES[student.save_dtype],
             model_card=model_card(stage.spec),
             target=self._output / "model",
-            lora_scale=self._lora_scale,
+            lora=student.lora,
         )
         if dist.get_rank() != 0:
             return None

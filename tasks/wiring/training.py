@@ -19,12 +19,7 @@ from kdflow_core.losses.elementwise import LossSpec
 from kdflow_core.losses.surrogate import PolicyGradient
 from kdflow_core.losses.token_weights import build_token_weight
 from kdflow_core.losses.vocabulary import WholeVocabulary
-from kdflow_core.models.loading import (
-    DTYPES,
-    load_causal_lm,
-    load_tokenizer,
-    true_vocabulary_size,
-)
+from kdflow_core.models.loading import DTYPES, load_causal_lm, true_vocabulary_size
 from kdflow_core.student.export import export_student
 from kdflow_core.student.head_part import HeadPart, part_of, teacher_part
 from kdflow_core.student.lora import add_adapters
@@ -80,11 +75,11 @@ def train_student(stage: StageRun) -> ArtifactRef | None:
         source.close()
     export_student(
         module,
-        tokenizer=load_tokenizer(stage.model_folder("student")),
+        chat=stage.chat("student"),
         dtype=DTYPES[config.save_dtype],
         model_card=model_card(stage.spec),
         target=output / "model",
-        lora_scale=config.lora.scale if config.lora else 1.0,
+        lora=config.lora,
     )
     if rank != 0:
         return None
@@ -187,8 +182,12 @@ def build_module(
 ) -> DistillationModule:
     """The student with its algorithm, sharded over all ranks."""
     config = stage.run.student
-    folder = stage.model_folder("student")
-    model = load_causal_lm(folder, dtype=torch.float32, attention=config.attention)
+    model = load_causal_lm(
+        stage.model_folder("student"),
+        dtype=torch.float32,
+        attention=config.attention,
+        trust_remote_code=stage.trusts("student"),
+    )
     if config.lora is not None:
         torch.manual_seed(
             stage.run.seed
@@ -196,7 +195,7 @@ def build_module(
         add_adapters(model, config.lora)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    vocabulary_size = true_vocabulary_size(load_tokenizer(folder))
+    vocabulary_size = true_vocabulary_size(stage.tokenizer("student"))
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     compute_dtype = DTYPES[config.compute_dtype]
     part = None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -75,8 +75,24 @@ def test_merging_is_pefts(student_folder: Path) -> None:
         torch.testing.assert_close(merged[name], weight, rtol=1e-5, atol=1e-5)
 
 
+def test_the_adapter_itself_is_exported(
+    make_recipe: Callable[..., Path], student_folder: Path
+) -> None:
+    """PEFT loads it over the student as it was, and gets the student that is exported merged."""
+    overrides = {"student.lora": {"rank": RANK, "targets": ["q_proj", "down_proj"]}}
+    run = load_run(str(make_recipe(lr=0.02)), overrides)
+    ref = run_inline(run, until="train", launched={"train"})["student"]
+    before = AutoModelForCausalLM.from_pretrained(student_folder, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(before, str(Path(ref.uri) / "adapter"))
+    merged = adapted.merge_and_unload().state_dict()
+    exported = load_file(Path(ref.uri) / "model/model.safetensors")
+    assert merged.keys() == exported.keys()
+    for name, weight in exported.items():
+        torch.testing.assert_close(merged[name], weight, rtol=1e-5, atol=1e-6)
+
+
 def test_targets_that_are_not_there(make_recipe: Callable[..., Path]) -> None:
     overrides = {"student.lora": {"targets": ["no_proj"]}}
     run = load_run(str(make_recipe()), overrides)
-    with pytest.raises((ModelError, WorkerError), match=r"student\.lora: .*no_proj"):
+    with pytest.raises((ModelError, WorkerError), match=r"student\.lora\.targets=.*no_proj"):
         run_inline(run, until="train", launched={"train"})

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from configs.load import load_run
 from configs.schema.run import RunConfig
 from kdflow_core.contracts import Example
-from kdflow_core.data.rendering import end_of_turn_ids
+from kdflow_core.data.chat import ChatFormat
 from storage.artifact import ArtifactRef
 from storage.tokens import TokenTable
 from tasks.adapters import TokenExamples
@@ -75,7 +75,7 @@ def test_the_teachers_greedy_answers(
     assert 0.3 * len(before) < len(changed) < 0.7 * len(before)
     assert done["answers"].counts["answered"] == len(changed)
     model = AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=torch.float32)
-    ends = end_of_turn_ids(AutoTokenizer.from_pretrained(teacher_folder))
+    ends = set(ChatFormat(tokenizer=AutoTokenizer.from_pretrained(teacher_folder)).end_ids)
     for old, new in changed[:10]:
         prompt = torch.tensor(old.teacher.prompt_ids_T).long()[None]
         answer = new.teacher.target_ids_N

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from configs.load import load_run
 from configs.schema.run import RunConfig
-from kdflow_core.data.rendering import end_of_turn_ids
+from kdflow_core.data.chat import ChatFormat
 from kdflow_core.errors import WorkerError
 from kdflow_core.workers.local import RankGroup
 from storage.rollouts import read_rollouts
@@ -158,7 +158,7 @@ def test_what_is_trained_is_what_was_sampled(
         (record,) = train(work, 1)
     rows = rows_of(work, 1)
     tokenizer = AutoTokenizer.from_pretrained(student_folder)
-    ends = end_of_turn_ids(tokenizer)
+    ends = set(ChatFormat(tokenizer=tokenizer).end_ids)
     ids = [row["answer_ids"].tolist() for row in rows]
     assert any(set(answer) & {0, 1} for answer in ids)  # special tokens that end nothing
     again = [tokenizer(tokenizer.decode(a), add_special_tokens=False)["input_ids"] for a in ids]

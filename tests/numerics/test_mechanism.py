@@ -79,6 +79,16 @@ def test_metrics_are_of_the_models_own_distributions(temperature: float) -> None
     torch.testing.assert_close(output.loss, output.loss_T @ case.weights_T)
 
 
+def test_a_student_that_cannot_tell_tokens_apart_agrees_with_nobody() -> None:
+    """Of equal logits the first counts, as in evaluation; a tie with all is no agreement."""
+    case = Case()
+    case.hidden_TH = torch.zeros_like(case.hidden_TH).requires_grad_()
+    output = case.loss(spec_of())
+    _, teacher_TV = case.logits()
+    torch.testing.assert_close(output.agreement_T, (teacher_TV.argmax(-1) == 0).double())
+    assert output.agreement_T.mean() < 0.2
+
+
 @pytest.mark.parametrize(
     ("rule", "factors"),
     [

@@ -194,8 +194,11 @@ ON_POLICY = {"rounds": 2, "prompts_per_round": 4}
         ({"on_policy": None}, "`mode: onpolicy` and the section `on_policy` go together"),
         ({"mode": "offpolicy"}, "`mode: onpolicy` and the section `on_policy` go together"),
         ({"student.max_steps": 3}, r"student\.max_steps are for `mode: offpolicy`"),
-        ({"source": "live"}, "are for `mode: offpolicy`; leave them out"),
-        ({"data.answers": {"by": "student"}}, "are for `mode: offpolicy`; leave them out"),
+        ({"source": "live"}, "is for `mode: offpolicy`; leave it out"),
+        (
+            {"data.answers": {"by": "student", "fraction": 0.5}},
+            "answers.fraction is for `mode: off",
+        ),
         ({"algorithm.type": "sft"}, "algorithm.type=sft is not for `mode: onpolicy`"),
         (
             {"teacher": {"type": "sglang_server", "url": "http://x"}},

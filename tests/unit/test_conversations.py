@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from kdflow_core.data.conversations import SampleError, parse_row
+from kdflow_core.data.conversations import parse_row
+from kdflow_core.data.messages import SampleError
 
 USER = {"role": "user", "content": "hi"}
 BOT = {"role": "assistant", "content": "yo"}
@@ -55,7 +56,7 @@ def test_columns_are_mapped_and_answers_kept() -> None:
         ({"messages": [{"role": "narrator", "content": "x"}]}, "bad_message"),
         ({"prompt": "hi", "completion": 3}, "bad_message"),
         ({"prompt": "hi", "completion": "  "}, "empty"),
-        ({"messages": [USER]}, "empty"),
+        ({"messages": [USER]}, "no_answer"),
         ({"messages": []}, "empty"),
     ],
 )

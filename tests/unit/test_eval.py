@@ -1,10 +1,16 @@
 """Answer matching, and progress lines."""
 
 import logging
+import math
 
+import numpy as np
 import pytest
+from pydantic import ValidationError
 
-from kdflow_core.eval.generation import answer_matches, exact_match
+from configs.schema.data import DataConfig
+from kdflow_core.eval.answers import answer_matches
+from kdflow_core.eval.distribution import _scores
+from kdflow_core.eval.generation import exact_match
 from tasks.progress import ProgressLog, clock
 
 
@@ -19,6 +25,37 @@ from tasks.progress import ProgressLog, clock
         ("New York", "York", True),
         ("", "", False),
         ("anything", "", False),
+        ("The answer is 2.5", "5", False),
+        ("It is 10/5", "5", False),
+        ("Use C++", "C", False),
+        ("Use C", "C++", False),
+        ("Use C#.", "C#", True),
+        ("I like C++.", "C++", True),
+        ("It is 1,000.", "1000", True),
+        ("It is 1000", "1,000", True),
+        ("12,345,678.50", "12345678.5", True),
+        ("It is 1,5", "5", False),
+        ("It is 2,500", "500", False),
+        ("That makes 5.0", "5", True),
+        ("That makes 5.", "5", True),
+        ("That makes .5", "0.5", True),
+        ("That makes 5%", "5", False),
+        ("at 10:05", "5", False),
+        ("2+3=5", "5", True),
+        ("So x = -8.", "-8", True),
+        ("So x = \u22128.", "-8", True),
+        ("**Paris**", "Paris", True),
+        ('It is "Paris"!', "Paris", True),
+        ("It is $1,000.", "1000", True),
+        ("\u7b54\u6848\uff1a \u5df4\u9ece\u3002", "\u5df4\u9ece", True),
+        ("\u0909\u0924\u094d\u0924\u0930 42\u0964", "42", True),
+        ("\u0627\u0644\u062c\u0648\u0627\u0628 42\u061f", "42", True),
+        ("\uff14\uff12", "42", True),
+        ("Answer:Paris", "Paris", True),
+        ("Lyon,Paris", "Paris", True),
+        ("version 1.2.3", "3", False),
+        ("the twenty-first", "first", False),
+        ("New York City", "York", False),
     ],
 )
 def test_answer_matches(generated: str, answer: str, matches: bool) -> None:
@@ -28,6 +65,24 @@ def test_answer_matches(generated: str, answer: str, matches: bool) -> None:
 def test_exact_match_counts_gold_answers_only() -> None:
     shares = exact_match(["4", "5", "x"], ["4", "6", None], ["a", "b", "b"])
     assert shares == {"all": 0.5, "a": 1.0, "b": 0.0}
+
+
+def test_an_answer_of_many_words_is_the_end() -> None:
+    assert answer_matches("The capital is New Delhi.", "new delhi")
+    assert not answer_matches("The capital is Old Delhi.", "new delhi")
+
+
+def test_a_loss_beyond_what_a_float_holds_is_an_infinite_perplexity() -> None:
+    sums = np.array([1.0, 1.0, 0.0, 5000.0, 2.0, 1.0])
+    scores = _scores(sums)
+    assert scores.perplexity == math.inf
+    assert scores.teacher_perplexity == pytest.approx(math.exp(2))
+
+
+def test_no_source_is_called_as_all_of_them_are() -> None:
+    source = {"type": "files", "path": "all", "format": "jsonl"}
+    with pytest.raises(ValidationError, match="'all', which stands for all sources; set `name`"):
+        DataConfig.model_validate({"sources": [source]})
 
 
 def test_progress_has_rate_and_time_left(

@@ -7,13 +7,16 @@ from pathlib import Path
 import datasets
 import fsspec
 import pytest
+from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from configs.schema.data import DataConfig
 from kdflow_core.contracts import Example
+from kdflow_core.data.chat import ChatFormat
 from kdflow_core.data.rendering import Renderer
 from kdflow_core.data.tokenization import Split, Tally, blend_counts, tokenize
 from kdflow_core.errors import DataError
+from storage.data_files import DataFiles
 from tests.conftest import SilentReporter
 
 ROWS = [{"prompt": f"number {i}", "completion": f"answer {i}", "answer": str(i)} for i in range(60)]
@@ -27,7 +30,7 @@ def write_jsonl(path: Path, rows: list[object]) -> Path:
 @pytest.fixture(scope="module")
 def renderer(teacher_folder: Path) -> Renderer:
     tokenizer = AutoTokenizer.from_pretrained(teacher_folder)
-    return Renderer(tokenizer=tokenizer, template=None, template_args={}, supervise="all")
+    return Renderer(ChatFormat(tokenizer=tokenizer), supervise="all")
 
 
 def run(
@@ -37,6 +40,7 @@ def run(
     examples = tokenize(
         config=DataConfig.model_validate_json(json.dumps({"heldout_fraction": 0.3} | config)),
         seed=0,
+        files=DataFiles(),
         student=renderer,
         teacher=teacher or renderer,
         max_student_length=256,
@@ -129,6 +133,67 @@ def test_what_is_dropped_is_counted_by_reason(tmp_path: Path, renderer: Renderer
     }
 
 
+def test_samples_that_a_template_refuses_fall_under_the_limit(
+    tmp_path: Path, teacher_folder: Path
+) -> None:
+    """20 of 60 do not vanish without a word; the first is shown, all are counted by reason."""
+    template = (
+        "{% for m in messages %}{% if '7' in m['content'] %}{{ raise_exception('no sevens') }}"
+        "{% endif %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(teacher_folder)
+    chat = ChatFormat(tokenizer=tokenizer, template=template)
+    config = {"sources": [files(write_jsonl(tmp_path / "d.jsonl", list(ROWS)))]}
+    renderer = Renderer(chat, supervise="all")
+    with pytest.raises(DataError, match=r"6 of 60 .*\(template_error: 6\).*no sevens"):
+        run(renderer, config)
+    examples, tally = run(renderer, config | {"max_malformed_fraction": 0.2})
+    assert len(examples) == 54
+    assert tally.dropped["d.jsonl"] == {"template_error": 6}
+
+
+def test_a_text_that_cannot_fit_is_not_rendered(
+    tmp_path: Path, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line of tens of megabytes costs its length, not a hundred times that in tokens."""
+    path = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "x " * 10**6, "completion": "y"}, *ROWS])
+    seen = []
+    ids = ChatFormat.ids
+    monkeypatch.setattr(ChatFormat, "ids", lambda c, t: seen.append(len(t)) or ids(c, t))
+    _, tally = run(renderer, {"sources": [files(path)]})
+    assert tally.dropped["d.jsonl"] == {"too_long": 1}
+    assert max(seen) < 1000
+
+
+def test_copies_of_the_last_sample_taken_are_not_all_let_through(
+    tmp_path: Path, renderer: Renderer
+) -> None:
+    rows = [row for row in ROWS[:6] for _ in range(10)]
+    for count in (12, 25, 60):
+        config = {"sources": [files(write_jsonl(tmp_path / "d.jsonl", rows), max_samples=count)]}
+        examples, _ = run(renderer, config | {"heldout_fraction": 0.5})
+        assert len(examples) == count
+
+
+def test_a_prompt_with_several_answers_is_on_one_side(tmp_path: Path, renderer: Renderer) -> None:
+    rows = [
+        {"prompt": f"number {k}", "completion": f"answer {n}"} for k in range(40) for n in range(4)
+    ]
+    examples, _ = run(renderer, {"sources": [files(write_jsonl(tmp_path / "d.jsonl", rows))]})
+    sides: dict[bytes, set[Split]] = {}
+    for split, example in examples:
+        sides.setdefault(example.student.prompt_ids_T.tobytes(), set()).add(split)
+    assert len(sides) == 40
+    assert all(len(side) == 1 for side in sides.values())
+    assert set.union(*sides.values()) == {"train", "heldout"}
+
+
+def test_a_column_that_kdflow_does_not_know_cannot_be_mapped() -> None:
+    source = {"type": "files", "path": "d.jsonl", "columns": {"promt": "question"}}
+    with pytest.raises(ValidationError, match="prompt"):
+        DataConfig.model_validate_json(json.dumps({"sources": [source]}))
+
+
 def test_too_many_malformed_lines_are_refused_with_the_first(
     tmp_path: Path, renderer: Renderer
 ) -> None:
@@ -205,12 +270,12 @@ def test_templates_may_differ_around_the_same_answer(
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(teacher_folder)
     template = "{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
-    bare = Renderer(tokenizer=tokenizer, template=template, template_args={}, supervise="all")
+    bare = Renderer(ChatFormat(tokenizer=tokenizer, template=template), supervise="all")
     path = write_jsonl(tmp_path / "d.jsonl", list(ROWS))
     examples, tally = run(renderer, {"sources": [files(path)]}, teacher=bare)
     assert not tally.dropped
     assert len(examples[0][1].teacher.ids_T) < len(examples[0][1].student.ids_T)
     other_end = template.replace("<|im_end|>", "<|endoftext|>")
-    other = Renderer(tokenizer=tokenizer, template=other_end, template_args={}, supervise="all")
+    other = Renderer(ChatFormat(tokenizer=tokenizer, template=other_end), supervise="all")
     with pytest.raises(DataError, match="supervise different tokens"):
         run(renderer, {"sources": [files(path)]}, teacher=other)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ RANK = """
 import os, sys, time
 from pathlib import Path
 from kdflow_core.workers.local import emit, receive_requests
-folder = Path(next(receive_requests(sys.stdin)).strip())
+folder = Path(next(receive_requests()).strip())
 rank = int(os.environ["KDFLOW_RANK"])
 (folder / f"pid-{rank}").write_text(str(os.getpid()))
 """
@@ -134,3 +135,19 @@ time.sleep(120)
     os.kill(launcher.pid, signal.SIGKILL)
     launcher.wait()
     wait_until_gone(pids)
+
+
+def test_a_question_on_standard_input_finds_its_end(
+    rank_module: Callable[[str], str], tmp_path: Path
+) -> None:
+    """A library that asks does not wait for ever, and does not eat the launcher's requests."""
+    body = """
+import subprocess
+try:
+    input("Do you trust this code? ")
+except EOFError:
+    child = subprocess.run(["cat"], capture_output=True, timeout=20)
+    (folder / f"asked-{rank}").write_text(child.stdout.decode() or "nothing")
+"""
+    run(rank_module(body), tmp_path)
+    assert [(tmp_path / f"asked-{rank}").read_text() for rank in (0, 1)] == ["nothing"] * 2

@@ -1,0 +1,153 @@
+"""Whether a model can be used as a run wants it, from its config and headers alone: in seconds, for
+a model of any size, without a GPU.
+"""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from kdflow_core.errors import ModelError
+from kdflow_core.models.checkpoints import Checkpoint, read_checkpoint
+from kdflow_core.models.heads import head_tensor, rule_of
+from kdflow_core.models.loading import (
+    check_attention,
+    check_tied_head,
+    load_config,
+    load_tokenizer,
+    refuse_incomplete,
+    true_vocabulary_size,
+)
+from kdflow_core.models.structure import adapter_targets, decoder_layers, meta_model
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """What a run wants of a model.
+
+    `attentions` are those with which transformers runs it; `in_sglang`: SGLang loads it. `trained`:
+    it is the student, maybe with adapters on `lora_targets` (None: no adapters; empty: on all
+    layers), or with its head spread over ranks.
+    """
+
+    attentions: tuple[str, ...] = ()
+    in_sglang: bool = False
+    trained: bool = False
+    lora_targets: tuple[str, ...] | None = None
+    vocabulary_parallel: bool = False
+    trust_remote_code: bool = False
+
+
+def check_model(folder: Path, use: Use) -> None:
+    """Raises ModelError, which names what is wrong and what to do."""
+    config = load_config(folder, trust_remote_code=use.trust_remote_code)
+    rule_of(config)
+    for attention in use.attentions:
+        check_attention(config, attention)
+    model = meta_model(config, trust_remote_code=use.trust_remote_code)
+    checkpoint = read_checkpoint(folder)
+    check_tied_head(folder, config, checkpoint.tensors)
+    _check_tensors(folder, config, model, checkpoint)
+    _check_head(folder, config, checkpoint, use)
+    if use.in_sglang:
+        _check_names(folder, config, checkpoint)
+    if use.trained:
+        check_trainable(model, use)
+        rehearse_export(folder, trust_remote_code=use.trust_remote_code)
+
+
+def _check_tensors(
+    folder: Path, config: PretrainedConfig, model: PreTrainedModel, checkpoint: Checkpoint
+) -> None:
+    """Let transformers load tensors without values, of the names and shapes that the files have."""
+    if getattr(config, "quantization_config", None) is not None:
+        return  # its names are those of the quantization; who loads it, refuses
+    state = {
+        name: torch.empty(header.shape, dtype=DTYPES.get(header.dtype), device="meta")
+        for name, header in checkpoint.tensors.items()
+    }
+    if config.get_text_config().tie_word_embeddings:
+        state.pop(rule_of(config).weight, None)  # equal to the embedding, as was checked
+    try:
+        loaded: Any = type(model).from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"transformers cannot load the weights in {folder}: {error}") from error
+    refuse_incomplete(folder, loaded[1])
+
+
+def _check_head(folder: Path, config: PretrainedConfig, checkpoint: Checkpoint, use: Use) -> None:
+    tokenizer = load_tokenizer(folder, trust_remote_code=use.trust_remote_code)
+    size = true_vocabulary_size(tokenizer)
+    head = head_tensor(folder, config, checkpoint.tensors)
+    rows = checkpoint.tensors[head].shape[0]
+    if rows < size:
+        raise ModelError(
+            f"the head in {folder} ('{head}') has {rows} rows, the tokenizer {size} ids: model and "
+            "tokenizer do not belong together; resize the embeddings, or take the model's own "
+            "tokenizer"
+        )
+
+
+def _check_names(folder: Path, config: PretrainedConfig, checkpoint: Checkpoint) -> None:
+    """SGLang passes over tensors whose names it does not know, without a word."""
+    if type(config).__name__ == "GPT2Config":
+        return  # SGLang knows both forms of its names
+    embedding = rule_of(config).embedding
+    if embedding not in checkpoint.tensors:
+        example = next(iter(checkpoint.tensors))
+        raise ModelError(
+            f"the tensors in {folder} have other names ('{example}') than those that SGLang loads "
+            f"('{embedding}'); load the model in transformers and save it anew with "
+            "save_pretrained, or set the engine's type to transformers"
+        )
+
+
+def check_trainable(model: PreTrainedModel, use: Use) -> None:
+    """Whether the student's side knows how to shard and adapt a model. Raises ModelError."""
+    decoder_layers(model)
+    if use.lora_targets is not None:
+        adapter_targets(model, use.lora_targets or None)
+    if use.vocabulary_parallel and model.config.get_text_config().tie_word_embeddings:
+        raise ModelError(
+            f"student.vocabulary_parallel: the output head of {type(model).__name__} is its "
+            "embedding (tie_word_embeddings), which every rank needs whole; turn it off"
+        )
+
+
+def rehearse_export(folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Save what export saves beside the weights. Raises ModelError where that cannot be done."""
+    with tempfile.TemporaryDirectory() as target:
+        try:
+            if (folder / "generation_config.json").is_file():
+                GenerationConfig.from_pretrained(folder).save_pretrained(target)
+        except (OSError, ValueError, TypeError) as error:
+            raise ModelError(
+                f"{folder / 'generation_config.json'} cannot be saved with the trained student: "
+                f"{error} Mend or remove that file"
+            ) from error
+        try:
+            load_config(folder, trust_remote_code=trust_remote_code).save_pretrained(target)
+            load_tokenizer(folder, trust_remote_code=trust_remote_code).save_pretrained(target)
+        except (OSError, ValueError, TypeError) as error:
+            raise ModelError(
+                f"config or tokenizer of {folder} cannot be saved with the trained student: {error}"
+            ) from error

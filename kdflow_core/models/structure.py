@@ -1,0 +1,80 @@
+"""What a model is made of, by its config alone: built on PyTorch's meta device, without weights."""
+
+import re
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from kdflow_core.errors import ModelError
+
+
+def meta_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a config, without weights. Raises ModelError."""
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+    except (ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
+        name = (config.architectures or ["unknown"])[0]
+        raise ModelError(f"transformers cannot build {name}: {error}") from error
+    return model
+
+
+def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """The decoder layers of a causal language model. Raises ModelError."""
+    for name in ("layers", "h"):  # `h` is GPT-2's
+        layers = getattr(model.base_model, name, None)
+        if isinstance(layers, torch.nn.ModuleList):
+            return layers
+    raise ModelError(f"{type(model).__name__} has no list of decoder layers")
+
+
+def layers_prefix(model: PreTrainedModel) -> str:
+    """What stands before a layer's number in the names of its parameters."""
+    layers = decoder_layers(model)
+    return next(f"{name}." for name, module in model.named_modules() if module is layers)
+
+
+def adapter_targets(model: PreTrainedModel, targets: tuple[str, ...] | None) -> list[str]:
+    """The linear layers that low-rank adapters go to: those whose names end in one of `targets`, or
+    all in the decoder layers.
+
+    Raises ModelError for what an adapter would not train, or would not be merged into.
+    """
+    prefix = layers_prefix(model)
+    linear, other = [], []
+    for name, module in model.named_modules():
+        if not name or (targets is not None and not _ends_in(name, targets)):
+            continue
+        if type(module) is torch.nn.Linear and name.startswith(prefix):
+            linear.append(name)
+        elif targets is not None or type(module).__name__ == "Conv1D":
+            other.append(f"{name} ({type(module).__name__})")
+    if other:
+        where = "student.lora.targets" if targets is not None else "student.lora"
+        raise ModelError(
+            f"{where}: adapters go to linear layers of the decoder, and not to "
+            f"{', '.join(other[:3])} of {type(model).__name__}; "
+            + (f"name others, such as {_examples(model)}" if linear or targets else "leave it out")
+        )
+    if not linear:
+        raise ModelError(
+            f"student.lora.targets={list(targets or ())} are no layers of {type(model).__name__}; "
+            f"it has {_examples(model)}"
+        )
+    return linear
+
+
+def _ends_in(name: str, targets: tuple[str, ...]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _examples(model: PreTrainedModel) -> str:
+    prefix = layers_prefix(model)
+    names = {
+        re.sub(r"^\d+\.", "", name.removeprefix(prefix)).rpartition(".")[2]
+        for name, module in model.named_modules()
+        if name.startswith(prefix) and type(module) is torch.nn.Linear
+    }
+    return ", ".join(sorted(names)) or "none"

@@ -1,0 +1,99 @@
+"""What can be known before a run starts, checked before it starts.
+
+A model that was found in order is not looked at again for the same use, so that a run that comes
+from cache loads no model library.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from configs.schema.models import PretrainedModel
+from configs.schema.run import RunConfig
+from kdflow_core.models.folders import resolve_folder
+from storage.digest import digest
+from tasks.engines import check_engines
+from tasks.stages import StageIdentity, open_store, plan_stages, run_of_teacher
+
+CHECKED = "checked-models.json"
+
+
+def checked_plan(run: RunConfig, *, download: bool) -> dict[str, StageIdentity]:
+    """The stages of a run (see `plan_stages`), after its models and engines have been checked.
+
+    Without `download`, the weights of a hub model that is not here yet are left out.
+
+    Raises ConfigError, DataError, ModelError or StoreError.
+    """
+    _check(run, _given(run, download=download))
+    plan = plan_stages(run)
+    check_engines(run, plan)
+    _check(run, _given(run, download=download) | _prepared(run, plan))
+    return plan
+
+
+def _given(run: RunConfig, *, download: bool) -> dict[str, Path]:
+    """The folders of the models that are Hugging Face folders."""
+    models = {n: run_of_teacher(run, n).teacher.model for n in run.teacher_names}
+    folders = {}
+    for name, model in (models | {"student": run.student.model}).items():
+        if not isinstance(model, PretrainedModel):
+            continue
+        folder = resolve_folder(model.path, model.revision, weights=download)
+        if Path(model.path).is_dir() or any(folder.glob("*.safetensors")):
+            folders[name] = folder
+    return folders
+
+
+def _prepared(run: RunConfig, plan: Mapping[str, StageIdentity]) -> dict[str, Path]:
+    """The folders of models that stages have made already."""
+    store, folders = open_store(run), {}
+    for identity in plan.values():
+        if identity.kind != "model":
+            continue
+        ref = store.find(identity.kind, identity.digest)
+        if ref is not None:
+            name = "student" if identity.stage == "prepare-student" else identity.teacher
+            folders[name] = store.local_copy(ref)
+    return folders
+
+
+def _check(run: RunConfig, folders: Mapping[str, Path]) -> None:
+    """Check the models, unless these very files were in order for this very run."""
+    memo_path = Path(run.storage.scratch) / CHECKED
+    try:
+        memo: list[str] = json.loads(memo_path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        memo = []
+    key = digest(
+        {
+            "files": {name: _marks(folder) for name, folder in sorted(folders.items())},
+            "run": run.model_dump(mode="json", include={"data", "teacher", "student"})
+            | {"algorithm": run.algorithm.model_dump(mode="json")}
+            | {"on_policy": run.on_policy and run.on_policy.model_dump(mode="json")},
+        }
+    )
+    if not folders or key in memo:
+        return
+    from tasks.model_checks import check_folders  # noqa: PLC0415 - loads torch
+
+    check_folders(run, folders)
+    memo_path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = memo_path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps([*memo, key]), encoding="utf-8")
+    temporary.replace(memo_path)
+
+
+def _marks(folder: Path) -> dict[str, list[int | str]]:
+    """What changes when a file of a folder does."""
+    return {
+        path.relative_to(folder).as_posix(): [
+            os.path.realpath(path),
+            path.stat().st_size,
+            path.stat().st_mtime_ns,
+            path.stat().st_ino,
+        ]
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

@@ -1,0 +1,113 @@
+"""The net under the loading of weights, and what is exported with a student."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from configs.load import load_run
+from kdflow_core.contracts import TeacherRows, TokenSequence
+from kdflow_core.errors import AlignmentError, ModelError
+from storage.tokens import TokenTable
+from tasks.adapters import TeacherSequences
+from tasks.stages import plan_stages, stage_spec
+from tasks.wiring.evaluation import evaluate_student
+from tasks.wiring.reference import Reference
+from tasks.wiring.stage_run import StageRun
+from tests.conftest import CHATML, SilentReporter, make_llama, run_inline
+
+pytestmark = pytest.mark.ranks
+OTHER = CHATML.replace("<|im_end|>\n", "<|endoftext|>").replace("im_start|>", "im_start|> ")
+
+
+def test_evaluation_refuses_a_teacher_that_is_not_the_one_that_was_stored(
+    make_recipe: Callable[..., Path], tmp_path: Path, teacher_folder: Path
+) -> None:
+    """The same head, so that its digest does not tell, and other layers below it."""
+    folder = Path(shutil.copytree(teacher_folder, tmp_path / "teacher"))
+    run = load_run(str(make_recipe(max_steps=1)), {"teacher.model.path": str(folder)})
+    done = run_inline(run, until="train", launched={"train"})
+    spec = stage_spec(plan_stages(run)["evaluate"], run, done)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.manual_seed(7)
+    for parameter in model.model.layers[1].parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    with pytest.raises(AlignmentError, match=r"far from those that teacher\.type=transformers has"):
+        evaluate_student(StageRun(spec, SilentReporter()))
+
+
+class Engine:
+    """A teacher whose states are those of a model; what compares them asks for nothing else."""
+
+    def __init__(self, folder: Path) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model
+
+    def forward(self, sequences: list[TokenSequence]) -> list[TeacherRows]:
+        rows = []
+        for sequence in sequences:
+            ids = torch.from_numpy(sequence.ids_T.astype("int64"))[None]
+            with torch.no_grad():
+                states = self._model(input_ids=ids).last_hidden_state[0]
+            index = torch.from_numpy(sequence.target_positions_N - 1)
+            rows.append(TeacherRows(buffer_RH=states.to(torch.bfloat16), index_N=index))
+        return rows
+
+
+def test_the_first_states_of_an_extraction_are_compared_with_transformers(
+    make_recipe: Callable[..., Path], tmp_path: Path, teacher_folder: Path
+) -> None:
+    run = load_run(str(make_recipe()), {"teacher.type": "sglang"})
+    done = run_inline(run, until="tokenize")
+    stage = StageRun(stage_spec(plan_stages(run)["extract"], run, done), SilentReporter())
+    table = TokenTable(Path(done["tokens"].uri) / "train.arrow")
+    sequences = list(TeacherSequences([table], [(0, i) for i in range(8)]))
+    reference = Reference(stage, sequences)
+    reference.compute()
+    same: Any = Engine(teacher_folder)
+    reference.compare(same)
+    other_folder = Path(shutil.copytree(teacher_folder, tmp_path / "other"))
+    make_llama(other_folder, hidden=48, layers=3, rows=448, seed=9)
+    other: Any = Engine(other_folder)
+    with pytest.raises(
+        ModelError, match=r"the states that teacher\.type=sglang gives are far from"
+    ):
+        reference.compare(other)
+
+
+def test_a_model_too_large_to_compare_is_told_and_not_loaded(
+    make_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = load_run(str(make_recipe()), {"teacher.type": "sglang"})
+    done = run_inline(run, until="tokenize")
+    reporter = SilentReporter()
+    stage = StageRun(stage_spec(plan_stages(run)["extract"], run, done), reporter)
+    monkeypatch.setattr("tasks.wiring.reference.MEMORY_SHARE", 1e-12)
+    Reference(stage, []).compute()
+    assert "are not compared with transformers' own: it takes" in reporter.messages[0]
+
+
+def test_a_student_is_exported_as_it_was_trained(
+    make_recipe: Callable[..., Path], student_folder: Path
+) -> None:
+    """With the template of the recipe, and with the end of its turns."""
+    template = {"template": OTHER}
+    run = load_run(
+        str(make_recipe(max_steps=1)),
+        {"student.chat_template": template, "teacher.chat_template": template},
+    )
+    done = run_inline(run, until="train", launched={"train"})
+    folder = Path(done["student"].uri) / "model"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template == OTHER
+    ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    assert {tokenizer.decode([i]) for i in ends} == {"<|endoftext|>", "<|im_end|>"}
+    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == ends
+    tokens = json.loads((Path(done["tokens"].uri) / "manifest.json").read_text())
+    assert tokens["info"]["end_ids"]["student"] == ends
+    assert AutoTokenizer.from_pretrained(student_folder).chat_template == CHATML
