@@ -7,6 +7,7 @@ from cache loads no model library.
 import json
 import os
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 from configs.schema.models import PretrainedModel
@@ -68,6 +69,7 @@ def _check(run: RunConfig, folders: Mapping[str, Path]) -> None:
         memo = []
     key = digest(
         {
+            "transformers": version("transformers"),
             "files": {name: _marks(folder) for name, folder in sorted(folders.items())},
             "run": run.model_dump(mode="json", include={"data", "teacher", "student"})
             | {"algorithm": run.algorithm.model_dump(mode="json")}

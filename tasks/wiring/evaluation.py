@@ -118,6 +118,8 @@ def _check_own_states(
     own = stage.run.sources_of("teacher") if "teacher" in stage.run.teacher_names else None
     chosen = [i for i in range(len(examples)) if own is None or examples[i].source in own]
     sequences = [examples[i].teacher for i in chosen[:CHECKED_SEQUENCES]]
+    if not sequences:
+        return  # none of the held-out ones is this teacher's
     difference = state_difference(model, sequences, teacher.states)
     limit = state_limit(stage.run.teacher)
     if not difference < limit:

@@ -75,6 +75,8 @@ class Reference:
 
         Raises ModelError where the states are far apart.
         """
+        if not self.sequences:
+            return
         rows = engine.forward(self.sequences)
         if self._states is None:
             return
