@@ -27,10 +27,12 @@ def checked_plan(run: RunConfig, *, download: bool) -> dict[str, StageIdentity]:
 
     Raises ConfigError, DataError, ModelError or StoreError.
     """
-    _check(run, _given(run, download=download))
+    given = _given(run, download=download)
+    _check(run, given)
     plan = plan_stages(run)
     check_engines(run, plan)
-    _check(run, _given(run, download=download) | _prepared(run, plan))
+    if prepared := _prepared(run, plan):
+        _check(run, given | prepared)
     return plan
 
 

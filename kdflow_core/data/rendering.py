@@ -53,12 +53,10 @@ class Renderer:
         if not self.chat.has_template:
             return self._plain(conversation)
         self.chat.refuse_control_text([*conversation.messages, *_as_messages(conversation.tools)])
-        messages = self._spelling(conversation)
+        messages, text = self._spelling(conversation)
         if conversation.lacks_answer:
-            text = self._text(conversation, messages, prompt=True)
             return _sequence(self.chat.ids(text), [])
         learned = self._learned(conversation)
-        text = self._text(conversation, messages)
         turns = []
         for number in sorted(learned, reverse=True):  # the last one may mend the text
             prompt = self._text(conversation, messages[:number], prompt=True)
@@ -97,9 +95,10 @@ class Renderer:
             raise SampleError("empty", "every answer of a sample has the weight 0")
         return learned
 
-    def _spelling(self, conversation: Conversation) -> list[Message]:
-        """The messages in the form that the template renders: arguments of calls as values or as
-        JSON text, no text beside them as empty text or as none, contents as text or as parts.
+    def _spelling(self, conversation: Conversation) -> tuple[list[Message], str]:
+        """The messages in the form that the template renders, and what it renders: arguments of
+        calls as values or as JSON text, no text beside them as empty text or as none, contents as
+        text or as parts.
 
         Raises SampleError `template_error`, or `template_drops` where none of these does.
         """
@@ -111,7 +110,7 @@ class Renderer:
             except SampleError as error:
                 failures.append(error)
                 continue
-            return messages
+            return messages, text
         # What is left out says more than how a template fails on a form that it does not take.
         raise next((f for f in failures if f.reason == "template_drops"), failures[0])
 
@@ -120,7 +119,7 @@ class Renderer:
         begins = [self.chat.ids(turn.prompt) for turn in turns]
         if all(ids[: len(head)] == head for head in begins):
             starts = [len(head) for head in begins]
-            through = [self.chat.ids(turn.through) for turn in turns]
+            through = [ids if turn.last else self.chat.ids(turn.through) for turn in turns]
         else:
             ids, starts, through = self._in_pieces(text, turns)
         spans = []
