@@ -15,6 +15,12 @@ from storage.data_files import list_files
 from storage.digest import digest, hash_file
 
 
+def file_state(path: str | os.PathLike[str]) -> str:
+    """What changes when a local file does: its place, size, modification time and inode."""
+    stat = os.stat(path)
+    return f"{os.path.realpath(path)}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
+
+
 class Fingerprints:
     """Content fingerprints with a memo file in `scratch`."""
 
@@ -46,8 +52,7 @@ class Fingerprints:
                 key: str(info.get(key)) for key in ("ETag", "etag", "size", "created", "mtime")
             }
             return digest(marks)
-        stat = os.stat(path)
-        memo_key = f"{os.path.realpath(path)}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
+        memo_key = file_state(path)
         if memo_key not in self._memo:
             self._memo[memo_key] = hash_file(Path(path))
             self._save()

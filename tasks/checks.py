@@ -14,6 +14,7 @@ from configs.schema.models import PretrainedModel
 from configs.schema.run import RunConfig
 from kdflow_core.models.folders import resolve_folder
 from storage.digest import digest
+from storage.fingerprint import file_state
 from tasks.engines import check_engines
 from tasks.stages import StageIdentity, open_store, plan_stages, run_of_teacher
 
@@ -72,7 +73,7 @@ def _check(run: RunConfig, folders: Mapping[str, Path]) -> None:
     key = digest(
         {
             "transformers": version("transformers"),
-            "files": {name: _marks(folder) for name, folder in sorted(folders.items())},
+            "files": {name: _states(folder) for name, folder in sorted(folders.items())},
             "run": run.model_dump(mode="json", include={"data", "teacher", "student"})
             | {"algorithm": run.algorithm.model_dump(mode="json")}
             | {"on_policy": run.on_policy and run.on_policy.model_dump(mode="json")},
@@ -89,15 +90,10 @@ def _check(run: RunConfig, folders: Mapping[str, Path]) -> None:
     temporary.replace(memo_path)
 
 
-def _marks(folder: Path) -> dict[str, list[int | str]]:
+def _states(folder: Path) -> dict[str, str]:
     """What changes when a file of a folder does."""
     return {
-        path.relative_to(folder).as_posix(): [
-            os.path.realpath(path),
-            path.stat().st_size,
-            path.stat().st_mtime_ns,
-            path.stat().st_ino,
-        ]
+        path.relative_to(folder).as_posix(): file_state(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }

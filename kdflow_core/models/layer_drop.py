@@ -129,19 +129,16 @@ def _compare(before: PreTrainedModel, after: PreTrainedModel, kept: list[int]) -
 def _difference(old: torch.nn.Module, new: torch.nn.Module) -> str | None:
     shapes = [{n: tuple(p.shape) for n, p in layer.named_parameters()} for layer in (old, new)]
     if shapes[0] != shapes[1]:
-        changed = sorted(n for n in shapes[0].keys() | shapes[1].keys() if _differs(shapes, n))
-        return f"its parameter {changed[0]}"
+        changed = min(name for name, _ in shapes[0].items() ^ shapes[1].items())
+        return f"its parameter {changed}"
     modules = dict(new.named_modules())
     for name, module in old.named_modules():
         ours, theirs = _settings(module), _settings(modules[name])
         for key in sorted(ours.keys() | theirs.keys()):
             if ours.get(key) != theirs.get(key):
-                return f"its {name}.{key} = {ours.get(key)}".replace("its .", "its ")
+                place = f"{name}.{key}" if name else key
+                return f"its {place} = {ours.get(key)}"
     return None
-
-
-def _differs(shapes: list[dict[str, tuple[int, ...]]], name: str) -> bool:
-    return shapes[0].get(name) != shapes[1].get(name)
 
 
 def _settings(module: torch.nn.Module) -> dict[str, Any]:
