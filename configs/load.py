@@ -3,40 +3,20 @@
 import copy
 import difflib
 import json
-import re
+import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
+from configs.errors import ConfigError
 from configs.schema.run import RunConfig
+from configs.text import as_json, parse_yaml, read_text
 
+MAX_SHOWN = 120
 RECIPES = Path(__file__).parent / "recipes"
-
-
-class ConfigError(ValueError):
-    """A recipe or an override that cannot be used; the message names the field and the remedy."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as its version 1.2 reads numbers: `1e-4` is a float."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """YAML text as plain values. Raises ConfigError with the line when it does not parse."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not valid YAML: {error}") from error
 
 
 def recipe_names() -> list[str]:
@@ -48,12 +28,11 @@ def find_recipe(recipe: str) -> Path:
     """The file of a recipe given by name or by path. Raises ConfigError when there is none."""
     path = Path(recipe)
     if path.suffix in {".yaml", ".yml"} or path.parent != Path():
-        if path.is_file():
+        if os.path.isfile(path):  # False, too, for a name that no file can have
             return path
         raise ConfigError(f"there is no recipe file '{recipe}'")
-    shipped = RECIPES / f"{recipe}.yaml"
-    if shipped.is_file():
-        return shipped
+    if recipe in recipe_names():
+        return RECIPES / f"{recipe}.yaml"
     close = difflib.get_close_matches(recipe, recipe_names(), n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
     raise ConfigError(f"no recipe '{recipe}'; {hint}shipped: {', '.join(recipe_names())}")
@@ -83,7 +62,7 @@ def load_run(recipe: str, overrides: Mapping[str, Any] | None = None) -> RunConf
         ConfigError: with field path, value and remedy, for anything that is not a valid run.
     """
     path = find_recipe(recipe)
-    tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    tree = parse_yaml(read_text(path), str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} does not hold a mapping of sections")
     tree = _with_absolute_paths(tree, path.parent.resolve())
@@ -94,15 +73,28 @@ def load_run(recipe: str, overrides: Mapping[str, Any] | None = None) -> RunConf
 
 def validate_run(tree: dict[str, Any]) -> RunConfig:
     """Plain values as a RunConfig. Raises ConfigError that lists every problem."""
+    _refuse_non_finite(tree, "")
     try:
-        text = json.dumps(tree)
-    except TypeError as error:
+        text = json.dumps(tree, default=as_json)
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"the config holds a value that JSON cannot hold: {error}") from error
     try:
         return RunConfig.model_validate_json(text)
     except ValidationError as error:
         lines = [_describe(item, tree) for item in error.errors(include_url=False)]
         raise ConfigError("the config is not valid:\n" + "\n".join(lines)) from error
+
+
+def _refuse_non_finite(value: Any, where: str) -> None:
+    """Raises ConfigError for a number that is none."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"the config is not valid:\n  {where} = {value}: give a finite number")
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _refuse_non_finite(inner, f"{where}.{key}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for number, inner in enumerate(value):
+            _refuse_non_finite(inner, f"{where}.{number}")
 
 
 def _describe(item: Any, tree: dict[str, Any]) -> str:
@@ -123,13 +115,22 @@ def _describe(item: Any, tree: dict[str, Any]) -> str:
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "unknown_key":
         return f"  {'.'.join(filter(None, [where, item['ctx']['key']]))}: {message}"
-    shown = "" if isinstance(value, dict | list) or item["type"] == "missing" else f" = {value!r}"
+    if parts and parts[-1] == "[key]":
+        return f"  {'.'.join(map(str, parts[:-2]))}: unknown key '{parts[-2]}'; {message}"
+    shown = "" if isinstance(value, dict | list) or item["type"] == "missing" else _shown(value)
     return f"  {where or 'run'}{shown}: {message}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f" = {text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + '...'}"
 
 
 def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
     node: Any = tree
     *parents, last = dotted.split(".")
+    if not all((*parents, last)):
+        raise ConfigError(f"override '{dotted}': a part of the name is empty")
     for depth, part in enumerate(parents):
         node = _child(node, part, ".".join(parents[:depth]) or "run")
     if isinstance(node, list):

@@ -11,11 +11,10 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from configs.load import ConfigError, load_run, parse_overrides, recipe_names
+from configs.errors import ConfigError, KdflowError
+from configs.load import load_run, parse_overrides, recipe_names
 from configs.schema.run import RunConfig
 from flows import show_commands, store_commands
-from kdflow_core.errors import KdflowError
-from storage.errors import StoreError
 from tasks.checks import checked_plan
 from tasks.estimate import Estimate, Prospect, check_room
 from tasks.results import check_run, evaluation_rows, report_path, student_path
@@ -30,7 +29,6 @@ app = typer.Typer(
 app.add_typer(store_commands.app, name="store")
 app.add_typer(show_commands.app, name="show")
 console = Console()
-EXPECTED = (ConfigError, KdflowError, StoreError)
 RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")]
 OverrideArgument = Annotated[
     list[str] | None, typer.Argument(help="Dotted overrides, for instance student.lr=1e-4")
@@ -129,7 +127,7 @@ def doctor() -> None:
 def _without_expected_traceback(record: logging.LogRecord) -> bool:
     """Errors meant for the user are shown as their message alone."""
     error = record.exc_info[1] if record.exc_info else None
-    if isinstance(error, EXPECTED) and getattr(error, "expected", True):
+    if isinstance(error, KdflowError) and error.expected:
         record.exc_info = None
         record.msg, record.args = f"{type(error).__name__}: {error}", ()
     return True
@@ -204,6 +202,6 @@ def main() -> None:
     """The entry point: errors meant for the user are one message and exit code 1."""
     try:
         app()
-    except EXPECTED as error:
+    except KdflowError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)

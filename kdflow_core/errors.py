@@ -1,8 +1,6 @@
 """Errors that a user can act on. The message says what was given, what is allowed, what to do."""
 
-
-class KdflowError(Exception):
-    """Base of all errors that kdflow raises on purpose."""
+from configs.errors import KdflowError as KdflowError
 
 
 class DataError(KdflowError, ValueError):

@@ -1,7 +1,9 @@
 """Errors of the store."""
 
+from configs.errors import KdflowError
 
-class StoreError(RuntimeError):
+
+class StoreError(KdflowError, RuntimeError):
     """The store cannot do what was asked; the message says why and what to do."""
 
 

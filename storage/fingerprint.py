@@ -1,10 +1,9 @@
 """Fingerprints of what a run reads from outside the store: data files and model folders.
 
-Local files are fingerprinted by content (XXH3-128), memoized by path, size and modification time;
-remote ones by what their file system reports (an ETag, or size and time).
+Local files are fingerprinted by content (XXH3-128), memoized by path, size, times and inode; remote
+ones by what their file system reports (an ETag, or size and time).
 """
 
-import json
 import os
 from pathlib import Path
 
@@ -13,23 +12,25 @@ from fsspec.implementations.local import LocalFileSystem
 
 from storage.data_files import list_files
 from storage.digest import digest, hash_file
+from storage.memo import Memo
+
+MEMO = "fingerprints.sqlite"
 
 
 def file_state(path: str | os.PathLike[str]) -> str:
-    """What changes when a local file does: its place, size, modification time and inode."""
+    """What changes when a local file does: its place, size, times and inode. The time at which the
+    inode changed cannot be set back as that of the content can.
+    """
     stat = os.stat(path)
-    return f"{os.path.realpath(path)}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
+    times = f"{stat.st_mtime_ns}|{stat.st_ctime_ns}"
+    return f"{os.path.realpath(path)}|{stat.st_size}|{times}|{stat.st_ino}"
 
 
 class Fingerprints:
-    """Content fingerprints with a memo file in `scratch`."""
+    """Content fingerprints, remembered in `scratch`."""
 
-    def __init__(self, scratch: str) -> None:
-        self._memo_path = Path(scratch) / "fingerprints.json"
-        try:
-            self._memo: dict[str, str] = json.loads(self._memo_path.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            self._memo = {}
+    def __init__(self, scratch: str | Path) -> None:
+        self._memo = Memo(Path(scratch) / MEMO)
 
     def files(self, pattern: str) -> dict[str, str]:
         """Base name -> fingerprint of every file that a path, glob, folder or URL names.
@@ -52,14 +53,9 @@ class Fingerprints:
                 key: str(info.get(key)) for key in ("ETag", "etag", "size", "created", "mtime")
             }
             return digest(marks)
-        memo_key = file_state(path)
-        if memo_key not in self._memo:
-            self._memo[memo_key] = hash_file(Path(path))
-            self._save()
-        return self._memo[memo_key]
-
-    def _save(self) -> None:
-        self._memo_path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._memo_path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(self._memo))
-        os.replace(temporary, self._memo_path)
+        state = file_state(path)
+        known = self._memo.get(state)
+        if known is None:
+            known = hash_file(Path(path))
+            self._memo.put(state, known)
+        return known

@@ -12,16 +12,13 @@ recorded. It only means that something may be computed twice.
 
 import contextlib
 import json
-import os
 import re
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-import psutil
-
+from storage.process import is_gone, mark_of_this_process
 from storage.store import ArtifactStore
 
 TTL_S = 60.0
@@ -56,10 +53,30 @@ def exclusive(
 
 def is_held(store: ArtifactStore, name: str) -> bool:
     """Whether somebody holds the lease or a share of it, or did until their machine died."""
-    paths = store.fs.glob(f"{store.root}/leases/{name}*.json")
-    names = {GENERATION.sub("", str(path).rsplit("/", 1)[1]) for path in paths}
-    states = (_Lease(store, found).current() for found in names)
-    return any(state is not None and not state.is_free for state in states)
+    return bool(held_leases(store, name))
+
+
+def held_leases(store: ArtifactStore, prefix: str = "") -> set[str]:
+    """The names of the leases that begin with `prefix` and somebody holds."""
+    names = {GENERATION.sub("", name) for name in _names(store) if name.startswith(prefix)}
+    states = {name: _Lease(store, name).current() for name in names}
+    return {name for name, state in states.items() if state is not None and not state.is_free}
+
+
+def forget_leases(store: ArtifactStore, prefix: str) -> None:
+    """Remove the files of the leases that begin with `prefix`."""
+    for name in _names(store):
+        if name.startswith(prefix):
+            store.remove(f"{_folder(store)}/{name}")
+
+
+def _folder(store: ArtifactStore) -> str:
+    return f"{store.root}/leases"
+
+
+def _names(store: ArtifactStore) -> list[str]:
+    """The names of the lease files; none of them is a pattern."""
+    return [name for name in store.list_names(_folder(store)) if GENERATION.search(name)]
 
 
 def _wait(lease: "_Lease", on_wait: Callable[[str], None], ttl_s: float) -> None:
@@ -87,8 +104,10 @@ class _State:
             fields = json.loads(content)
         except ValueError:  # being rewritten on a store without atomic writes
             fields = {}
+        if not isinstance(fields, dict):
+            fields = {}
         self.holder = f"process {fields.get('pid')} on {fields.get('host')}"
-        self.is_free = bool(fields.get("released")) or _is_gone(fields)
+        self.is_free = bool(fields.get("released")) or is_gone(fields)
 
     def __eq__(self, other: object) -> bool:
         mine = (self.generation, self._content)
@@ -100,13 +119,13 @@ class _State:
 class _Lease:
     def __init__(self, store: ArtifactStore, name: str) -> None:
         self._store = store
-        self._prefix = f"{store.root}/leases/{name}"
+        self._name = name
         self._generation = 0
         self._ignored = -1
-        self._me = {"id": uuid.uuid4().hex, **_process()}
+        self._me = {"id": uuid.uuid4().hex, **mark_of_this_process()}
 
     def _path(self, generation: int) -> str:
-        return f"{self._prefix}.{generation}.json"
+        return f"{_folder(self._store)}/{self._name}.{generation}.json"
 
     def current(self) -> _State | None:
         """The last generation; None when there is none."""
@@ -119,10 +138,12 @@ class _Lease:
         return None
 
     def _generations(self) -> list[int]:
-        folder = self._prefix.rsplit("/", 1)[0]
-        self._store.fs.invalidate_cache(folder)
-        paths = [str(path) for path in self._store.fs.glob(f"{self._prefix}.*.json")]
-        return sorted(int(m.group(1)) for m in map(GENERATION.search, paths) if m)
+        found = [
+            int(match.group(1))
+            for name in _names(self._store)
+            if (match := GENERATION.search(name)) and name[: match.start()] == self._name
+        ]
+        return sorted(found)
 
     def ignore(self, state: _State) -> None:
         """Take a holder that no longer renews for dead."""
@@ -159,33 +180,3 @@ class _Lease:
         path = self._path(self._generation)
         if self._store.fs.exists(path):  # else another has taken over
             self._store.write_whole(path, self._content(released=released))
-
-
-def _process() -> dict[str, str | int | float]:
-    return {
-        "host": os.uname().nodename,
-        "place": _place(),
-        "pid": os.getpid(),
-        "started": psutil.Process().create_time(),
-    }
-
-
-def _place() -> str:
-    """What must be equal for a process id to mean the same process: boot and pid name space."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return f"{uuid.getnode()} {psutil.boot_time()}"
-
-
-def _is_gone(holder: dict[str, str | int | float]) -> bool:
-    """Whether the holder was a process of this machine, and is no more."""
-    if holder.get("place") != _place():
-        return False
-    try:
-        process = psutil.Process(int(holder["pid"]))
-        same = bool(process.create_time() == holder["started"])
-        return not same or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True

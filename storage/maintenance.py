@@ -13,7 +13,7 @@ import xxhash
 from storage.artifact import FileRecord, Manifest
 from storage.digest import BLOCK_BYTES
 from storage.errors import ArtifactMissingError, StoreCorruptError, StoreError
-from storage.lease import is_held, lease_name
+from storage.lease import forget_leases, held_leases, is_held, lease_name
 from storage.runs import list_runs
 from storage.store import MANIFEST, ArtifactStore
 
@@ -146,9 +146,8 @@ def remove_artifact(store: ArtifactStore, entry: Entry) -> None:
     if is_held(store, lease_name(entry.kind, entry.digest)):
         raise StoreError(f"{entry.name} is being computed; end that run first")
     store.retract(entry.kind, entry.digest)
-    store.fs.rm(store.folder(entry.kind, entry.digest), recursive=True)
-    for path in store.fs.glob(f"{store.root}/leases/{lease_name(entry.kind, entry.digest)}*"):
-        store.remove(str(path))
+    store.remove_tree(store.folder(entry.kind, entry.digest))
+    forget_leases(store, lease_name(entry.kind, entry.digest))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,11 +166,11 @@ def find_garbage(store: ArtifactStore, *, older_than_s: float) -> list[Garbage]:
     """What no manifest and no run refers to, and was not touched for `older_than_s` seconds."""
     now = time.time()
     garbage: list[Garbage] = []
-    known = entries(store)
+    known, held = entries(store), held_leases(store)
     for entry in known:
         if now - entry.modified < older_than_s:
             continue
-        if is_held(store, lease_name(entry.kind, entry.digest)):
+        if any(name.startswith(lease_name(entry.kind, entry.digest)) for name in held):
             continue
         if entry.manifest is None:
             why = "it never finished" if entry.state == "unfinished" else entry.state

@@ -43,7 +43,8 @@ def record_run(store: ArtifactStore, name: str, artifacts: Mapping[str, str]) ->
 
 def list_runs(store: ArtifactStore) -> list[RunRecord]:
     """All readable records, newest first."""
-    paths = [str(path) for path in store.fs.glob(f"{store.root}/runs/*.json")]
+    folder = f"{store.root}/runs"
+    paths = [f"{folder}/{name}" for name in store.list_names(folder) if name.endswith(".json")]
     found = []
     for content in store.read_many(paths).values():
         try:

@@ -21,8 +21,11 @@ from fsspec.implementations.local import LocalFileSystem
 from storage.artifact import ArtifactRef, FileRecord, Manifest
 from storage.digest import hash_file
 from storage.errors import ArtifactMissingError, StoreCorruptError, StoreError, StoreFullError
+from storage.fingerprint import Fingerprints
 
 MANIFEST = "manifest.json"
+ROWS_FOLDER = "states.zarr/"
+REPAIR = "`kdflow store verify --repair` removes what is damaged, the next run computes it again"
 READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 PRODUCERS = ("torch", "transformers", "datasets", "zarr", "prefect", "kdflow")
 
@@ -36,6 +39,7 @@ class ArtifactStore:
         self.is_local = isinstance(fs, LocalFileSystem)
         self.root = path.rstrip("/")
         self.scratch = Path(scratch).absolute()
+        self._prints = Fingerprints(self.scratch)
 
     def folder(self, kind: str, digest: str) -> str:
         """The artifact's folder, as a path of `self.fs`."""
@@ -64,14 +68,19 @@ class ArtifactStore:
         except ValueError as error:
             raise StoreCorruptError(f"{path} is not a manifest: {error}") from error
 
-    def manifests(self, kind: str) -> list[Manifest]:
-        """All readable manifests of a kind, newest first."""
+    def newest_manifests(self, kind: str, most: int) -> list[Manifest]:
+        """The newest readable manifests of a kind, at most so many, the newest first. Of the others
+        nothing but the names is read.
+        """
+        folder = f"{self.root}/artifacts/{kind}"
+        paths = [f"{folder}/{name}/{MANIFEST}" for name in self.list_names(folder)]
+        if self.is_local:
+            written = {path: _written(path) for path in paths}
+            paths = sorted(paths, key=lambda path: written[path], reverse=True)[:most]
         found = []
-        for path in self.fs.glob(f"{self.root}/artifacts/{kind}/*/{MANIFEST}"):
-            try:
-                found.append(self.manifest(kind, path.rsplit("/", 2)[-2]))
-            except (ArtifactMissingError, StoreCorruptError):
-                continue  # being removed, or of another schema: it cannot be compared with
+        for content in self.read_many(paths[:most]).values():
+            with suppress(ValueError):  # of another schema, or damaged: nothing to compare with
+                found.append(Manifest.from_bytes(content))
         return sorted(found, key=lambda item: item.created_at, reverse=True)
 
     def find(self, kind: str, digest: str) -> ArtifactRef | None:
@@ -79,21 +88,35 @@ class ArtifactStore:
         return None if self.why_absent(kind, digest) else self.ref(self.manifest(kind, digest))
 
     def why_absent(self, kind: str, digest: str) -> str | None:
-        """None if the artifact is intact, else what is wrong: no manifest, or a file's size."""
+        """None if the artifact is intact, else what is wrong: no manifest, a file's size, or its
+        content. A local file is read once, and again when its inode has changed; the rows of states
+        have checksums of their own, which their reader compares.
+        """
         try:
             manifest = self.manifest(kind, digest)
         except ArtifactMissingError:
             return "never finished"
         except StoreCorruptError as error:
             return str(error)
-        sizes = self.sizes(self.folder(kind, digest))
+        folder = self.folder(kind, digest)
+        sizes = self.sizes(folder)
         for record in manifest.files:
             size = sizes.get(record.path)
             if size is None:
                 return f"file {record.path} is gone"
             if size != record.num_bytes:
                 return f"file {record.path} has {size} bytes, recorded were {record.num_bytes}"
+            read = self.is_local and not record.path.startswith(ROWS_FOLDER)
+            if read and not self._is_whole(Path(folder) / record.path, record):
+                return f"file {record.path} does not have its checksum"
         return None
+
+    def _is_whole(self, path: Path, record: FileRecord) -> bool:
+        """Whether a local file has the recorded content."""
+        try:
+            return self._prints.file(path) == record.xxh3
+        except FileNotFoundError:
+            return False
 
     def sizes(self, folder: str) -> dict[str, int]:
         """The size in bytes of every file below a folder, by its path relative to it."""
@@ -103,6 +126,15 @@ class ArtifactStore:
         except FileNotFoundError:
             return {}
         return {path[len(folder) + 1 :]: int(entry["size"]) for path, entry in found.items()}
+
+    def list_names(self, folder: str) -> list[str]:
+        """The names of what lies directly in a folder of `self.fs`; none where there is none."""
+        self.fs.invalidate_cache(folder)
+        try:
+            found = self.fs.ls(folder, detail=False)
+        except FileNotFoundError:
+            return []
+        return [str(path).rstrip("/").rsplit("/", 1)[1] for path in found]
 
     def ref(self, manifest: Manifest) -> ArtifactRef:
         """The reference to a finished artifact."""
@@ -132,8 +164,7 @@ class ArtifactStore:
         ]
         target = self.folder(kind, digest)
         with disk_errors(target):
-            if self.fs.exists(target):
-                self.fs.rm(target, recursive=True)
+            self.remove_tree(target)
             if self.is_local:
                 Path(target).parent.mkdir(parents=True, exist_ok=True)
                 shutil.move(local_folder, target)
@@ -215,9 +246,10 @@ class ArtifactStore:
         """The contents of files by path; one that is not there is left out."""
         if not paths:
             return {}
-        found = self.fs.cat(list(paths), on_error="return")
+        # `cat` would take a path for a pattern.
+        found = self.fs.cat_ranges(list(paths), None, None, on_error="return")
         contents = {}
-        for path, content in found.items():
+        for path, content in zip(paths, found, strict=True):
             if isinstance(content, bytes):
                 contents[path] = content
             elif not isinstance(content, FileNotFoundError):
@@ -229,15 +261,34 @@ class ArtifactStore:
         with suppress(FileNotFoundError):
             self.fs.rm_file(path)
 
+    def remove_tree(self, folder: str) -> None:
+        """Remove a folder that may be gone already. What is below it is named, not a pattern."""
+        if self.is_local:
+            with suppress(FileNotFoundError):
+                shutil.rmtree(folder)
+            return
+        self.fs.invalidate_cache(folder)
+        paths = self.fs.find(folder)
+        if any(sign in folder for sign in "*?["):  # `rm` would take the paths for patterns
+            for path in paths:
+                self.remove(path)
+        elif paths:
+            self.fs.rm(paths)
+
     def local_copy(self, ref: ArtifactRef) -> Path:
-        """A local folder with the artifact's files; remote ones are downloaded once."""
+        """A local folder with the artifact's files; remote ones are downloaded once.
+
+        Raises StoreCorruptError for files that are not as they were written.
+        """
         folder = self.folder(ref.kind, ref.digest)
         if self.is_local:
+            if (wrong := self.why_absent(ref.kind, ref.digest)) is not None:
+                raise StoreCorruptError(f"{folder}: {wrong}; {REPAIR}")
             return Path(folder)
         target = self.scratch / "copies" / ref.kind / ref.digest
         for record in self.manifest(ref.kind, ref.digest).files:
             path = target / record.path
-            if not path.is_file() or path.stat().st_size != record.num_bytes:
+            if not self._is_whole(path, record):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
                 with disk_errors(str(target)):
@@ -245,8 +296,7 @@ class ArtifactStore:
                 if hash_file(partial) != record.xxh3:
                     partial.unlink()
                     raise StoreCorruptError(
-                        f"{folder}/{record.path} does not have its checksum; `kdflow store verify "
-                        "--repair` removes what is damaged, the next run computes it again"
+                        f"{folder}/{record.path} does not have its checksum; {REPAIR}"
                     )
                 os.replace(partial, path)
         return target
@@ -274,6 +324,14 @@ class ArtifactStore:
 def file_record(path: Path, name: str) -> FileRecord:
     """The record of a local file under another name."""
     return FileRecord(path=name, num_bytes=path.stat().st_size, xxh3=hash_file(path))
+
+
+def _written(path: str) -> float:
+    """When a local file was written; 0 when there is none."""
+    try:
+        return os.stat(path).st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _write_temporary(path: str, content: bytes) -> str:

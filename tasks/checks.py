@@ -4,8 +4,6 @@ A model that was found in order is not looked at again for the same use, so that
 from cache loads no model library.
 """
 
-import json
-import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -15,10 +13,11 @@ from configs.schema.run import RunConfig
 from kdflow_core.models.folders import resolve_folder
 from storage.digest import digest
 from storage.fingerprint import file_state
+from storage.memo import Memo
 from tasks.engines import check_engines
 from tasks.stages import StageIdentity, open_store, plan_stages, run_of_teacher
 
-CHECKED = "checked-models.json"
+CHECKED = "checked-models.sqlite"
 
 
 def checked_plan(run: RunConfig, *, download: bool) -> dict[str, StageIdentity]:
@@ -65,11 +64,7 @@ def _prepared(run: RunConfig, plan: Mapping[str, StageIdentity]) -> dict[str, Pa
 
 def _check(run: RunConfig, folders: Mapping[str, Path]) -> None:
     """Check the models, unless these very files were in order for this very run."""
-    memo_path = Path(run.storage.scratch) / CHECKED
-    try:
-        memo: list[str] = json.loads(memo_path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        memo = []
+    memo = Memo(Path(run.storage.scratch) / CHECKED)
     key = digest(
         {
             "transformers": version("transformers"),
@@ -79,15 +74,12 @@ def _check(run: RunConfig, folders: Mapping[str, Path]) -> None:
             | {"on_policy": run.on_policy and run.on_policy.model_dump(mode="json")},
         }
     )
-    if not folders or key in memo:
+    if not folders or memo.get(key) is not None:
         return
     from tasks.model_checks import check_folders  # noqa: PLC0415 - loads torch
 
     check_folders(run, folders)
-    memo_path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = memo_path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps([*memo, key]), encoding="utf-8")
-    temporary.replace(memo_path)
+    memo.put(key, "in order")
 
 
 def _states(folder: Path) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from configs.load import ConfigError
+from configs.errors import ConfigError
 from configs.schema.run import RunConfig
 from kdflow_core.errors import ModelError
 from kdflow_core.sglang_runtime.versions import check_sglang

@@ -128,6 +128,7 @@ class OnPolicyRun:
 
     def export(self) -> ArtifactRef:
         """The trained student, with the records of its rounds."""
+        self._catch_up(self.config.rounds + 1)  # where the newest checkpoint was damaged
         records = [r.model_dump(mode="json") for r in self.history(self.config.rounds + 1)]
         return ArtifactRef.model_validate(self._train("export", rounds=records)[0])
 

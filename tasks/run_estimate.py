@@ -1,6 +1,6 @@
 """Estimate a run without Prefect: prepare and tokenize, which any run needs, then probe."""
 
-from configs.load import ConfigError
+from configs.errors import ConfigError
 from configs.schema.run import RunConfig
 from storage.artifact import ArtifactRef
 from tasks.checks import checked_plan

@@ -45,6 +45,8 @@ CODE_VERSIONS = {
     "report": 2,
 }
 
+MOST_COMPARED = 32  # artifacts that a new one is told apart from
+
 # Under which name later stages find a stage's artifact.
 OUTPUTS = {
     "prepare-teacher": "teacher_model",
@@ -341,7 +343,9 @@ def explain(identity: StageIdentity, absent: str, store: ArtifactStore) -> list[
     """Why a stage runs: its artifact is damaged, or what differs from the nearest finished one."""
     if absent != "never finished":
         return [absent]
-    candidates = [_differences(identity, m) for m in store.manifests(identity.kind)]
+    candidates = [
+        _differences(identity, m) for m in store.newest_manifests(identity.kind, MOST_COMPARED)
+    ]
     if not candidates:
         return ["no artifact of this kind yet"]
     return min(candidates, key=len)

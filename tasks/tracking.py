@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from configs.load import ConfigError
+from configs.errors import ConfigError
 from configs.schema.run import RunConfig
 
 PLOTTED = (

@@ -14,17 +14,14 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from configs.load import ConfigError
 from kdflow_core.errors import KdflowError
 from kdflow_core.workers.local import emit, receive_requests
-from storage.errors import StoreError
 from tasks.stages import StageSpec
 from tasks.wiring import STAGES
 from tasks.wiring.stage_run import StageRun, default_device
 
 PROGRESS_INTERVAL_S = 1.0
 PARALLEL_STAGES = ("generate", "estimate", "extract", "train")
-EXPECTED = (KdflowError, StoreError, ConfigError)
 
 
 class EventReporter:
@@ -95,7 +92,7 @@ def join_ranks() -> None:
 def report_error(error: Exception) -> None:
     """Tell the launcher what went wrong, and whether the message alone is for the user."""
     text = "".join(traceback.format_exception(error))
-    message, expected = str(error), isinstance(error, EXPECTED)
+    message, expected = str(error), isinstance(error, KdflowError) and error.expected
     if not expected and "No space left on device" in text:
         message, expected = (
             "the disk is full; what is finished stays: make room, or point storage.root and "

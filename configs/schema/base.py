@@ -1,10 +1,33 @@
 """The base of every schema: frozen, strict, and helpful about misspelt keys."""
 
 import difflib
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+
+MOST = 10**9  # of anything that is counted: more is a slip of the pen
+MOST_RANKS = 1024
+SEEDS = 2**32
+MAX_NAME_BYTES = 255  # of a file, on every file system in use
+MAX_PATH_BYTES = 4096
+
+
+def _possible_path(path: str) -> str:
+    """A path that can exist. Raises ValueError."""
+    if any(ord(sign) < 32 for sign in path):
+        raise ValueError("it holds control characters; a path has none")
+    if "://" in path:
+        return path
+    longest = max(len(part.encode()) for part in path.split("/"))
+    if longest > MAX_NAME_BYTES or len(path.encode()) > MAX_PATH_BYTES:
+        raise ValueError(
+            f"it is too long: a name has at most {MAX_NAME_BYTES} bytes, a path {MAX_PATH_BYTES}"
+        )
+    return path
+
+
+PathText = Annotated[str, Field(min_length=1), AfterValidator(_possible_path)]
 
 
 def nearest(name: str, allowed: list[str]) -> str:
@@ -20,7 +43,9 @@ class StrictModel(BaseModel):
     Types are strict; tuples alone are declared with `strict=False`, as YAML and JSON have lists.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from configs.schema.base import StrictModel
+from configs.schema.base import MOST, PathText, StrictModel
 from configs.schema.generation import Engine, TransformersEngine
 
 Layout = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "prompt"]
@@ -36,7 +36,7 @@ class _Source(StrictModel):
     layout: Layout = "auto"
     columns: dict[Column, str] = Field(default_factory=dict)
     weight: float | None = Field(default=None, gt=0)
-    max_samples: int | None = Field(default=None, gt=0)
+    max_samples: int | None = Field(default=None, gt=0, le=MOST)
 
 
 class FilesSource(_Source):
@@ -45,7 +45,7 @@ class FilesSource(_Source):
     """
 
     type: Literal["files"] = "files"
-    path: str = Field(min_length=1)
+    path: PathText
     format: FileFormat | None = None
 
     @property
@@ -78,14 +78,14 @@ class SavedSource(_Source):
     """A folder written by `datasets.Dataset.save_to_disk`."""
 
     type: Literal["save_to_disk"] = "save_to_disk"
-    path: str = Field(min_length=1)
+    path: PathText
 
 
 class HubSource(_Source):
     """A data set of the Hugging Face hub. Pin `revision`, or every plan asks the hub."""
 
     type: Literal["hub"] = "hub"
-    path: str = Field(min_length=1)
+    path: PathText
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
@@ -110,9 +110,9 @@ class AnswersConfig(StrictModel):
     fraction: float = Field(default=1.0, gt=0, le=1)
     temperature: float = Field(default=1.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
-    max_new_tokens: int = Field(default=256, gt=0)
+    max_new_tokens: int = Field(default=256, gt=0, le=MOST)
     engine: Engine = Field(default_factory=TransformersEngine)
-    prompts_per_part: int = Field(default=256, gt=0)
+    prompts_per_part: int = Field(default=256, gt=0, le=MOST)
 
 
 class DataConfig(StrictModel):
@@ -126,8 +126,8 @@ class DataConfig(StrictModel):
     """
 
     sources: tuple[Source, ...] = Field(min_length=1, strict=False)
-    max_samples: int | None = Field(default=None, gt=0)
-    max_length: int = Field(default=2048, gt=1)
+    max_samples: int | None = Field(default=None, gt=0, le=MOST)
+    max_length: int = Field(default=2048, gt=1, le=MOST)
     heldout_fraction: float = Field(default=0.02, gt=0, lt=1)
     max_malformed_fraction: float = Field(default=0.01, ge=0, le=1)
     supervise: Literal["all", "last"] = "all"

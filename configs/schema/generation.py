@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from configs.schema.base import StrictModel
+from configs.schema.base import MOST, MOST_RANKS, StrictModel
 from configs.schema.models import Attention, Dtype
 
 
@@ -28,7 +28,7 @@ class TransformersEngine(_Engine):
 
     type: Literal["transformers"] = "transformers"
     attention: Attention = "sdpa"
-    prompts_per_batch: int = Field(default=32, gt=0)
+    prompts_per_batch: int = Field(default=32, gt=0, le=MOST)
 
 
 class SglangEngine(_Engine):
@@ -42,10 +42,10 @@ class SglangEngine(_Engine):
     RESULT_FIELDS = frozenset({"type", "dtype"})
 
     type: Literal["sglang"] = "sglang"
-    tensor_parallel: int = Field(default=1, gt=0)
-    first_gpu: int = Field(default=0, ge=0)
-    max_running: int | None = Field(default=None, gt=0)
-    cache_tokens: int | None = Field(default=None, gt=0)
+    tensor_parallel: int = Field(default=1, gt=0, le=MOST_RANKS)
+    first_gpu: int = Field(default=0, ge=0, le=MOST_RANKS)
+    max_running: int | None = Field(default=None, gt=0, le=MOST)
+    cache_tokens: int | None = Field(default=None, gt=0, le=MOST)
     memory_fraction: float | None = Field(default=None, gt=0, lt=1)
     attention_backend: str | None = None
 

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from configs.schema.base import StrictModel
+from configs.schema.base import MOST, StrictModel
 
 
 class _Tempered(StrictModel):
@@ -99,7 +99,7 @@ class HierarchicalRankingConfig(_Tempered):
     NEEDS_WHOLE_VOCABULARY = True
 
     type: Literal["hierarchical_ranking"] = "hierarchical_ranking"
-    top_k: int = Field(default=5, gt=1)
+    top_k: int = Field(default=5, gt=1, le=MOST)
 
 
 class SampledReverseKLConfig(_Tempered):
@@ -187,7 +187,7 @@ class LossConfig(StrictModel):
     divergence: Divergence = Field(default_factory=ForwardKLConfig)
     kd_ratio: float = Field(default=0.9, ge=0, le=1)
     token_weight: TokenWeight | None = None
-    logits_memory_mb: int = Field(default=512, gt=0)
+    logits_memory_mb: int = Field(default=512, gt=0, le=MOST)
 
     @property
     def learns_from_samples(self) -> bool:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
-from configs.schema.base import StrictModel
+from configs.schema.base import PathText, StrictModel
 
 Dtype = Literal["float32", "bfloat16"]
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flex_attention"]
@@ -20,7 +20,7 @@ class PretrainedModel(StrictModel):
     """
 
     type: Literal["pretrained"] = "pretrained"
-    path: str = Field(min_length=1)
+    path: PathText
     revision: str | None = None
     trust_remote_code: bool = False
 
@@ -33,7 +33,7 @@ class GgufModel(StrictModel):
     """
 
     type: Literal["gguf"] = "gguf"
-    path: str | None = None
+    path: PathText | None = None
     package: str | None = None
     file: str | None = None
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")

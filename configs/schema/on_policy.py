@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from configs.schema.base import StrictModel
+from configs.schema.base import MOST, StrictModel
 from configs.schema.rollout import Rollout, SglangRollout, TransformersRollout
 
 
@@ -47,7 +47,7 @@ class ReplayConfig(StrictModel):
     are scored anew.
     """
 
-    rounds: int = Field(default=1, gt=0)
+    rounds: int = Field(default=1, gt=0, le=MOST)
     share: float = Field(default=0.5, gt=0)
 
 
@@ -95,22 +95,22 @@ class OnPolicyConfig(StrictModel):
     trains the rounds after the last one again, on the answers that are there.
     """
 
-    rounds: int = Field(gt=0)
-    prompts_per_round: int = Field(gt=0)
-    samples_per_prompt: int = Field(default=1, gt=0)
-    steps_per_round: int | None = Field(default=None, gt=0)
+    rounds: int = Field(gt=0, le=MOST)
+    prompts_per_round: int = Field(gt=0, le=MOST)
+    samples_per_prompt: int = Field(default=1, gt=0, le=MOST)
+    steps_per_round: int | None = Field(default=None, gt=0, le=MOST)
     fraction: Fraction = Field(default_factory=ConstantFraction)
     prompt_weights: dict[str, Annotated[float, Field(ge=0)]] | None = None
     replay: ReplayConfig | None = None
     reward: RewardConfig | None = None
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)
-    max_new_tokens: int = Field(default=256, gt=0)
+    top_k: int = Field(default=0, ge=0, le=MOST)
+    max_new_tokens: int = Field(default=256, gt=0, le=MOST)
     collect_fraction: float = Field(default=1.0, gt=0, le=1)
-    max_staleness: int = Field(default=0, ge=0)
-    heldout_sequences: int = Field(default=64, ge=0)
-    checkpoint_rounds: int = Field(default=1, gt=0)
+    max_staleness: int = Field(default=0, ge=0, le=MOST)
+    heldout_sequences: int = Field(default=64, ge=0, le=MOST)
+    checkpoint_rounds: int = Field(default=1, gt=0, le=MOST)
     rollout: Rollout = Field(default_factory=TransformersRollout)
 
     @model_validator(mode="after")

@@ -6,13 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from configs.schema.base import MOST
 from configs.schema.generation import SglangEngine, TransformersEngine
 
 
 class TransformersRollout(TransformersEngine):
     """The reference. `bucket_mb` of new weights are handed over at a time, twice that are held."""
 
-    bucket_mb: int = Field(default=256, gt=0)
+    bucket_mb: int = Field(default=256, gt=0, le=MOST)
 
 
 class SglangRollout(SglangEngine):
@@ -21,7 +22,7 @@ class SglangRollout(SglangEngine):
     over NCCL or Gloo. With `sleep`, it leaves GPUs to teacher and student while they work.
     """
 
-    bucket_mb: int = Field(default=256, gt=0)
+    bucket_mb: int = Field(default=256, gt=0, le=MOST)
     weights: Literal["tensor", "broadcast"] = "tensor"
     sleep: bool = False
 

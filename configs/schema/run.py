@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from configs.schema.algorithm import Algorithm, MultiTeacherConfig, VanillaKDConfig
-from configs.schema.base import StrictModel
+from configs.schema.base import MOST, SEEDS, PathText, StrictModel
 from configs.schema.data import DataConfig
 from configs.schema.loss import LossConfig
 from configs.schema.on_policy import OnPolicyConfig
@@ -23,13 +23,22 @@ class StorageConfig(StrictModel):
     fit a local disk is refused before it is computed, unless `check_room` is off.
     """
 
-    root: str = Field(default=".kdflow/store", min_length=1)
-    scratch: str = Field(default=".kdflow/scratch", min_length=1)
-    shard_rows: int | None = Field(default=None, gt=0)
-    chunk_rows: int | None = Field(default=None, gt=0)
+    root: PathText = ".kdflow/store"
+    scratch: PathText = ".kdflow/scratch"
+    shard_rows: int | None = Field(default=None, gt=0, le=MOST)
+    chunk_rows: int | None = Field(default=None, gt=0, le=MOST)
     codec: Literal["raw", "planes", "int8"] = "raw"
     read_cache_gb: float = Field(default=100.0, gt=0)
     check_room: bool = True
+
+    @model_validator(mode="after")
+    def _local_scratch(self) -> "StorageConfig":
+        if "://" in self.scratch:
+            raise ValueError(
+                "`scratch` is a folder of this machine, for checkpoints and copies; a URL is for "
+                "`root`"
+            )
+        return self
 
     @model_validator(mode="after")
     def _whole_chunks(self) -> "StorageConfig":
@@ -47,9 +56,9 @@ class EvalConfig(StrictModel):
     0 turns generation off.
     """
 
-    tokens_per_batch: int = Field(default=8192, gt=0)
-    max_generations: int = Field(default=32, ge=0)
-    max_new_tokens: int = Field(default=128, gt=0)
+    tokens_per_batch: int = Field(default=8192, gt=0, le=MOST)
+    max_generations: int = Field(default=32, ge=0, le=MOST)
+    max_new_tokens: int = Field(default=128, gt=0, le=MOST)
 
 
 class TrackingConfig(StrictModel):
@@ -73,12 +82,12 @@ class RunConfig(StrictModel):
     leaves `source` at its default.
     """
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
-    seed: int = Field(default=0, ge=0)
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)
+    seed: int = Field(default=0, ge=0, lt=SEEDS)
     mode: Literal["offpolicy", "onpolicy"] = "offpolicy"
     data: DataConfig
     source: Literal["replay", "live", "auto"] = "replay"
-    planned_runs: int = Field(default=1, gt=0)
+    planned_runs: int = Field(default=1, gt=0, le=MOST)
     teacher: Teacher
     student: StudentConfig
     algorithm: Algorithm = Field(default_factory=VanillaKDConfig)

@@ -1,9 +1,13 @@
 """The student and how it is trained."""
 
-from pydantic import Field
+from typing import Annotated
 
-from configs.schema.base import StrictModel
+from pydantic import Field, model_validator
+
+from configs.schema.base import MOST, MOST_RANKS, StrictModel
 from configs.schema.models import Attention, ChatTemplate, Dtype, StudentModel
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class LoraConfig(StrictModel):
@@ -12,8 +16,8 @@ class LoraConfig(StrictModel):
     trained student has them merged.
     """
 
-    rank: int = Field(default=16, gt=0)
-    alpha: int = Field(default=32, gt=0)
+    rank: int = Field(default=16, gt=0, le=MOST)
+    alpha: int = Field(default=32, gt=0, le=MOST)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: tuple[str, ...] | None = Field(default=None, min_length=1, strict=False)
 
@@ -49,15 +53,25 @@ class StudentConfig(StrictModel):
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     warmup_fraction: float = Field(default=0.03, ge=0, le=1)
     weight_decay: float = Field(default=0.0, ge=0)
-    adam_betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
+    adam_betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), strict=False)
     max_grad_norm: float = Field(default=1.0, gt=0)
-    epochs: int | None = Field(default=None, gt=0)
-    max_steps: int | None = Field(default=None, gt=0)
-    global_batch_size: int = Field(default=64, gt=0)
-    shuffle_window_shards: int | None = Field(default=None, gt=0)
-    micro_batch_tokens: int = Field(default=8192, gt=0)
-    num_ranks: int = Field(default=1, gt=0)
+    epochs: int | None = Field(default=None, gt=0, le=MOST)
+    max_steps: int | None = Field(default=None, gt=0, le=MOST)
+    global_batch_size: int = Field(default=64, gt=0, le=MOST)
+    shuffle_window_shards: int | None = Field(default=None, gt=0, le=MOST)
+    micro_batch_tokens: int = Field(default=8192, gt=0, le=MOST)
+    num_ranks: int = Field(default=1, gt=0, le=MOST_RANKS)
     vocabulary_parallel: bool = False
     sleep: bool = False
-    checkpoint_every: int = Field(default=100, gt=0)
-    keep_checkpoints: int = Field(default=2, gt=0)
+    checkpoint_every: int = Field(default=100, gt=0, le=MOST)
+    keep_checkpoints: int = Field(default=2, gt=0, le=MOST)
+
+    @model_validator(mode="after")
+    def _ranks_have_work(self) -> "StudentConfig":
+        if self.global_batch_size < self.num_ranks:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} sequences are fewer than num_ranks="
+                f"{self.num_ranks}, and a rank without any waits for the others; raise the one or "
+                "lower the other"
+            )
+        return self

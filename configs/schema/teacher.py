@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from configs.schema.base import StrictModel
+from configs.schema.base import MOST, MOST_RANKS, StrictModel
 from configs.schema.models import Attention, ChatTemplate, Dtype, TeacherModel
 
 
@@ -22,10 +22,10 @@ class _Teacher(StrictModel):
     model: TeacherModel
     chat_template: ChatTemplate = Field(default_factory=ChatTemplate)
     dtype: Dtype = "bfloat16"
-    tokens_per_batch: int = Field(default=8192, gt=0)
-    context_length: int | None = Field(default=None, gt=1)
-    num_ranks: int = Field(default=1, gt=0)
-    num_workers: int = Field(default=1, gt=0)
+    tokens_per_batch: int = Field(default=8192, gt=0, le=MOST)
+    context_length: int | None = Field(default=None, gt=1, le=MOST)
+    num_ranks: int = Field(default=1, gt=0, le=MOST_RANKS)
+    num_workers: int = Field(default=1, gt=0, le=MOST_RANKS)
 
     @property
     def ranks_per_replica(self) -> int:
@@ -42,7 +42,7 @@ class InProcessTeacher(_Teacher):
     """
 
     sleep: bool = False
-    forward_batches: int | None = Field(default=None, gt=0)
+    forward_batches: int | None = Field(default=None, gt=0, le=MOST)
 
 
 class TransformersTeacher(InProcessTeacher):
@@ -71,9 +71,9 @@ class SglangTeacher(InProcessTeacher):
     )
 
     type: Literal["sglang"] = "sglang"
-    tensor_parallel: int = Field(default=1, gt=0)
-    expert_parallel: int = Field(default=1, gt=0)
-    pipeline_parallel: int = Field(default=1, gt=0)
+    tensor_parallel: int = Field(default=1, gt=0, le=MOST_RANKS)
+    expert_parallel: int = Field(default=1, gt=0, le=MOST_RANKS)
+    pipeline_parallel: int = Field(default=1, gt=0, le=MOST_RANKS)
     quantization: str | None = None
     attention_backend: str | None = None
     memory_fraction: float | None = Field(default=None, gt=0, lt=1)
@@ -111,7 +111,7 @@ class SglangServerTeacher(_Teacher):
     RESULT_FIELDS = frozenset({"type", "dtype"})
 
     type: Literal["sglang_server"] = "sglang_server"
-    tokens_per_batch: int = Field(default=2048, gt=0)
+    tokens_per_batch: int = Field(default=2048, gt=0, le=MOST)
     url: str = Field(pattern=r"^https?://")
     timeout_s: float = Field(default=600, gt=0)
 

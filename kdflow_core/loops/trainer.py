@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -39,7 +40,7 @@ class Trainer:
         self.optimizer = build_optimizer(
             module, lr=config.lr, weight_decay=config.weight_decay, betas=config.adam_betas
         )
-        self.step = load_newest(checkpoints, module, self.optimizer)
+        self.step = load_newest(checkpoints, module, self.optimizer, reporter.message)
         self._num_steps = num_steps
         self._seed = seed
         self._config = config
@@ -101,7 +102,8 @@ class Trainer:
         started, rank = time.perf_counter(), dist.get_rank()
         lr = self._set_learning_rate()
         # Dropout, where a model has it, depends on step and rank alone: a resumed run repeats it.
-        torch.manual_seed((self._seed << 40) + (self.step << 16) + rank)
+        drawn = np.random.SeedSequence([self._seed, self.step, rank]).generate_state(1, np.uint64)
+        torch.manual_seed(int(drawn[0]))
         for source in states:
             source.begin_step(number)
         result = training_step(

@@ -1,23 +1,50 @@
 """Checkpoints of weights and optimizer with torch.distributed.checkpoint.
 
-A checkpoint is complete when its folder has its final name: it is written under a temporary name
-and renamed by rank 0 after all ranks are done. The rest of the training state (data order, learning
-rate, random numbers) is a function of the step.
+A checkpoint is complete when its folder has its final name: it is written under a temporary name,
+every rank adds the checksums of its files, and rank 0 renames it after all ranks are done. The rest
+of the training state (data order, learning rate, random numbers) is a function of the step.
+
+torch keeps what belongs where in a pickle, so a checkpoint runs code of whoever can write to it:
+keep the scratch folder to yourself. Nothing is unpickled before all checksums are right, and
+nothing but tensors and their descriptions then.
 """
 
+import io
+import pickle
 import re
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
+from kdflow_core.errors import TrainingError
+from kdflow_core.student.seal import METADATA, damage_of, write_seal
+
 NAME = re.compile(r"^step-(\d{8})$")
+LITTLE_ROOM = 1 << 26  # bytes; a disk with less is taken for full when writing fails
+# What the metadata of a checkpoint may be made of.
+METADATA_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner")
+METADATA_NAMES = {
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch.serialization", "_get_layout"),
+    ("torch._C", "layout"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "PurePosixPath"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
+}
 
 
 def completed_steps(folder: Path) -> list[int]:
@@ -25,6 +52,11 @@ def completed_steps(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
     return sorted(int(m.group(1)) for p in folder.iterdir() if (m := NAME.match(p.name)))
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return folder / f"step-{step:08d}"
 
 
 class CheckpointWriter:
@@ -44,7 +76,8 @@ class CheckpointWriter:
 
     def save(self, step: int, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Save what is there after `step` optimizer steps. It counts once it is whole on the disk;
-        `wait` waits for that. Raises what has gone wrong with the one before.
+        `wait` waits for that. Raises what has gone wrong with the one before, TrainingError where
+        the disk is full.
         """
         self.wait()
         temporary = self._folder / f"step-{step:08d}.tmp"
@@ -62,31 +95,103 @@ class CheckpointWriter:
 
     def _finish(self, written: Any, temporary: Path, step: int) -> None:
         """Rank 0's is done when all ranks have written."""
+        rank = dist.get_rank()
         written.result()
-        if dist.get_rank() == 0:
-            temporary.rename(self._folder / f"step-{step:08d}")
+        write_seal(temporary, rank=rank, ranks=dist.get_world_size())
+        dist.barrier(group=self._group)
+        if rank == 0:
+            temporary.rename(step_folder(self._folder, step))
             for old in completed_steps(self._folder)[: -self._keep]:
-                shutil.rmtree(self._folder / f"step-{old:08d}")
+                shutil.rmtree(step_folder(self._folder, old))
 
     def wait(self) -> None:
-        """Until what was saved is on the disk."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
+        """Until what was saved is on the disk. See `save` for what it raises."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        try:
             pending.result()
+        except (OSError, RuntimeError, CheckpointException) as error:
+            if shutil.disk_usage(self._folder).free > LITTLE_ROOM:
+                raise RuntimeError(f"cannot write a checkpoint: {error}") from error
+            raise TrainingError(
+                f"no room left for a checkpoint in {self._folder}; the ones before stay: make room "
+                "or set storage.scratch to a larger disk, and run again"
+            ) from error
 
 
-def load_newest(folder: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Load the newest complete checkpoint, if any; the number of steps done (0 without one)."""
-    steps = completed_steps(folder)
-    if not steps:
+def load_newest(
+    folder: Path,
+    module: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tell: Callable[[str], None],
+) -> int:
+    """Load the newest complete checkpoint that is whole, if any; the number of steps done (0
+    without one). Damaged ones are set aside, of which `tell` is told.
+    """
+    step = _newest_whole(folder, tell)
+    if step == 0:
         return 0
     weights, optimizer_state = get_state_dict(module, optimizer)
     state: dict[str, Any] = {"model": weights, "optimizer": optimizer_state}
-    load(state, checkpoint_id=str(folder / f"step-{steps[-1]:08d}"))
+    load(state, checkpoint_id=str(step_folder(folder, step)), planner=_PlainLoadPlanner())
     set_state_dict(
         module,
         optimizer,
         model_state_dict=state["model"],
         optim_state_dict=state["optimizer"],
     )
-    return steps[-1]
+    return step
+
+
+def _newest_whole(folder: Path, tell: Callable[[str], None]) -> int:
+    """Every rank looks at its share of the files; they agree on one checkpoint."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    for step in reversed(completed_steps(folder)):
+        path = step_folder(folder, step)
+        found: list[str | None] = [None] * ranks
+        dist.all_gather_object(found, damage_of(path, rank=rank, ranks=ranks) or _refused(path))
+        damage = next((text for text in found if text), None)
+        if damage is None:
+            return step
+        tell(f"the checkpoint of step {step} is damaged ({damage}); trying the one before")
+        if rank == 0:
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+        dist.barrier()
+    return 0
+
+
+def _refused(path: Path) -> str | None:
+    """What is wrong with the metadata of a checkpoint, found out without running it."""
+    try:
+        _DescriptionsOnly(io.BytesIO((path / METADATA).read_bytes())).load()
+    except (pickle.UnpicklingError, OSError, EOFError, AttributeError, ImportError) as error:
+        return f"{METADATA}: {error}"
+    return None
+
+
+class _DescriptionsOnly(pickle.Unpickler):
+    """Refuses everything but descriptions of tensors."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """See `pickle.Unpickler`."""
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        described = module in METADATA_MODULES and "." not in name
+        if not (dtype or described or (module, name) in METADATA_NAMES):
+            raise pickle.UnpicklingError(
+                f"it names {module}.{name}, which no checkpoint of ours has"
+            )
+        return super().find_class(module, name)
+
+
+class _PlainLoadPlanner(DefaultLoadPlanner):
+    """Reads what is not a tensor (steps, learning rates) as plain values, never as a pickle."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """See `LoadPlanner`."""
+        plain = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), plain)
+        plain.seek(0)
+        super().load_bytes(read_item, plain)
