@@ -23,6 +23,7 @@ from storage.maintenance import (
 from storage.runs import forget_run, list_runs
 from storage.store import ArtifactStore
 from storage.transfer import export_artifact, import_artifact
+from tasks.store_check import descendants, remove_from_scratch, scratch_damages, take_back
 
 DEFAULTS = StorageConfig()
 SHORT = 12
@@ -81,29 +82,54 @@ def verify(
         bool, typer.Option("--repair", help="Remove what is damaged, to be computed again.")
     ] = False,
 ) -> None:
-    """Read everything and check every checksum. Exit code 1 when something is damaged."""
+    """Read everything and check every checksum, those of checkpoints and copies in the scratch
+    folder too. With `--repair`, what was made of something damaged is made again as well. Exit code
+    1 when something is damaged.
+    """
     store: ArtifactStore = context.obj
-    chosen = [_finished(store, n) for n in names] if names else entries(store)
-    damaged = 0
-    for entry in chosen:
-        label = f"{entry.kind}/{entry.digest[:SHORT]}"
-        if entry.manifest is None:
-            typer.echo(f"{label}: {entry.state}, not read")
-            damaged += entry.state != "unfinished"
-            continue
-        bad = list(damages(store, entry))
-        for record, how in bad:
-            typer.echo(f"{label}: {record.path} {how}")
-        if not bad:
-            read = size_text(entry.manifest.num_bytes)
-            typer.echo(f"{label}: {len(entry.manifest.files)} files, {read}, whole")
-            continue
-        damaged += 1
+    known = entries(store)
+    chosen = [_finished(store, n) for n in names] if names else known
+    damaged = [entry for entry in chosen if _is_damaged(store, entry, repair=repair)]
+    for entry in descendants(known, damaged):
+        typer.echo(f"{_label(entry)}: made of what is damaged")
         if repair:
-            remove_damaged(store, entry, [record for record, _ in bad])
-            typer.echo(f"{label}: removed {len(bad)} files; the next run computes them again")
-    if damaged:
+            take_back(store, entry)
+            typer.echo(f"{_label(entry)}: taken back; the next run makes it again")
+    in_scratch = [] if names else list(scratch_damages(store))
+    for path, how in in_scratch:
+        typer.echo(f"{path}: {how}")
+        if repair:
+            remove_from_scratch(path)
+            typer.echo(f"{path}: removed")
+    if damaged or in_scratch:
         raise typer.Exit(1)
+
+
+def _is_damaged(store: ArtifactStore, entry: Entry, *, repair: bool) -> bool:
+    """Say whether an artifact is whole; with `repair`, remove what is not."""
+    label = _label(entry)
+    if entry.manifest is None:
+        typer.echo(f"{label}: {entry.state}, not read")
+        if entry.state == "unfinished":
+            return False
+        if repair:
+            store.retract(entry.kind, entry.digest)
+            typer.echo(f"{label}: removed its manifest; the next run makes it again")
+        return True
+    bad = list(damages(store, entry))
+    for record, how in bad:
+        typer.echo(f"{label}: {record.path} {how}")
+    if not bad:
+        read = size_text(entry.manifest.num_bytes)
+        typer.echo(f"{label}: {len(entry.manifest.files)} files, {read}, whole")
+    elif repair:
+        remove_damaged(store, entry, [record for record, _ in bad])
+        typer.echo(f"{label}: removed {len(bad)} files; the next run computes them again")
+    return bool(bad)
+
+
+def _label(entry: Entry) -> str:
+    return f"{entry.kind}/{entry.digest[:SHORT]}"
 
 
 @app.command()

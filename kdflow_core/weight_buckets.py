@@ -1,12 +1,13 @@
 """Weights on their way from one process to another of this machine, in shared memory."""
 
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from kdflow_core.anonymous_file import AnonymousFile
 
 ALIGNMENT = 64
 NAMED = 3  # parameters that an error names
@@ -65,11 +66,7 @@ class BucketFile:
     """
 
     def __init__(self) -> None:
-        if hasattr(os, "memfd_create"):
-            self._fd = os.memfd_create("kdflow-weights")
-            self._path = f"/proc/{os.getpid()}/fd/{self._fd}"
-        else:  # not on Linux
-            self._fd, self._path = tempfile.mkstemp(prefix="kdflow-weights-")
+        self._file = AnonymousFile("kdflow-weights")
         self._size = 0
 
     def write(self, named: Sequence[tuple[str, torch.Tensor]]) -> Bucket:
@@ -81,9 +78,9 @@ class BucketFile:
             places.append(place)
             end += -(-place.num_bytes // ALIGNMENT) * ALIGNMENT
         if end > self._size:  # it only grows: the pages of the last bucket serve on
-            os.truncate(self._fd, end)
+            os.truncate(self._file.fd, end)
             self._size = end
-        bucket = Bucket(path=self._path, num_bytes=end, tensors=tuple(places))
+        bucket = Bucket(path=self._file.path, num_bytes=end, tensors=tuple(places))
         for (_, view), (_, tensor) in zip(bucket.views(), named, strict=True):
             view.copy_(tensor)
         return bucket

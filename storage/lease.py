@@ -2,9 +2,9 @@
 
 A lease is a chain of small files `<name>.<generation>.json`, of which the last one counts. Taking
 over creates the next generation, which only one can do; its holder rewrites its own file every
-few seconds. Nobody compares clocks: a waiter takes a lease for dead when its file has not changed
-for `TTL_S` seconds of the waiter's own clock, or at once when its holder was a process of this
-machine that is gone.
+few seconds, as long as its work goes on. Nobody compares clocks: a waiter takes a lease for dead
+when its file has not changed for `TTL_S` seconds of the waiter's own clock, or at once when its
+holder was a process of this machine that is gone.
 
 Losing a lease loses no data: what a holder writes is created, not replaced, or has its checksum
 recorded. It only means that something may be computed twice.
@@ -12,6 +12,7 @@ recorded. It only means that something may be computed twice.
 
 import contextlib
 import json
+import math
 import re
 import threading
 import time
@@ -32,19 +33,44 @@ def lease_name(kind: str, digest: str) -> str:
     return f"{kind}-{digest}"
 
 
+class Pulse:
+    """The progress of a lease's holder: without a touch for `idle_s` seconds, its lease runs out,
+    even though the holder is there.
+    """
+
+    def __init__(self, idle_s: float) -> None:
+        self._idle_s = idle_s
+        self._last = time.monotonic()
+
+    def touch(self) -> None:
+        """Say that work goes on."""
+        self._last = time.monotonic()
+
+    def is_there(self) -> bool:
+        """Whether it does."""
+        return time.monotonic() - self._last < self._idle_s
+
+
 @contextlib.contextmanager
 def exclusive(
-    store: ArtifactStore, name: str, on_wait: Callable[[str], None], *, ttl_s: float = TTL_S
-) -> Iterator[None]:
-    """Hold the lease `name`, waiting for another holder; `on_wait` is told once who that is."""
+    store: ArtifactStore,
+    name: str,
+    on_wait: Callable[[str], None],
+    *,
+    ttl_s: float = TTL_S,
+    idle_s: float = math.inf,
+) -> Iterator[Pulse]:
+    """Hold the lease `name`, waiting for another holder; `on_wait` is told once who that is. What
+    is yielded is to be touched at least every `idle_s` seconds.
+    """
     lease = _Lease(store, name)
     while not lease.take():
         _wait(lease, on_wait, ttl_s)
-    stop = threading.Event()
-    renewal = threading.Thread(target=lease.renew_until, args=(stop,), daemon=True)
+    stop, pulse = threading.Event(), Pulse(idle_s)
+    renewal = threading.Thread(target=lease.renew_until, args=(stop, pulse), daemon=True)
     renewal.start()
     try:
-        yield
+        yield pulse
     finally:
         stop.set()
         renewal.join()
@@ -166,9 +192,11 @@ class _Lease:
     def _content(self, *, released: bool) -> bytes:
         return json.dumps(self._me | {"released": released, "beat": uuid.uuid4().hex}).encode()
 
-    def renew_until(self, stop: threading.Event) -> None:
-        """Show that the holder lives, every few seconds."""
+    def renew_until(self, stop: threading.Event, pulse: Pulse) -> None:
+        """Show that the holder lives and works, every few seconds."""
         while not stop.wait(RENEW_S):
+            if not pulse.is_there():
+                continue
             with contextlib.suppress(OSError):  # the store may be away for a moment
                 self._rewrite(released=False)
 

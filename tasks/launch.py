@@ -7,7 +7,7 @@ from typing import Any
 from kdflow_core.errors import WorkerError
 from kdflow_core.workers.local import run_ranks
 from storage.artifact import ArtifactRef
-from storage.lease import exclusive, lease_name
+from storage.lease import Pulse, exclusive, lease_name
 from tasks.progress import ProgressLog
 from tasks.stages import StageSpec, open_store
 
@@ -20,6 +20,8 @@ KEEP_BUFFERS = {
 }
 # SGLang's processes warn of kernels that other hardware has.
 QUIET = {"PYTHONWARNINGS": "ignore"}
+
+ENDING_S = 300.0
 
 Logger = logging.Logger | logging.LoggerAdapter[Any]
 
@@ -37,15 +39,15 @@ def launch_stage(spec: StageSpec, logger: Logger) -> ArtifactRef:
     if ref is not None:
         logger.info("the artifact is there and intact")
         return ref
-    with exclusive(
-        store, lease_name(identity.kind, identity.digest), partial(tell_waiting, logger)
-    ):
+    name = lease_name(identity.kind, identity.digest)
+    idle_s = lease_idle_s(spec)
+    with exclusive(store, name, partial(tell_waiting, logger), idle_s=idle_s) as pulse:
         ref = store.find(identity.kind, identity.digest)
         if ref is not None:
             logger.info("the artifact is there by now")
             return ref
         store.retract(identity.kind, identity.digest)
-        _run_workers(spec, logger)
+        _run_workers(spec, logger, pulse)
         ref = store.find(identity.kind, identity.digest)
     if ref is None:
         raise WorkerError(f"stage {identity.stage} ended without its artifact")
@@ -58,8 +60,14 @@ def launch_share(spec: StageSpec, logger: Logger) -> None:
     assert share is not None
     logger.info("stage %s, share %d of %d", identity.stage, share.number + 1, share.of)
     mine = f"{lease_name(identity.kind, identity.digest)}-share-{share.number}-of-{share.of}"
-    with exclusive(store, mine, partial(tell_waiting, logger)):
-        _run_workers(spec, logger)
+    idle_s = lease_idle_s(spec)
+    with exclusive(store, mine, partial(tell_waiting, logger), idle_s=idle_s) as pulse:
+        _run_workers(spec, logger, pulse)
+
+
+def lease_idle_s(spec: StageSpec) -> float:
+    """When the lease of a stage without progress runs out, in seconds: after its ranks have."""
+    return spec.run.stall_limit_s + ENDING_S
 
 
 def tell_waiting(logger: Logger, holder: str) -> None:
@@ -67,7 +75,7 @@ def tell_waiting(logger: Logger, holder: str) -> None:
     logger.info("%s is computing this artifact; waiting for it", holder)
 
 
-def _run_workers(spec: StageSpec, logger: Logger) -> None:
+def _run_workers(spec: StageSpec, logger: Logger, pulse: Pulse) -> None:
     progress = ProgressLog(logger)
     stage = spec.identity.stage
     student, teacher = spec.run.student, spec.run.teacher
@@ -89,6 +97,9 @@ def _run_workers(spec: StageSpec, logger: Logger) -> None:
             env={"train": KEEP_BUFFERS, "estimate": KEEP_BUFFERS, "generate": QUIET}.get(stage, {}),
             on_event=progress.event,
             on_line=line,
+            name=f"stage {spec.identity.name}",
+            stall_s=spec.run.stall_limit_s,
+            on_beat=pulse.touch,
         )
     except WorkerError as error:
         if error.details:

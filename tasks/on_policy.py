@@ -15,8 +15,8 @@ from configs.schema.rollout import SglangRollout
 from kdflow_core.errors import WorkerError
 from kdflow_core.workers.local import RankGroup, free_port
 from storage.artifact import ArtifactRef
-from storage.lease import exclusive, lease_name
-from tasks.launch import KEEP_BUFFERS, QUIET, Logger, tell_waiting
+from storage.lease import Pulse, exclusive, lease_name
+from tasks.launch import KEEP_BUFFERS, QUIET, Logger, lease_idle_s, tell_waiting
 from tasks.memory_plan import memory_plan, plan_lines
 from tasks.progress import ProgressLog
 from tasks.rounds import (
@@ -53,6 +53,7 @@ class OnPolicyRun:
         self._timing: dict[str, float] = {}
         self._round_started = time.perf_counter()
         self._lease = ExitStack()
+        self._pulse: Pulse | None = None
 
     # What is done.
 
@@ -337,6 +338,9 @@ class OnPolicyRun:
             on_line=partial(self._line, role),
             env=env,
             arguments=[role],
+            name=role,
+            stall_s=self.spec.run.stall_limit_s,
+            on_beat=None if self._pulse is None else self._pulse.touch,
         )
         group.send(json.dumps({"role": role, "spec": self.spec.model_dump(mode="json")}))
         try:
@@ -381,8 +385,9 @@ class OnPolicyRun:
 
     def __enter__(self) -> "OnPolicyRun":
         identity, told = self.spec.identity, partial(tell_waiting, self._logger)
-        lease = exclusive(self._store, lease_name(identity.kind, identity.digest), told)
-        self._lease.enter_context(lease)
+        name, idle_s = lease_name(identity.kind, identity.digest), lease_idle_s(self.spec)
+        lease = exclusive(self._store, name, told, idle_s=idle_s)
+        self._pulse = self._lease.enter_context(lease)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -1,6 +1,6 @@
 """A rank of an on-policy run: it holds student and teacher, or the rollout engine, between calls.
 
-`python -m tasks.on_policy_worker`, started by `tasks.on_policy`. The first request says which it is
+Started by `tasks.on_policy`. The first request says which it is
 and gives the run; the others are calls of its methods. No Prefect here.
 """
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from kdflow_core.workers.local import answer, receive_requests
+from kdflow_core.workers.rank_side import answer, receive_requests
 from tasks.stages import StageSpec
 from tasks.wiring.rollout_host import RolloutHost
 from tasks.wiring.stage_run import StageRun

@@ -1,6 +1,6 @@
 """What a rank runs: a stage spec in, an artifact reference out, everything else as events.
 
-`python -m tasks.worker`, started by `kdflow_core.workers.local`. No Prefect here.
+Started by `kdflow_core.workers.local`. No Prefect here.
 """
 
 import logging
@@ -15,7 +15,7 @@ import torch.distributed as dist
 import transformers
 
 from kdflow_core.errors import KdflowError
-from kdflow_core.workers.local import emit, receive_requests
+from kdflow_core.workers.rank_side import emit, made_progress, receive_requests
 from tasks.stages import StageSpec
 from tasks.wiring import STAGES
 from tasks.wiring.stage_run import StageRun, default_device
@@ -35,6 +35,7 @@ class EventReporter:
 
     def progress(self, *, done: int, total: int, unit: str, detail: str = "") -> None:
         """See `Reporter`; at most one event a second, and the last one always."""
+        made_progress()
         now = time.monotonic()
         if now - self._last < PROGRESS_INTERVAL_S and done != total:
             return

@@ -80,6 +80,9 @@ class RunConfig(StrictModel):
     few batches and takes the cheaper one, given that `planned_runs` runs will use the same teacher
     and data. An `algorithm` that reads no teacher states in training has no use for them, and
     leaves `source` at its default.
+
+    A rank that is stopped, or makes no progress for `stall_limit_s` seconds, ends its stage, which
+    is tried again from where it was.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)
@@ -88,6 +91,7 @@ class RunConfig(StrictModel):
     data: DataConfig
     source: Literal["replay", "live", "auto"] = "replay"
     planned_runs: int = Field(default=1, gt=0, le=MOST)
+    stall_limit_s: float = Field(default=1800, gt=0)
     teacher: Teacher
     student: StudentConfig
     algorithm: Algorithm = Field(default_factory=VanillaKDConfig)

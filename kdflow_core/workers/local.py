@@ -2,7 +2,8 @@
 
 Each rank runs in a session of its own and holds the reading end of a pipe whose writing end only
 the launcher has. The launcher's death, however violent, closes the pipe, and the rank ends its
-whole process group: nothing is orphaned. A rank's death ends the other ranks.
+whole process group: nothing is orphaned. A rank's death ends the other ranks, and so does a rank
+that stands still for too long: each tells every few seconds where it is.
 """
 
 import contextlib
@@ -13,20 +14,23 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from kdflow_core.errors import WorkerError
+import psutil
 
-EVENT_PREFIX = "KDFLOW-EVENT "
-GRACE_S = 5.0
+from kdflow_core.anonymous_file import AnonymousFile
+from kdflow_core.errors import WorkerError
+from kdflow_core.workers.rank_side import BEAT_S, EVENT_PREFIX
+
+GRACE_S = 2.0
 KEPT_LINES = 40
-STDIN = 0
+SILENT_S = 60.0  # a rank that has not beaten for so long is stopped, or starved
+STALL_S = 1800.0
 
 
 @dataclass
@@ -35,6 +39,9 @@ class _Rank:
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_LINES))
     error: dict[str, Any] | None = None
     reader: threading.Thread | None = None
+    heard: float = field(default_factory=time.monotonic)
+    still_s: float = 0.0
+    place: str = "its start"
     answers: deque[Any] = field(default_factory=deque)
 
 
@@ -46,13 +53,23 @@ def run_ranks(
     on_event: Callable[[dict[str, Any]], None],
     on_line: Callable[[int, str], None],
     env: Mapping[str, str] | None = None,
+    name: str = "",
+    stall_s: float = STALL_S,
+    on_beat: Callable[[], None] | None = None,
 ) -> None:
     """Run `python -m module` as ranks, each with `request`, and wait for all of them to end.
 
     See `RankGroup`. Raises WorkerError.
     """
     with RankGroup(
-        module=module, num_ranks=num_ranks, on_event=on_event, on_line=on_line, env=env
+        module=module,
+        num_ranks=num_ranks,
+        on_event=on_event,
+        on_line=on_line,
+        env=env,
+        name=name or module,
+        stall_s=stall_s,
+        on_beat=on_beat,
     ) as group:
         group.send(request)
         group.wait()
@@ -63,8 +80,10 @@ class RankGroup:
 
     `on_event` gets the events that ranks emit, `on_line` every other line that a rank prints; both
     are called in the thread that waits. `env` adds to the environment what is not set there;
-    `arguments` stand on the command line, for people who look at their processes. Used
-    as a context manager, or closed. What raises WorkerError has ended all ranks.
+    `arguments` stand on the command line, for people who look at their processes; `name` is what
+    messages call the group. A rank that works and stands still for `stall_s` seconds, or is not
+    heard of, ends the group; `on_beat` is called while ranks live. Used as a context manager, or
+    closed. What raises WorkerError has ended all ranks.
     """
 
     def __init__(
@@ -76,19 +95,26 @@ class RankGroup:
         on_line: Callable[[int, str], None],
         env: Mapping[str, str] | None = None,
         arguments: Sequence[str] = (),
+        name: str = "",
+        stall_s: float = STALL_S,
+        on_beat: Callable[[], None] | None = None,
     ) -> None:
+        self._name = name or module
+        self._stall_s = stall_s
+        self._on_beat = on_beat
+        self._checked = time.monotonic()
         self._on_event = on_event
         self._on_line = on_line
         self._lines: queue.Queue[tuple[int, str | None]] = queue.Queue()
-        self._folder = tempfile.TemporaryDirectory(prefix="kdflow-rendezvous-")
+        self._rendezvous = AnonymousFile("kdflow-rendezvous")
         self._ranks: list[_Rank] = []
         try:
             for number in range(num_ranks):
-                command = [sys.executable, "-m", module, *arguments]
-                rank = _start(command, number, num_ranks, f"{self._folder.name}/store", env or {})
+                command = [sys.executable, "-m", "kdflow_core.workers.rank", module, *arguments]
+                rank = _start(command, number, num_ranks, self._rendezvous.path, env or {})
                 self._ranks.append(rank)
                 rank.reader = threading.Thread(
-                    target=_read, args=(number, rank.process, self._lines), daemon=True
+                    target=_read, args=(number, rank, self._lines), daemon=True
                 )
                 rank.reader.start()
         except BaseException:
@@ -120,7 +146,7 @@ class RankGroup:
     def close(self) -> None:
         """End the ranks. May be called twice."""
         _end(self._ranks)
-        self._folder.cleanup()
+        self._rendezvous.close()
 
     def __enter__(self) -> Self:
         return self
@@ -130,19 +156,19 @@ class RankGroup:
 
     def _take(self) -> bool:
         """Take a line that a rank has printed; False when it has ended well instead."""
-        number, line = self._lines.get()
+        number, line = self._next_line()
         rank = self._ranks[number]
         if line is None:
             code = rank.process.wait()
             if code != 0:
                 self.close()
-                raise _failure(number, rank, code)
+                raise _failure(f"rank {number} of {self._name}", rank, code)
             return False
         if not line.startswith(EVENT_PREFIX):
             rank.tail.append(line)
             self._on_line(number, line)
             return True
-        event = json.loads(line.removeprefix(EVENT_PREFIX))
+        event = _event(line)
         if event["event"] == "error":
             rank.error = event
         elif event["event"] == "answer":
@@ -150,6 +176,67 @@ class RankGroup:
         else:
             self._on_event(event)
         return True
+
+    def _next_line(self) -> tuple[int, str | None]:
+        """The next line of any rank (None: its end), while none of them stands still."""
+        while True:
+            self._check_beats()
+            try:
+                return self._lines.get(timeout=BEAT_S)
+            except queue.Empty:
+                continue
+
+    def _check_beats(self) -> None:
+        """Raises WorkerError when a rank is stopped or stuck."""
+        now = time.monotonic()
+        if now - self._checked < BEAT_S:
+            return
+        asleep, self._checked = now - self._checked > 5 * BEAT_S, now
+        if asleep:  # it was this process that was stopped, or not waiting
+            for rank in self._ranks:
+                rank.heard = now
+            return
+        still: dict[int, float] = {}
+        for number, rank in enumerate(self._ranks):
+            if rank.process.poll() is not None:
+                continue
+            silent_s = now - rank.heard
+            if silent_s > min(SILENT_S, self._stall_s) and _is_stopped(rank.process.pid):
+                self._give_up(number, f"was stopped {silent_s:,.0f} s ago and does not go on")
+            still[number] = max(silent_s, rank.still_s)
+        if any(seconds > self._stall_s for seconds in still.values()):
+            # The others wait for it at one place, as a rule.
+            places = [rank.place for rank in self._ranks]
+            number = min(still, key=lambda n: (still[n] <= self._stall_s, places.count(places[n])))
+            what = f"has made no progress for {still[number]:,.0f} s; it stands at {places[number]}"
+            self._give_up(number, what)
+        if self._on_beat is not None:
+            self._on_beat()
+
+    def _give_up(self, number: int, what: str) -> None:
+        places = [f"rank {k}: {rank.place}" for k, rank in enumerate(self._ranks)]
+        self.close()
+        raise WorkerError(
+            f"rank {number} of {self._name} {what}; all ranks were ended. What is done stays: run "
+            "again, or raise stall_limit_s where so long a step is right",
+            details="\n".join(places),
+        )
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a process of this machine was stopped by a signal."""
+    try:
+        return bool(psutil.Process(pid).status() in STOPPED)
+    except psutil.NoSuchProcess:
+        return False
+
+
+STOPPED = {psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP}
+
+
+def _event(line: str) -> dict[str, Any]:
+    event: dict[str, Any] = json.loads(line.removeprefix(EVENT_PREFIX))
+    return event
 
 
 def _start(
@@ -184,28 +271,34 @@ def _feed(process: "subprocess.Popen[str]", request: str) -> None:
         stdin.flush()
 
 
-def _read(
-    rank: int, process: "subprocess.Popen[str]", lines: "queue.Queue[tuple[int, str | None]]"
-) -> None:
-    assert process.stdout is not None
-    with process.stdout as stdout:
-        for line in stdout:
-            lines.put((rank, line.rstrip("\n")))
-    lines.put((rank, None))
+def _read(number: int, rank: _Rank, lines: "queue.Queue[tuple[int, str | None]]") -> None:
+    assert rank.process.stdout is not None
+    with rank.process.stdout as stdout:
+        for raw in stdout:
+            line = raw.rstrip("\n")
+            if line.startswith(BEAT):
+                beat = _event(line)
+                rank.heard, rank.still_s, rank.place = time.monotonic(), beat["still_s"], beat["at"]
+            elif line:  # events begin with an empty one
+                lines.put((number, line))
+    lines.put((number, None))
 
 
-def _failure(number: int, rank: _Rank, code: int) -> WorkerError:
+BEAT = EVENT_PREFIX + '{"event": "beat"'
+
+
+def _failure(who: str, rank: _Rank, code: int) -> WorkerError:
     if rank.error is not None:
         message, expected = rank.error["message"], rank.error["expected"]
         if expected:
             return WorkerError(message, expected=True)
-        return WorkerError(f"rank {number} failed: {message}", details=rank.error["traceback"])
+        return WorkerError(f"{who} failed: {message}", details=rank.error["traceback"])
     cause = f"exit code {code}"
     if code < 0:
         cause = f"signal {signal.Signals(-code).name}"
         if -code == signal.SIGKILL:
             cause += " (if nobody sent it, the machine ran out of memory)"
-    return WorkerError(f"rank {number} ended by {cause}", details="\n".join(rank.tail))
+    return WorkerError(f"{who} ended by {cause}", details="\n".join(rank.tail))
 
 
 def _end(ranks: list[_Rank]) -> None:
@@ -238,40 +331,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-# The side of the rank.
-
-
-def receive_requests() -> Iterator[str]:
-    """The launcher's requests, as they come over standard input; from now on this process ends when
-    the launcher does, and the rest of its process group with it.
-
-    Nothing else can be read from standard input: a library that asks a question there finds its
-    end, and does not wait for ever.
-    """
-    lines: queue.Queue[str] = queue.Queue()
-    stdin = os.fdopen(os.dup(STDIN), encoding="utf-8")
-    with open(os.devnull, encoding="utf-8") as nothing:
-        os.dup2(nothing.fileno(), STDIN)
-    sys.stdin = os.fdopen(STDIN, encoding="utf-8", closefd=False)
-
-    def read() -> None:
-        for line in stdin:
-            lines.put(line)
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=read, daemon=True).start()
-    while True:
-        yield lines.get()
-
-
-def answer(value: Any) -> None:
-    """Answer the request at hand."""
-    emit({"event": "answer", "value": value})
-
-
-def emit(event: dict[str, Any]) -> None:
-    """Send an event to the launcher."""
-    sys.stdout.write(f"{EVENT_PREFIX}{json.dumps(event)}\n")
-    sys.stdout.flush()

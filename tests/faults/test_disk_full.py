@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,20 +30,11 @@ def test_states_that_will_not_fit_are_refused_before_the_teacher_runs(
         run_inline(run, until="extract")
 
 
-def test_a_disk_that_fills_up_during_extraction(
-    make_recipe: Callable[..., Path], tmp_path: Path
-) -> None:
-    """A real ENOSPC on a small tmpfs; the finished shards serve the next attempt."""
-    disk = tmp_path / "disk"
+def on_small_disk(disk: Path, module: str, *arguments: str) -> dict[str, Any]:
+    """What a module of this package prints that runs with a small tmpfs mounted at `disk`."""
     disk.mkdir()
     script = f'mount -t tmpfs -o size=3m tmpfs "{disk}" && exec "$@"'
-    command = [
-        sys.executable,
-        "-m",
-        "tests.faults.extract_on_full_disk",
-        str(make_recipe()),
-        str(disk),
-    ]
+    command = [sys.executable, "-m", f"tests.faults.{module}", *arguments, str(disk)]
     mapping = [] if os.geteuid() == 0 else ["--map-root-user"]
     result = subprocess.run(
         ["unshare", *mapping, "--mount", "sh", "-c", script, "sh", *command],
@@ -51,7 +43,22 @@ def test_a_disk_that_fills_up_during_extraction(
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    outcome = json.loads(result.stdout.splitlines()[-1])
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_a_disk_that_fills_up_with_checkpoints(tmp_path: Path) -> None:
+    """A real ENOSPC on a small tmpfs; the checkpoints before it stay."""
+    outcome = on_small_disk(tmp_path / "disk", "save_on_full_disk")
+    assert "no room left for a checkpoint" in outcome["error"]
+    assert "storage.scratch" in outcome["error"]
+    assert len(outcome["steps"]) >= 2
+
+
+def test_a_disk_that_fills_up_during_extraction(
+    make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A real ENOSPC on a small tmpfs; the finished shards serve the next attempt."""
+    outcome = on_small_disk(tmp_path / "disk", "extract_on_full_disk", str(make_recipe()))
     assert "no room left while writing" in outcome["error"]
     assert "what is finished stays" in outcome["error"]
     assert outcome["absent"] == "never finished"

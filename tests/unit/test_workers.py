@@ -19,7 +19,7 @@ pytestmark = pytest.mark.ranks
 RANK = """
 import os, sys, time
 from pathlib import Path
-from kdflow_core.workers.local import emit, receive_requests
+from kdflow_core.workers.rank_side import emit, receive_requests
 folder = Path(next(receive_requests()).strip())
 rank = int(os.environ["KDFLOW_RANK"])
 (folder / f"pid-{rank}").write_text(str(os.getpid()))
@@ -91,7 +91,7 @@ os.kill(os.getpid(), 9)
 """
     module = rank_module(body)
     with pytest.raises(
-        WorkerError, match=r"rank 1 ended by signal SIGKILL \(if nobody sent"
+        WorkerError, match=r"rank 1 of rank_under_test ended by signal SIGKILL \(if nobody sent"
     ) as caught:
         run(module, tmp_path)
     assert "last words" in caught.value.details
@@ -112,7 +112,7 @@ if rank == 1:
     sys.exit(3)
 time.sleep(120)
 """
-    with pytest.raises(WorkerError, match="rank 1 ended by exit code 3"):
+    with pytest.raises(WorkerError, match="rank 1 of rank_under_test ended by exit code 3"):
         run(rank_module(body), tmp_path)
     wait_until_gone(pids_in(tmp_path, 2))
 
@@ -151,3 +151,109 @@ except EOFError:
 """
     run(rank_module(body), tmp_path)
     assert [(tmp_path / f"asked-{rank}").read_text() for rank in (0, 1)] == ["nothing"] * 2
+
+
+def test_a_stopped_rank_is_named(
+    rank_module: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdflow_core.workers.local.SILENT_S", 3.0)
+    body = """
+import signal
+if rank == 1:
+    os.kill(os.getpid(), signal.SIGSTOP)
+time.sleep(120)
+"""
+    with pytest.raises(WorkerError, match="rank 1 of rank_under_test was stopped"):
+        run(rank_module(body), tmp_path)
+    wait_until_gone(pids_in(tmp_path, 2))
+
+
+def test_a_stuck_rank_is_named_with_its_place(
+    rank_module: Callable[[str], str], tmp_path: Path
+) -> None:
+    """The other one moves on, and would for ever."""
+    body = """
+import random, threading
+while rank == 0:
+    random.choice([time.sleep, lambda s: time.sleep(s)])(0.1)
+threading.Event().wait()
+"""
+    with pytest.raises(
+        WorkerError, match=r"rank 1 of stage train has made no progress .* it stands at .*wait"
+    ):
+        run_ranks(
+            module=rank_module(body),
+            request=str(tmp_path),
+            num_ranks=2,
+            on_event=print,
+            on_line=print,
+            name="stage train",
+            stall_s=5.0,
+        )
+    wait_until_gone(pids_in(tmp_path, 2))
+
+
+def test_a_rank_that_tells_of_progress_may_stand(
+    rank_module: Callable[[str], str], tmp_path: Path
+) -> None:
+    """The main thread waits at one place while another works."""
+    body = """
+import threading
+from kdflow_core.workers.rank_side import made_progress
+def work():
+    for _ in range(20):
+        time.sleep(0.5)
+        made_progress()
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+    beats: list[float] = []
+    run_ranks(
+        module=rank_module(body),
+        request=str(tmp_path),
+        num_ranks=1,
+        on_event=print,
+        on_line=print,
+        stall_s=5.0,
+        on_beat=lambda: beats.append(time.monotonic()),
+    )
+    assert len(beats) >= 3
+
+
+def test_ranks_that_are_still_importing_end_with_their_launcher(
+    rank_module: Callable[[str], str], tmp_path: Path
+) -> None:
+    (tmp_path / "slow_import.py").write_text(
+        "import os, time\n"
+        "from pathlib import Path\n"
+        f"(Path({str(tmp_path)!r}) / f'pid-{{os.getpid()}}').write_text(str(os.getpid()))\n"
+        "time.sleep(120)\n"
+    )
+    rank_module("")  # puts the folder on the path
+    code = (
+        "from kdflow_core.workers.local import run_ranks\n"
+        "run_ranks(module='slow_import', request='x', num_ranks=2, on_event=print, on_line=print)"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", code])
+    pids = pids_in(tmp_path, 2)
+    launcher.kill()
+    launcher.wait()
+    began = time.monotonic()
+    wait_until_gone(pids)
+    assert time.monotonic() - began < 2
+
+
+def test_events_stand_on_lines_of_their_own(
+    rank_module: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Whatever a library has begun to print."""
+    body = """
+for number in range(50):
+    sys.stdout.write("half a line")
+    emit({"event": "x", "number": number})
+    os.write(1, b"\\xff\\xfe and bytes that are no text\\n")
+"""
+    events, lines = run(rank_module(body), tmp_path, num_ranks=1)
+    assert [event["number"] for event in events] == list(range(50))
+    assert sum("half a line" in line for line in lines) == 50
