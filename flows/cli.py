@@ -1,7 +1,6 @@
 """The command `kdflow`."""
 
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +14,8 @@ from configs.errors import ConfigError, KdflowError
 from configs.load import load_run, parse_overrides, recipe_names
 from configs.schema.run import RunConfig
 from flows import show_commands, store_commands
+from flows.foreground import foreground
+from flows.prefect_api import prefect_api
 from tasks.checks import checked_plan
 from tasks.estimate import Estimate, Prospect, check_room
 from tasks.results import check_run, evaluation_rows, report_path, student_path
@@ -38,17 +39,16 @@ OverrideArgument = Annotated[
 @app.command()
 def run(recipe: RecipeArgument, overrides: OverrideArgument = None) -> None:
     """Run the flow `kd` here and now, without a server to start by hand."""
-    settings = parse_overrides(overrides or [])
-    config = check_run(recipe, settings)
-    checked_plan(config, download=True)  # what cannot work is refused before Prefect starts
-    # A cold ephemeral server needs more than Prefect's 20 seconds on a busy machine.
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
-    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    for name in ("prefect.flow_runs", "prefect.task_runs"):
-        logging.getLogger(name).addFilter(_without_expected_traceback)
-    from flows.kd import kd  # noqa: PLC0415 - importing Prefect reads the settings above
+    with foreground(["kdflow", "run", recipe, *(overrides or [])]) as process:
+        settings = parse_overrides(overrides or [])
+        config = check_run(recipe, settings)
+        checked_plan(config, download=True)  # what cannot work is refused before Prefect starts
+        for name in ("prefect.flow_runs", "prefect.task_runs"):
+            logging.getLogger(name).addFilter(_without_expected_traceback)
+        with prefect_api(process.died):
+            from flows.kd import kd  # noqa: PLC0415 - Prefect takes seconds to import
 
-    done = kd(recipe=recipe, overrides=settings)
+            done = kd(recipe=recipe, overrides=settings)
     console.print(score_table(evaluation_rows(config, done["evaluation"])))
     _print_paths(
         {

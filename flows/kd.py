@@ -6,8 +6,10 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
 
 from configs.schema.run import RunConfig
+from flows.crashed_runs import marked, set_crashed
 from flows.on_policy_round import train_on_policy
 from storage.artifact import ArtifactRef
 from storage.runs import record_run
@@ -33,6 +35,14 @@ def kd(
     Returns the artifact references by name (teacher_model, tokens, states, student ...).
     """
     run = check_run(recipe, overrides or {})
+    if crashed := set_crashed(run.storage.scratch):
+        get_run_logger().info("%d runs whose process is gone are now shown as crashed", crashed)
+    with marked(run.storage.scratch, flow_run.id):
+        return _run(run)
+
+
+def _run(run: RunConfig) -> dict[str, ArtifactRef]:
+    """All stages, those of a run whose source an estimate chooses in two parts."""
     done: dict[str, ArtifactRef] = {}
     if run.source == "auto":
         plan = checked_plan(run, download=True)

@@ -1,0 +1,68 @@
+"""A run in a terminal: Ctrl-C ends it within seconds, with one line that says how to go on."""
+
+import logging
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+# What is being told to Prefect when the time is up is not worth waiting for.
+LEAVE_S = 3.5
+INTERRUPTED = 128 + signal.SIGINT
+
+
+class Foreground:
+    """Leaves the process; nothing that is done is lost by it.
+
+    The ranks, and a temporary server, end with this process.
+    """
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = shlex.join(command)
+        self._leaving = threading.Lock()
+
+    def leave(self, why: str, code: int) -> None:
+        """Say why, and how to go on, in one line; and go, whatever else is at work."""
+        if not self._leaving.acquire(blocking=False):
+            return
+        sys.stdout.flush()
+        text = f"{why}; what is done is kept, and this goes on from there: {self._command}"
+        sys.stderr.write(f"\n{text}\n")
+        sys.stderr.flush()
+        os._exit(code)
+
+    def interrupted(self) -> None:
+        """After a Ctrl-C."""
+        self.leave("interrupted", INTERRUPTED)
+
+    def died(self, what: str) -> None:
+        """After the death of what the run cannot do without."""
+        self.leave(what, 1)
+
+
+@contextmanager
+def foreground(command: Sequence[str]) -> Iterator[Foreground]:
+    """Within, a Ctrl-C raises KeyboardInterrupt and leaves the process in seconds; a second one at
+    once. `command` is what the user is told to give again.
+    """
+    own = Foreground(command)
+
+    def on_interrupt(_number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, lambda *_: own.interrupted())
+        logging.disable(logging.CRITICAL)  # of what ends because of it
+        timer = threading.Timer(LEAVE_S, own.interrupted)
+        timer.daemon = True
+        timer.start()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield own
+    except KeyboardInterrupt:
+        own.interrupted()
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,142 @@
+"""Ctrl-C in a real terminal: seconds to the prompt, one line, no process left, and on it goes."""
+
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.faults.test_kill_on_policy import write_recipe
+from tests.readme import ROOT
+from tests.terminal import CTRL_C, Terminal, fresh_home, seconds_to_the_prompt
+
+pytestmark = [pytest.mark.prefect, pytest.mark.ranks]
+AT_MOST_S = 5.0
+STAGES = {
+    "tokenize": "stage tokenize, artifact",
+    "extract": "stage extract, artifact",
+    "train": r"[2-9]\d* of \d+ steps",
+    "evaluate": "stage evaluate, artifact",
+}
+
+
+@pytest.fixture(scope="module")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Prefect database as the first start makes it, which takes a while."""
+    folder = tmp_path_factory.mktemp("migrated")
+    starter = "from flows.prefect_api import prefect_api\nwith prefect_api(print): pass"
+    subprocess.run([sys.executable, "-c", starter], cwd=ROOT, env=fresh_home(folder), check=True)
+    return folder / "prefect"
+
+
+@pytest.fixture
+def env(migrated: Path, tmp_path: Path) -> dict[str, str]:
+    """That of somebody with a Prefect home and no server."""
+    shutil.copytree(migrated, tmp_path / "prefect")
+    return fresh_home(tmp_path)
+
+
+def assert_ended_well(terminal: Terminal, command: str) -> None:
+    last = terminal.output.strip().splitlines()[-1]
+    assert last == f"interrupted; what is done is kept, and this goes on from there: {command}"
+    assert "Traceback" not in terminal.output
+    assert terminal.left_behind() == []
+
+
+def states_of(home: Path) -> list[str]:
+    """Of all flow runs that this Prefect knows."""
+    with sqlite3.connect(home / "prefect.db") as database:
+        return [name for (name,) in database.execute("SELECT state_name FROM flow_run")]
+
+
+def test_ctrl_c_at_every_stage(
+    make_recipe: Callable[..., Path], tmp_path: Path, env: dict[str, str]
+) -> None:
+    recipe = make_recipe(max_steps=300, checkpoint_every=20)
+    for stage, pattern in STAGES.items():
+        terminal = Terminal("run", str(recipe), env=env)
+        terminal.wait_for(pattern)
+        assert seconds_to_the_prompt(terminal) < AT_MOST_S, stage
+        assert_ended_well(terminal, f"kdflow run {recipe}")
+    terminal = Terminal("run", str(recipe), env=env)
+    assert terminal.wait() == 0, terminal.output
+    assert "300 of 300 steps" not in terminal.output, "the student was trained again"
+    states = states_of(tmp_path / "prefect")
+    assert sorted(states) == ["Completed", *["Crashed"] * len(STAGES)]
+
+
+def test_ctrl_c_in_a_round(
+    make_recipe: Callable[..., Path], tmp_path: Path, env: dict[str, str]
+) -> None:
+    recipe = write_recipe(make_recipe, tmp_path / "run", {"type": "transformers"})
+    terminal = Terminal("run", str(recipe), env=env)
+    terminal.wait_for("round 2 of")
+    assert seconds_to_the_prompt(terminal) < AT_MOST_S
+    assert_ended_well(terminal, f"kdflow run {recipe}")
+    terminal = Terminal("run", str(recipe), env=env)
+    assert terminal.wait() == 0, terminal.output
+    assert "round 1 of 6 | kd" in terminal.output
+    assert states_of(tmp_path / "prefect").count("Running") == 0
+
+
+def server_of(terminal: Terminal) -> psutil.Process:
+    children = psutil.Process(terminal.pid).children(recursive=True)
+    (server,) = [p for p in children if "flows.temporary_server" in p.cmdline()]
+    return server
+
+
+def test_the_death_of_the_temporary_server_ends_the_run(
+    make_recipe: Callable[..., Path], tmp_path: Path, env: dict[str, str]
+) -> None:
+    recipe = make_recipe(max_steps=3000)
+    terminal = Terminal("run", str(recipe), env=env)
+    terminal.wait_for("training from step")
+    terminal.press(b"")
+    server_of(terminal).kill()
+    assert terminal.wait(AT_MOST_S) == 1
+    assert "Prefect's temporary server has ended (exit code -9); what is done" in terminal.output
+    assert terminal.left_behind() == []
+
+
+def test_a_killed_run_leaves_no_server_and_the_next_start_sets_its_state(
+    make_recipe: Callable[..., Path], tmp_path: Path, env: dict[str, str]
+) -> None:
+    recipe = make_recipe(max_steps=3000)
+    terminal = Terminal("run", str(recipe), env=env)
+    terminal.wait_for("training from step")
+    terminal.press(b"")
+    psutil.Process(terminal.pid).kill()
+    assert terminal.wait() == -9
+    assert terminal.left_behind() == []
+    assert states_of(tmp_path / "prefect") == ["Running"]
+    terminal = Terminal("run", str(recipe), "student.max_steps=2", env=env)
+    assert terminal.wait() == 0, terminal.output
+    assert "1 runs whose process is gone are now shown as crashed" in terminal.output
+    assert sorted(states_of(tmp_path / "prefect")) == ["Completed", "Crashed"]
+
+
+def test_an_interrupt_while_planning(
+    make_recipe: Callable[..., Path], tmp_path: Path, env: dict[str, str]
+) -> None:
+    recipe = make_recipe()
+    terminal = Terminal("run", str(recipe), "seed=7", env=env)
+    while "libtorch" not in Path(f"/proc/{terminal.pid}/maps").read_text():
+        time.sleep(0.01)
+    terminal.press(CTRL_C)
+    assert terminal.wait(AT_MOST_S) == 130
+    assert f"this goes on from there: kdflow run {recipe} seed=7" in terminal.output
+
+
+def test_an_address_that_nobody_answers(
+    make_recipe: Callable[..., Path], tmp_path: Path, env: dict[str, str]
+) -> None:
+    env = env | {"PREFECT_API_URL": "http://127.0.0.1:9/api"}
+    terminal = Terminal("run", str(make_recipe()), env=env)
+    assert terminal.wait(60) == 1
+    (line,) = terminal.output.strip().splitlines()
+    assert line.startswith("error: PREFECT_API_URL=http://127.0.0.1:9/api does not answer")
