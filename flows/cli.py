@@ -12,7 +12,9 @@ from rich.table import Table
 
 from configs.errors import ConfigError, KdflowError
 from configs.load import load_run, parse_overrides, recipe_names
+from configs.printable import printable
 from configs.schema.run import RunConfig
+from configs.secrets import public_config
 from flows import show_commands, store_commands
 from flows.foreground import foreground
 from flows.prefect_api import prefect_api
@@ -46,9 +48,10 @@ def run(recipe: RecipeArgument, overrides: OverrideArgument = None) -> None:
         for name in ("prefect.flow_runs", "prefect.task_runs"):
             logging.getLogger(name).addFilter(_without_expected_traceback)
         with prefect_api(process.died):
-            from flows.kd import kd  # noqa: PLC0415 - Prefect takes seconds to import
+            from flows.kd import given_overrides, kd  # noqa: PLC0415 - Prefect takes seconds to import
 
-            done = kd(recipe=recipe, overrides=settings)
+            with given_overrides(settings) as shown:
+                done = kd(recipe=recipe, overrides=shown)
     console.print(score_table(evaluation_rows(config, done["evaluation"])))
     _print_paths(
         {
@@ -99,7 +102,7 @@ def estimate(recipe: RecipeArgument, overrides: OverrideArgument = None) -> None
 def show_config(recipe: RecipeArgument, overrides: OverrideArgument = None) -> None:
     """Print a recipe with overrides and defaults filled in."""
     config = load_run(recipe, parse_overrides(overrides or []))
-    typer.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    typer.echo(yaml.safe_dump(public_config(config), sort_keys=False))
 
 
 @app.command()
@@ -203,5 +206,5 @@ def main() -> None:
     try:
         app()
     except KdflowError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {printable(str(error))}", err=True)
         sys.exit(1)

@@ -1,6 +1,9 @@
 """The flow `kd`: tokenize -> extract -> train -> evaluate -> report."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from prefect import flow
@@ -9,6 +12,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from configs.schema.run import RunConfig
+from configs.secrets import public
 from flows.crashed_runs import marked, set_crashed
 from flows.on_policy_round import train_on_policy
 from storage.artifact import ArtifactRef
@@ -25,6 +29,20 @@ from tasks.stages import (
     stage_spec,
 )
 
+_GIVEN: ContextVar[dict[str, Any] | None] = ContextVar("overrides with their secrets", default=None)
+
+
+@contextmanager
+def given_overrides(overrides: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Overrides for a run of this process: without the secrets in their URLs, as Prefect keeps the
+    parameters of its runs; `kd` finds the whole ones.
+    """
+    token = _GIVEN.set(overrides)
+    try:
+        yield public(overrides)
+    finally:
+        _GIVEN.reset(token)
+
 
 @flow(name="kd", description="Distill a teacher into a student.", validate_parameters=True)
 def kd(
@@ -34,7 +52,8 @@ def kd(
 
     Returns the artifact references by name (teacher_model, tokens, states, student ...).
     """
-    run = check_run(recipe, overrides or {})
+    given = _GIVEN.get()
+    run = check_run(recipe, (overrides or {}) if given is None else given)
     if crashed := set_crashed(run.storage.scratch):
         get_run_logger().info("%d runs whose process is gone are now shown as crashed", crashed)
     with marked(run.storage.scratch, flow_run.id):

@@ -6,6 +6,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.logging import get_run_logger
 
+from configs.printable import fenced
 from tasks.on_policy import OnPolicyRun
 from tasks.results import artifact_key
 from tasks.round_tasks import run_round
@@ -79,5 +80,5 @@ def round_markdown(record: RoundRecord, answers: list[Answer]) -> str:
     for name, value in record.seconds.items():
         figures[f"{name} (s)"] = f"{value:.2f}"
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
-    shown = "\n\n".join(f"```\n{answer.prompt}{answer.answer}\n```" for answer in answers)
+    shown = "\n\n".join(fenced(answer.prompt + answer.answer) for answer in answers)
     return f"| | |\n|---|---|\n{rows}\n\n{shown}\n"

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from configs.load import parse_overrides
+from configs.printable import printable
 from tasks.results import check_run
 from tasks.show import answers_of
 
@@ -39,5 +40,5 @@ def rollouts(
             known.append(f"reward {answer.reward:g}")
         if answer.label is not None:
             known.append(f"label {answer.label!r}")
-        typer.echo(f"--- {', '.join(known)}\n{answer.prompt}{answer.answer}")
+        typer.echo(printable(f"--- {', '.join(known)}\n{answer.prompt}{answer.answer}"))
     typer.echo(f"--- {min(limit, len(answers))} of {len(answers)} answers of round {number}")

@@ -1,6 +1,7 @@
 """Errors that a user can act on. The message says what was given, what is allowed, what to do."""
 
 from configs.errors import KdflowError as KdflowError
+from configs.secrets import public
 
 
 class DataError(KdflowError, ValueError):
@@ -27,4 +28,4 @@ class WorkerError(KdflowError, RuntimeError):
     def __init__(self, message: str, *, expected: bool = False, details: str = "") -> None:
         super().__init__(message)
         self.expected = expected
-        self.details = details
+        self.details = public(details)

@@ -11,7 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from configs.patience import is_transient
+from configs.secrets import public
 from storage.errors import StoreError
+from storage.remote import RemoteFileSystem
 
 CHUNK_BYTES = 1 << 20
 MAX_LINE_BYTES = 1 << 28
@@ -24,19 +27,30 @@ class DataFileError(StoreError, OSError):
     """A data file that cannot be read; the message names it."""
 
 
+def file_system(url: str) -> tuple[Any, str]:
+    """The file system of a path or URL, and the path in it. Raises DataFileError where there is
+    none for it.
+    """
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise DataFileError(f"there is no file system for '{url}': {error}") from error
+    return (fs if isinstance(fs, LocalFileSystem) else RemoteFileSystem(fs)), path
+
+
 def list_files(pattern: str) -> list[str]:
     """The files that a path, glob, folder or URL names, sorted, as the file system's paths.
 
     Raises DataFileError when there is none, or one is no regular file (a FIFO would hang).
     """
-    fs, path = fsspec.core.url_to_fs(pattern)
+    fs, path = file_system(pattern)
     if fs.isdir(path):
         found = sorted(fs.find(path))
     elif fs.exists(path):
         if not fs.isfile(path):
             raise DataFileError(f"{path} is not a regular file; give one, or a folder of them")
         found = [path]
-    elif any(sign in path for sign in "*?["):
+    elif any(sign in public(path) for sign in "*?["):  # in a query, they are no pattern
         found = sorted(p for p in fs.glob(path) if fs.isfile(p))
     else:
         found = []
@@ -53,7 +67,7 @@ class DataFiles:
 
     def list(self, pattern: str) -> list[str]:
         """Paths, or URLs, of the files that a path, glob or URL names. Raises DataFileError."""
-        fs, _ = fsspec.core.url_to_fs(pattern)
+        fs, _ = file_system(pattern)
         paths = list_files(pattern)
         local = isinstance(fs, LocalFileSystem)
         return paths if local else [fs.unstrip_protocol(path) for path in paths]
@@ -71,7 +85,7 @@ class DataFiles:
                     number += 1
                     yield line.removeprefix(BOM) if line and number == 1 else line
         except (OSError, EOFError, pa.ArrowException) as error:
-            raise DataFileError(f"cannot read {url} behind line {number}: {error}") from error
+            raise _broken(f"cannot read {url} behind line {number}", error) from error
 
     def rows(self, url: str, format_: str) -> Iterator[dict[str, Any] | str]:
         """The rows of a `parquet` or `arrow` file; text in place of one that holds no valid text.
@@ -86,11 +100,18 @@ class DataFiles:
                         number += 1
                         yield row
         except (OSError, EOFError, pa.ArrowException) as error:
-            raise DataFileError(f"cannot read {url} behind row {number}: {error}") from error
+            raise _broken(f"cannot read {url} behind row {number}", error) from error
+
+
+def _broken(what: str, error: Exception) -> DataFileError:
+    """Reading has ended; where that may pass, the stage is worth a second attempt."""
+    broken = DataFileError(f"{what}: {error}")
+    broken.expected = not is_transient(error)
+    return broken
 
 
 def _open(url: str) -> Any:
-    fs, path = fsspec.core.url_to_fs(url)
+    fs, path = file_system(url)
     return fs.open(path, "rb")
 
 

@@ -6,11 +6,12 @@ ones by what their file system reports (an ETag, or size and time).
 
 import os
 from pathlib import Path
+from typing import Any
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from storage.data_files import list_files
+from configs.secrets import public
+from storage.data_files import file_system, list_files
 from storage.digest import digest, hash_file
 from storage.memo import Memo
 
@@ -37,16 +38,16 @@ class Fingerprints:
 
         Raises DataFileError when nothing matches.
         """
-        fs, _ = fsspec.core.url_to_fs(pattern)
+        fs, _ = file_system(pattern)
         paths = list_files(pattern)
-        start = len(os.path.commonpath([os.path.dirname(p) for p in paths]))
-        return {p[start:].lstrip("/"): self._one(fs, p) for p in paths}
+        start = len(os.path.commonpath([os.path.dirname(public(p)) for p in paths]))
+        return {public(p)[start:].lstrip("/"): self._one(fs, p) for p in paths}
 
     def file(self, path: Path) -> str:
         """The fingerprint of a local file."""
         return self._one(LocalFileSystem(), str(path))
 
-    def _one(self, fs: fsspec.AbstractFileSystem, path: str) -> str:
+    def _one(self, fs: Any, path: str) -> str:
         if not isinstance(fs, LocalFileSystem):
             info = fs.info(path)
             marks = {

@@ -18,10 +18,12 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from configs.secrets import public
 from storage.artifact import ArtifactRef, FileRecord, Manifest
 from storage.digest import hash_file
 from storage.errors import ArtifactMissingError, StoreCorruptError, StoreError, StoreFullError
 from storage.fingerprint import Fingerprints
+from storage.remote import RemoteFileSystem
 
 MANIFEST = "manifest.json"
 ROWS_FOLDER = "states.zarr/"
@@ -35,8 +37,8 @@ class ArtifactStore:
 
     def __init__(self, *, root: str, scratch: str) -> None:
         fs, path = fsspec.core.url_to_fs(root)
-        self.fs: fsspec.AbstractFileSystem = fs
         self.is_local = isinstance(fs, LocalFileSystem)
+        self.fs: Any = fs if self.is_local else RemoteFileSystem(fs)
         self.root = path.rstrip("/")
         self.scratch = Path(scratch).absolute()
         self._prints = Fingerprints(self.scratch)
@@ -199,7 +201,7 @@ class ArtifactStore:
             inputs=dict(inputs),
             files=tuple(files),
             counts=dict(counts),
-            info=dict(info),
+            info=public(dict(info)),
             seconds=seconds,
             created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
             versions={name: version(name) for name in PRODUCERS},

@@ -7,6 +7,7 @@ from prefect import Task
 from prefect.cache_policies import CachePolicy
 from prefect.context import TaskRunContext
 
+from configs.secrets import public
 from storage.artifact import ArtifactRef
 from storage.digest import digest
 from tasks.stages import StageSpec, open_store
@@ -24,7 +25,7 @@ class StageCachePolicy(CachePolicy):
     ) -> str:
         """The cache key of a stage task, whose one argument is its StageSpec."""
         spec: StageSpec = inputs["spec"]
-        store = digest(spec.run.storage.root)[:8]
+        store = digest(public(spec.run.storage.root))[:8]
         return f"{spec.identity.kind}-{spec.identity.digest}-{store}"
 
 

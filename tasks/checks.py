@@ -10,6 +10,7 @@ from pathlib import Path
 
 from configs.schema.models import PretrainedModel
 from configs.schema.run import RunConfig
+from configs.secrets import public
 from kdflow_core.models.folders import resolve_folder
 from storage.digest import digest
 from storage.fingerprint import file_state
@@ -69,7 +70,7 @@ def _check(run: RunConfig, folders: Mapping[str, Path]) -> None:
         {
             "transformers": version("transformers"),
             "files": {name: _states(folder) for name, folder in sorted(folders.items())},
-            "run": run.model_dump(mode="json", include={"data", "teacher", "student"})
+            "run": public(run.model_dump(mode="json", include={"data", "teacher", "student"}))
             | {"algorithm": run.algorithm.model_dump(mode="json")}
             | {"on_policy": run.on_policy and run.on_policy.model_dump(mode="json")},
         }

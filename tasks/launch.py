@@ -4,6 +4,8 @@ import logging
 from functools import partial
 from typing import Any
 
+from configs.printable import printable
+from configs.secrets import public
 from kdflow_core.errors import WorkerError
 from kdflow_core.workers.local import run_ranks
 from storage.artifact import ArtifactRef
@@ -87,7 +89,7 @@ def _run_workers(spec: StageSpec, logger: Logger, pulse: Pulse) -> None:
     }
 
     def line(rank: int, text: str) -> None:
-        logger.warning("[%s rank %d] %s", stage, rank, text)
+        logger.warning("[%s rank %d] %s", stage, rank, printable(public(text)))
 
     try:
         run_ranks(

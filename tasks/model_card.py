@@ -4,13 +4,14 @@ from importlib.metadata import version
 
 import yaml
 
+from configs.secrets import public_config
 from tasks.stages import StageSpec
 
 
 def model_card(spec: StageSpec) -> str:
     """Markdown with the front matter that the hub reads, the run's provenance and its config."""
     run = spec.run
-    teacher = run.teacher.model.model_dump(mode="json", exclude_none=True)
+    teacher = public_config(run.teacher.model)
     kd_ratio = 0 if run.algorithm.type == "sft" else run.loss.kd_ratio
     front = {
         "library_name": "transformers",
@@ -38,6 +39,6 @@ Artifact `{spec.identity.digest}`; made with {packages}.
 {inputs}
 
 ```yaml
-{yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False).strip()}
+{yaml.safe_dump(public_config(run), sort_keys=False).strip()}
 ```
 """

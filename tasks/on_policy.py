@@ -10,8 +10,10 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+from configs.printable import printable
 from configs.schema.on_policy import OnPolicyConfig
 from configs.schema.rollout import SglangRollout
+from configs.secrets import public
 from kdflow_core.errors import WorkerError
 from kdflow_core.workers.local import RankGroup, free_port
 from storage.artifact import ArtifactRef
@@ -352,7 +354,7 @@ class OnPolicyRun:
         return group
 
     def _line(self, role: str, rank: int, text: str) -> None:
-        self._logger.warning("[%s rank %d] %s", role, rank, text)
+        self._logger.warning("[%s rank %d] %s", role, rank, printable(public(text)))
 
     def _train(self, method: str, **arguments: Any) -> list[Any]:
         return self._call(self._trainer_group(), method, **arguments)

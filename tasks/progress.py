@@ -4,6 +4,8 @@ import logging
 import time
 from typing import Any
 
+from configs.printable import printable
+
 LINE_INTERVAL_S = 5.0
 
 
@@ -21,7 +23,7 @@ class ProgressLog:
     def event(self, event: dict[str, Any]) -> None:
         """Log a `message` or `progress` event."""
         if event["event"] == "message":
-            self._logger.info(event["text"])
+            self._logger.info("%s", printable(event["text"]))
         elif event["event"] == "progress":
             self._progress(event)
 

@@ -10,6 +10,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
+from configs.secrets import public_config
 from storage.artifact import Manifest
 from storage.store import ArtifactStore
 from tasks.progress import clock
@@ -63,7 +64,7 @@ def write_report(*, spec: StageSpec, store: ArtifactStore, target: Path) -> None
         first_dropped=tokens.info["first_dropped"],
         stages=[_stage_row(name, m) for name, m in manifests.items()],
         counts=tokens.counts,
-        config=yaml.safe_dump(spec.run.model_dump(mode="json"), sort_keys=False),
+        config=yaml.safe_dump(public_config(spec.run), sort_keys=False),
         versions=manifests["student"].versions,
     )
     target.write_text(page, encoding="utf-8")

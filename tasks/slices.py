@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from configs.patience import patient
 from configs.schema.algorithm import MultiTeacherConfig
 from configs.schema.data import HubSource, Source
 from configs.schema.generation import Engine
@@ -118,7 +119,8 @@ def _source_identity(source: Source, prints: Fingerprints) -> str:
         from huggingface_hub import HfApi  # noqa: PLC0415 - only for unpinned hub data
 
         try:
-            revision = HfApi().dataset_info(source.path).sha
+            look_up = patient(f"data set {source.path}")
+            revision = look_up(HfApi().dataset_info, source.path).sha
         except (OSError, ValueError) as error:
             raise DataError(
                 f"cannot look up the newest commit of data set '{source.path}': {error}; set "

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from configs.schema.algorithm import MultiTeacherConfig, VanillaKDConfig
 from configs.schema.models import GgufModel, LayerDropModel
 from configs.schema.run import RunConfig
+from configs.secrets import public, public_config
 from kdflow_core.errors import ModelError
 from storage.artifact import ArtifactRef, Manifest
 from storage.digest import artifact_digest
@@ -170,7 +171,7 @@ def plan_stages(run: RunConfig) -> dict[str, StageIdentity]:
     upstream["student"] = plan.add("train", "student", training_slice(run), training).digest
     evaluated = plan.add("evaluate", "evaluation", evaluation_slice(run), upstream)
     upstream["evaluation"] = evaluated.digest
-    plan.add("report", "report", {"run": run.model_dump(mode="json")}, upstream)
+    plan.add("report", "report", {"run": public_config(run)}, upstream)
     return plan.stages
 
 
@@ -202,7 +203,7 @@ class _Plan:
             teacher=teacher,
             kind=kind,
             code_version=CODE_VERSIONS[kind],
-            config=dict(config),
+            config=public(dict(config)),
             inputs=dict(inputs),
         )
         self.stages[identity.name] = identity

@@ -8,6 +8,7 @@ from typing import Any
 
 from configs.errors import ConfigError
 from configs.schema.run import RunConfig
+from configs.secrets import public_config
 
 PLOTTED = (
     "loss",
@@ -58,7 +59,7 @@ class MetricsLog:
                 name=run.name,
                 dir=str(folder),
                 resume="allow",
-                config=run.model_dump(mode="json"),
+                config=public_config(run),
             )
 
     def write(self, record: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from configs.secrets import public
 from kdflow_core.errors import KdflowError
 from kdflow_core.workers.rank_side import emit, made_progress, receive_requests
 from tasks.stages import StageSpec
@@ -46,7 +47,7 @@ class EventReporter:
     def message(self, text: str) -> None:
         """See `Reporter`."""
         if self._rank == 0:
-            emit({"event": "message", "text": text})
+            emit({"event": "message", "text": public(text)})
 
 
 def main() -> int:
@@ -92,8 +93,8 @@ def join_ranks() -> None:
 
 def report_error(error: Exception) -> None:
     """Tell the launcher what went wrong, and whether the message alone is for the user."""
-    text = "".join(traceback.format_exception(error))
-    message, expected = str(error), isinstance(error, KdflowError) and error.expected
+    text = public("".join(traceback.format_exception(error)))
+    message, expected = public(str(error)), isinstance(error, KdflowError) and error.expected
     if not expected and "No space left on device" in text:
         message, expected = (
             "the disk is full; what is finished stays: make room, or point storage.root and "
@@ -107,7 +108,7 @@ def report_error(error: Exception) -> None:
             True,
         )
     elif not expected:
-        message = f"{type(error).__name__}: {error}"
+        message = f"{type(error).__name__}: {message}"
     emit({"event": "error", "message": message, "expected": expected, "traceback": text})
 
 

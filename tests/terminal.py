@@ -47,6 +47,15 @@ class Terminal:
             assert time.monotonic() < deadline, self.output
             assert self._read(0.2), self.output
 
+    def wait_for_library(self, name: str) -> None:
+        """Until the command, and not what it was forked from, has begun to load something."""
+        deadline, process = time.monotonic() + 60, Path(f"/proc/{self.pid}")
+        while "-m\0flows" not in (process / "cmdline").read_text() or (
+            name not in (process / "maps").read_text()
+        ):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
     def press(self, key: bytes) -> None:
         """A key, which reaches the whole foreground group."""
         self._seen = set(psutil.Process(self.pid).children(recursive=True))

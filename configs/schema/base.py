@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 MOST = 10**9  # of anything that is counted: more is a slip of the pen
 MOST_RANKS = 1024
 SEEDS = 2**32
+KEYLESS = {"s3", "s3a", "gs", "gcs"}  # schemes whose URLs have no place for a user
 MAX_NAME_BYTES = 255  # of a file, on every file system in use
 MAX_PATH_BYTES = 4096
 
@@ -17,7 +18,13 @@ def _possible_path(path: str) -> str:
     """A path that can exist. Raises ValueError."""
     if any(ord(sign) < 32 for sign in path):
         raise ValueError("it holds control characters; a path has none")
-    if "://" in path:
+    scheme, colon, rest = path.partition("://")
+    if colon:
+        if scheme.rpartition("::")[2] in KEYLESS and "@" in rest.split("/")[0]:
+            raise ValueError(
+                "credentials do not belong into it; give them as the environment, a profile or the "
+                f"provider's config file has them, and here {scheme}://bucket/..."
+            )
         return path
     longest = max(len(part.encode()) for part in path.split("/"))
     if longest > MAX_NAME_BYTES or len(path.encode()) > MAX_PATH_BYTES:

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from configs.schema.base import MOST, PathText, StrictModel
 from configs.schema.generation import Engine, TransformersEngine
+from configs.secrets import public
 
 Layout = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "prompt"]
 Column = Literal[
@@ -59,7 +60,7 @@ class FilesSource(_Source):
             ".parquet": "parquet",
             ".arrow": "arrow",
         }
-        name = self.path
+        name = public(self.path)
         for packed in (".gz", ".bz2", ".zst", ".lz4"):
             name = name.removesuffix(packed)
         return next((fmt for end, fmt in suffixes.items() if name.endswith(end)), None)
@@ -148,4 +149,4 @@ class DataConfig(StrictModel):
     @property
     def source_names(self) -> tuple[str, ...]:
         """The name of each source: the given one, else the last part of its path."""
-        return tuple(s.name or s.path.rstrip("/").rsplit("/", 1)[-1] for s in self.sources)
+        return tuple(s.name or public(s.path).rstrip("/").rsplit("/", 1)[-1] for s in self.sources)

@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
+from configs.patience import is_transient, patient
 from kdflow_core.errors import ModelError
 
 TOKENIZER_FILES = (
@@ -23,6 +24,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "tekken.json",
 )
+HUB_ATTEMPTS = 3
 TEMPLATE_FOLDER = "additional_chat_templates"
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.tiktoken"]
 WEIGHT_FILES = ["*.safetensors"]
@@ -50,12 +52,19 @@ def resolve_folder(path: str, revision: str | None, *, weights: bool = True) -> 
         raise ModelError(f"there is no model folder '{path}'")
     patterns = SMALL_FILES + (WEIGHT_FILES if weights else [])
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+        fetch = patient(f"model {path}", attempts=HUB_ATTEMPTS, transient=_hub_is_away)
+        return Path(fetch(snapshot_download, path, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise ModelError(
             f"model '{path}' (revision {revision or 'main'}) is neither a local folder nor to be "
             f"had from the hub: {error}"
         ) from error
+
+
+def _hub_is_away(error: BaseException) -> bool:
+    """The hub's client says that nothing is here, and why it could not ask is the cause."""
+    cause = error.__cause__
+    return is_transient(error) or (cause is not None and is_transient(cause))
 
 
 def context_length(folder: Path) -> int:

@@ -13,7 +13,9 @@ import numpy as np
 import orjson
 import torch
 
+from configs.patience import STATUSES, patient
 from configs.schema.teacher import SglangServerTeacher
+from configs.secrets import public
 from kdflow_core.batching import pack_by_tokens
 from kdflow_core.contracts import OutputHead, TeacherRows, TokenSequence
 from kdflow_core.errors import ModelError
@@ -62,8 +64,18 @@ class SglangServerEngine:
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         if self._client is None:
             raise ModelError("the teacher engine is closed")
+        client = self._client
+
+        def ask() -> httpx.Response:
+            response = client.request(method, path, json=body)
+            if response.status_code in STATUSES:
+                response.raise_for_status()
+            return response
+
         try:
-            response = self._client.request(method, path, json=body)
+            response = patient(f"teacher.url={public(self._url)}")(ask)
+        except httpx.HTTPStatusError as error:
+            response = error.response
         except (httpx.TransportError, httpx.InvalidURL) as error:
             raise ModelError(
                 f"no answer from the SGLang server at teacher.url={self._url} "

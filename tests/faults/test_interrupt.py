@@ -4,7 +4,6 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,8 +124,7 @@ def test_an_interrupt_while_planning(
 ) -> None:
     recipe = make_recipe()
     terminal = Terminal("run", str(recipe), "seed=7", env=env)
-    while "libtorch" not in Path(f"/proc/{terminal.pid}/maps").read_text():
-        time.sleep(0.01)
+    terminal.wait_for_library("libtorch")
     terminal.press(CTRL_C)
     assert terminal.wait(AT_MOST_S) == 130
     assert f"this goes on from there: kdflow run {recipe} seed=7" in terminal.output
