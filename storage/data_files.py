@@ -106,7 +106,7 @@ class DataFiles:
 def _broken(what: str, error: Exception) -> DataFileError:
     """Reading has ended; where that may pass, the stage is worth a second attempt."""
     broken = DataFileError(f"{what}: {error}")
-    broken.expected = not is_transient(error)
+    broken.expected = getattr(error, "expected", not is_transient(error))
     return broken
 
 

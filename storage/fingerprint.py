@@ -13,6 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 from configs.secrets import public
 from storage.data_files import file_system, list_files
 from storage.digest import digest, hash_file
+from storage.errors import StoreError
 from storage.memo import Memo
 
 MEMO = "fingerprints.sqlite"
@@ -57,6 +58,11 @@ class Fingerprints:
         state = file_state(path)
         known = self._memo.get(state)
         if known is None:
-            known = hash_file(Path(path))
+            try:
+                known = hash_file(Path(path))
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                raise StoreError(f"cannot read {path}: {error.strerror}") from error
             self._memo.put(state, known)
         return known

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from storage.artifact import ArtifactRef, FileRecord
+from storage.digest import hash_file
 from storage.errors import StoreCorruptError, StoreFullError
 from storage.store import ArtifactStore, disk_errors
 
@@ -65,9 +66,13 @@ class ReadCache:
             except FileNotFoundError as error:
                 raise StoreCorruptError(f"{source} is gone") from error
         size = partial.stat().st_size
-        if size != file.num_bytes:
+        if size != file.num_bytes or hash_file(partial) != file.xxh3:
             partial.unlink()
-            raise StoreCorruptError(f"{source} has {size} bytes, recorded were {file.num_bytes}")
+            raise StoreCorruptError(
+                f"{source} has {size} bytes, recorded were {file.num_bytes}"
+                if size != file.num_bytes
+                else f"{source} does not have its checksum"
+            )
         os.replace(partial, copy)
         return copy
 

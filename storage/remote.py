@@ -5,7 +5,7 @@ from typing import Any
 
 import fsspec
 
-from configs.patience import patient
+from configs.patience import is_transient, patient
 from configs.secrets import public
 from storage.errors import StoreError
 
@@ -37,7 +37,14 @@ CLIENTS = {"aiohttp", "aiobotocore", "botocore", "gcsfs", "google"}
 
 
 class RemoteError(StoreError, OSError):
-    """A remote file system refuses, or is not there."""
+    """A remote file system refuses, is not there, or not now: then a stage may be tried again."""
+
+    def __init__(self, what: str, error: Exception) -> None:
+        super().__init__(
+            f"{what}: {type(error).__name__}: {error}; check the address, the credentials and the "
+            "network"
+        )
+        self.expected = not is_transient(error)
 
 
 class RemoteFileSystem:
@@ -57,14 +64,12 @@ def _patiently(name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
         what = f"{name} {public(first)}"
         try:
             return patient(what)(operation, *arguments, **options)
-        except (OSError, ValueError):
-            raise
+        except (FileNotFoundError, FileExistsError):
+            raise  # an answer
         except Exception as error:
-            if type(error).__module__.partition(".")[0] not in CLIENTS:
+            known = type(error).__module__.partition(".")[0] in CLIENTS
+            if not known and not isinstance(error, OSError):
                 raise
-            raise RemoteError(
-                f"{what}: {type(error).__name__}: {error}; check the address, the credentials and "
-                "the network"
-            ) from error
+            raise RemoteError(what, error) from error
 
     return call

@@ -36,7 +36,10 @@ class ArtifactStore:
     """Finished artifacts under `root` (a folder or fsspec URL), working files under `scratch`."""
 
     def __init__(self, *, root: str, scratch: str) -> None:
-        fs, path = fsspec.core.url_to_fs(root)
+        try:
+            fs, path = fsspec.core.url_to_fs(root)
+        except (ValueError, ImportError) as error:
+            raise StoreError(f"storage.root={root}: {error}") from error
         self.is_local = isinstance(fs, LocalFileSystem)
         self.fs: Any = fs if self.is_local else RemoteFileSystem(fs)
         self.root = path.rstrip("/")

@@ -15,7 +15,8 @@ from kdflow_core.models.folders import resolve_folder
 from storage.digest import digest
 from storage.fingerprint import file_state
 from storage.memo import Memo
-from tasks.engines import check_engines
+from storage.places import check_places, check_writable
+from tasks.engines import check_engines, check_servers
 from tasks.stages import StageIdentity, open_store, plan_stages, run_of_teacher
 
 CHECKED = "checked-models.sqlite"
@@ -24,14 +25,21 @@ CHECKED = "checked-models.sqlite"
 def checked_plan(run: RunConfig, *, download: bool) -> dict[str, StageIdentity]:
     """The stages of a run (see `plan_stages`), after its models and engines have been checked.
 
-    Without `download`, the weights of a hub model that is not here yet are left out.
+    Without `download`, the weights of a hub model that is not here yet are left out, and servers
+    are not asked for.
 
     Raises ConfigError, DataError, ModelError or StoreError.
     """
+    store = open_store(run)
+    check_places(store)
     given = _given(run, download=download)
     _check(run, given)
     plan = plan_stages(run)
     check_engines(run, plan)
+    if download:
+        check_servers(run, plan)
+    if any(store.find(identity.kind, identity.digest) is None for identity in plan.values()):
+        check_writable(store)
     if prepared := _prepared(run, plan):
         _check(run, given | prepared)
     return plan
@@ -68,7 +76,7 @@ def _check(run: RunConfig, folders: Mapping[str, Path]) -> None:
     memo = Memo(Path(run.storage.scratch) / CHECKED)
     key = digest(
         {
-            "transformers": version("transformers"),
+            "versions": [version("transformers"), version("kdflow")],
             "files": {name: _states(folder) for name, folder in sorted(folders.items())},
             "run": public(run.model_dump(mode="json", include={"data", "teacher", "student"}))
             | {"algorithm": run.algorithm.model_dump(mode="json")}
@@ -84,9 +92,9 @@ def _check(run: RunConfig, folders: Mapping[str, Path]) -> None:
 
 
 def _states(folder: Path) -> dict[str, str]:
-    """What changes when a file of a folder does."""
-    return {
-        path.relative_to(folder).as_posix(): file_state(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    """What changes when a file of a model's folder does; of another folder, nothing is asked."""
+    if not (folder / "config.json").is_file():
+        return {}
+    paths = [*folder.glob("*"), *folder.glob("*/*")]
+    files = sorted(path for path in paths if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_state(path) for path in files}

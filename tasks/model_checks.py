@@ -3,9 +3,11 @@
 Loads torch; `checks.py` says when that is needed.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 import transformers
 
 from configs.schema.models import ChatTemplate, GgufModel, LayerDropModel, PretrainedModel
@@ -19,6 +21,8 @@ from kdflow_core.models.layer_drop import kept_config
 from kdflow_core.models.loading import check_same_vocabulary, load_tokenizer
 from kdflow_core.models.structure import meta_model
 from tasks.stages import run_of_teacher
+
+RANKS_PER_CORE = 4
 
 
 def made_of(run: RunConfig, side: str) -> PretrainedModel | GgufModel:
@@ -55,6 +59,7 @@ def check_folders(run: RunConfig, folders: Mapping[str, Path]) -> None:
 
     Raises ModelError, which names the field.
     """
+    check_ranks(run)
     # Its reports of what is missing would come beside ours.
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -76,6 +81,20 @@ def check_folders(run: RunConfig, folders: Mapping[str, Path]) -> None:
             chat_format(run, "student", folders["student"]),
             chat_format(run, "teacher", folders["teacher"]),
         )
+
+
+def check_ranks(run: RunConfig) -> None:
+    """Refuse more ranks than this machine can hold. Raises ModelError, which names the field."""
+    gpus = torch.cuda.device_count()
+    most = gpus or max(8, RANKS_PER_CORE * (os.cpu_count() or 1))
+    cores = f"{os.cpu_count()} cores and no GPU, for {most} ranks at most"
+    what = f"{gpus} GPUs" if gpus else cores
+    for field, ranks in (
+        ("student.num_ranks", run.student.num_ranks),
+        ("teacher.num_ranks", run.teacher.num_ranks),
+    ):
+        if ranks > most:
+            raise ModelError(f"{field}={ranks}: this machine has {what}; lower it")
 
 
 def chat_format(run: RunConfig, side: str, folder: Path) -> ChatFormat:

@@ -56,6 +56,10 @@ def check_model(folder: Path, use: Use) -> None:
     rule_of(config)
     for attention in use.attentions:
         check_attention(config, attention)
+        if use.trained and attention == "flex_attention" and not torch.cuda.is_available():
+            raise ModelError(
+                "attention=flex_attention has no backward pass on a CPU; set attention=sdpa"
+            )
     model = meta_model(config, trust_remote_code=use.trust_remote_code)
     checkpoint = read_checkpoint(folder)
     check_tied_head(folder, config, checkpoint.tensors)

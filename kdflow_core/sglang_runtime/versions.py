@@ -2,10 +2,22 @@
 
 import logging
 from importlib import import_module, metadata
+from importlib.util import find_spec
 
 from kdflow_core.errors import ModelError
 
 TESTED = ("0.5.21",)
+# What backends of attention need beside SGLang itself.
+PACKAGES = {
+    "flashinfer": "flashinfer",
+    "trtllm_mla": "flashinfer",
+    "trtllm_mha": "flashinfer",
+    "fa3": "sgl_kernel",
+    "fa4": "sgl_kernel",
+    "flashmla": "sgl_kernel",
+    "intel_amx": "sgl_kernel",
+    "aiter": "aiter",
+}
 
 
 def check_sglang() -> None:
@@ -21,6 +33,26 @@ def check_sglang() -> None:
         raise ModelError(
             f"SGLang {installed} is installed; kdflow uses SGLang's inner parts and is tested with "
             f"{', '.join(TESTED)}. Install `sglang=={TESTED[-1]}`, or set the type to transformers"
+        )
+
+
+def check_names(*, attention_backend: str | None, quantization: str | None) -> None:
+    """Refuse names that are not SGLang's, or of what is not installed. Raises ModelError."""
+    if attention_backend is None and quantization is None:
+        return
+    require_sglang()
+    known = import_module("sglang.srt.server_args")
+    for field, given, names in (
+        ("attention_backend", attention_backend, known.ATTENTION_BACKEND_CHOICES),
+        ("quantization", quantization, known.QUANTIZATION_CHOICES),
+    ):
+        if given is not None and given not in names:
+            raise ModelError(f"{field}={given} is not SGLang's; it has {', '.join(names)}")
+    package = PACKAGES.get(str(attention_backend))
+    if package is not None and find_spec(package) is None:
+        raise ModelError(
+            f"attention_backend={attention_backend} needs the package {package}, which is not "
+            "installed; leave it out"
         )
 
 

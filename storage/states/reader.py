@@ -114,6 +114,7 @@ class HiddenStateReader:
         hidden, targets = self._shard(shard)
         expected_N = targets.rows(start, stop)[0]
         if not np.array_equal(expected_N, target_ids_N):
+            self._checked(targets_file(shard))  # where it is damaged, that is the reason
             raise RowsMismatchError(
                 f"the {len(expected_N)} stored rows of sequence {digest.hex()} predict other "
                 f"tokens than the {len(target_ids_N)} of the student's sequence; run the extract "
