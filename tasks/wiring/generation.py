@@ -22,6 +22,7 @@ from kdflow_core.models.loading import true_vocabulary_size
 from kdflow_core.rollout import build_rollout_engine
 from kdflow_core.rollout.base import Sampling
 from storage.artifact import ArtifactRef
+from storage.sealed import is_whole, seal
 from storage.tokens import TokenTable, TokenWriter
 from tasks.adapters import TokenExamples, token_row
 from tasks.slices import SPLITS, Split
@@ -47,7 +48,7 @@ def generate_answers(stage: StageRun) -> ArtifactRef | None:
     ]
     folder = stage.workdir / "parts"
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [part for part in parts[rank::size] if not part.path(folder).is_file()]
+    missing = [part for part in parts[rank::size] if not is_whole(part.path(folder))]
     if missing:
         count = sum(len(part.rows) for part in missing)
         with closing(_Answerer(stage, config, rank=rank, wanted=count)) as writer:
@@ -185,6 +186,7 @@ def _write(path: Path, examples: Iterator[Example]) -> None:
         for example in examples:
             writer.add(token_row(example))
     temporary.rename(path)
+    seal(path)
 
 
 def _merge(examples: TokenExamples, answered: set[int], parts: Sequence[Path], path: Path) -> int:

@@ -28,6 +28,7 @@ from kdflow_core.student.plan import TrainingPlan
 from kdflow_core.student.publish import WeightPublisher
 from kdflow_core.teacher import build_engine
 from kdflow_core.teacher.live import LiveStates
+from storage.sealed import is_whole, seal
 from tasks.adapters import TokenExamples
 from tasks.model_card import model_card
 from tasks.rounds import ROUNDS_FILE, RoundRequest, round_figures
@@ -127,6 +128,11 @@ class TrainerHost:
         done = self._stage.workdir / "rounds" / f"{number:06d}.json"
         stop = number * self._steps
         if self._trainer.step >= stop:
+            if not is_whole(done):
+                raise TrainingError(
+                    f"the figures of round {number} in {done} are damaged; remove "
+                    f"{self._stage.workdir}, and the run trains its rounds again"
+                )
             result: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
             return result
         if self._trainer.step < stop - self._steps:
@@ -168,6 +174,7 @@ class TrainerHost:
         if dist.get_rank() == 0:
             done.parent.mkdir(exist_ok=True)
             done.write_text(json.dumps(result), encoding="utf-8")
+            seal(done)
         self._metrics.write_round(round_figures(result, self._rollout_info(request)), stop)
         saving = time.perf_counter()
         if number % self._config.checkpoint_rounds == 0 or number == self._config.rounds:

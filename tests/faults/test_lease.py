@@ -13,14 +13,18 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import fsspec
+import psutil
 import pytest
 
 import storage.lease
 from configs.load import load_run
 from storage.lease import exclusive, is_held
+from storage.maintenance import damages, entries, remove_artifact
+from storage.runs import list_runs, record_run
 from storage.store import ArtifactStore
 from tasks.launch import launch_stage
 from tasks.stages import StageSpec, plan_stages
+from tests.stored import Stored
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["storage.lease"])
@@ -156,3 +160,68 @@ def test_two_launches_of_a_stage_compute_it_once(
     assert caplog.text.count("training and") == 1  # the stage's own message
     assert "is computing this artifact; waiting for it" in caplog.text
     assert "the artifact is there by now" in caplog.text
+
+
+@pytest.mark.parametrize("step_s", [-3600.0, 1.0, 86400.0])
+def test_a_step_of_the_systems_clock_takes_no_lease_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step_s: float
+) -> None:
+    """What psutil says of a start moves with the clock, as it adds the time of the boot."""
+    store = local(tmp_path)
+    with exclusive(store, "work", lambda _: None):
+        boot = psutil.boot_time()
+        monkeypatch.setattr("psutil._pslinux.boot_time", lambda: boot + step_s)
+        monkeypatch.setattr("psutil.boot_time", lambda: boot + step_s)
+        monkeypatch.setattr("time.time", lambda: boot + step_s)
+        assert is_held(store, "work")
+    assert not is_held(store, "work")
+
+
+@pytest.mark.parametrize("folder", ["a[b]c", "a*b", "what?", "[", "a{b,c}d", "**"])
+def test_a_path_is_no_pattern(tmp_path: Path, folder: str) -> None:
+    """Leases, runs, artifacts and copies below a folder with any name."""
+    store = local(tmp_path / folder)
+    waits: list[str] = []
+    with exclusive(store, "work", waits.append):
+        assert is_held(store, "work")
+    with exclusive(store, "work", waits.append):
+        pass
+    assert waits == []
+    assert not is_held(store, "work")
+    record_run(store, "run", {"tokens": "tokens/1"})
+    assert [run.name for run in list_runs(store)] == ["run"]
+    stored = Stored(store, [16, 9])
+    stored.assert_readable(stored.write_all())
+    assert [m.digest for m in store.newest_manifests("states", 9)] == [stored.digest]
+    (entry,) = entries(store)
+    assert list(damages(store, entry)) == []
+    remove_artifact(store, entry)
+    assert entries(store) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"[1, 2]", b"null", b"\xff\xfe", b'{"pid": "x"}', b"7"])
+def test_a_lease_file_with_odd_content_runs_out(store: ArtifactStore, content: bytes) -> None:
+    store.write_whole(f"{store.root}/leases/work.0.json", content)
+    with exclusive(store, "work", lambda _: None, ttl_s=1.0):
+        assert is_held(store, "work")
+
+
+def test_the_lease_of_a_holder_without_progress_runs_out(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage.lease, "RENEW_S", 0.05)
+    path = f"{store.root}/leases/work.0.json"
+
+    def beats(seconds: float) -> int:
+        seen, until = set(), time.monotonic() + seconds
+        while time.monotonic() < until:
+            seen.add(store.fs.cat_file(path))
+            time.sleep(0.01)
+        return len(seen)
+
+    with exclusive(store, "work", lambda _: None, idle_s=0.5) as pulse:
+        assert beats(0.4) > 2
+        time.sleep(0.4)
+        assert beats(0.5) == 1, "it was renewed without progress"
+        pulse.touch()
+        assert beats(0.4) > 2
