@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test test-all check format lock clean
+.PHONY: install quickstart test test-all check audit format lock clean
 
 install: $(VENV)/.installed
 
@@ -31,6 +31,18 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	-$(MAKE) audit  # told, not enforced: what is known of a package changes without us
+
+# Known vulnerabilities of what is locked. Fails for one, and for packages that the registry does
+# not answer for: those were not audited.
+audit: $(VENV)/audit/.installed
+	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip \
+		--requirement requirements.lock --requirement requirements-nodeps.lock
+
+$(VENV)/audit/.installed: $(VENV)/.installed
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/pip install --quiet pip-audit==2.10.1
+	touch $@
 
 format: install
 	$(BIN)/ruff format .

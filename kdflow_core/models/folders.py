@@ -25,6 +25,8 @@ TOKENIZER_FILES = (
     "tekken.json",
 )
 HUB_ATTEMPTS = 3
+LAYER_FIELDS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+MOST_LAYERS = 4096
 TEMPLATE_FOLDER = "additional_chat_templates"
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.tiktoken"]
 WEIGHT_FILES = ["*.safetensors"]
@@ -70,8 +72,13 @@ def _hub_is_away(error: BaseException) -> bool:
 def context_length(folder: Path) -> int:
     """The longest sequence that the model was made for, in tokens. Raises ModelError."""
     config = text_config(folder)
-    given = next((config[name] for name in CONTEXT_FIELDS if config.get(name)), None)
-    return 2**31 if given is None else int(given)
+    name = next((name for name in CONTEXT_FIELDS if config.get(name) is not None), None)
+    if name is None:
+        return 2**31
+    given = config[name]
+    if not isinstance(given, int | float) or given < 1:
+        raise ModelError(f"{folder}/config.json: {name}={given!r} is no length; mend the file")
+    return int(given)
 
 
 def declared_end_ids(folder: Path) -> tuple[int, ...]:
@@ -101,14 +108,32 @@ def tokenizer_files(folder: Path) -> list[str]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_constant)
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path.parent} has no readable {path.name}: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path.parent}: {path.name} is no JSON object")
     return value
+
+
+def _constant(name: str) -> float:
+    """Configs may hold an infinity, but nothing is computed with a NaN."""
+    if name == "NaN":
+        raise ValueError("it holds a NaN")
+    return float(name)
 
 
 def text_config(folder: Path) -> dict[str, Any]:
     """The config of a model's language part, as its file has it. Raises ModelError."""
     config = _json(folder / "config.json")
-    part: dict[str, Any] = config.get("text_config", config)
+    part = config.get("text_config", config)
+    if not isinstance(part, dict):
+        raise ModelError(f"{folder}/config.json: text_config is no JSON object")
+    for name in LAYER_FIELDS:
+        layers = part.get(name)
+        if layers is not None and not (isinstance(layers, int) and 0 < layers <= MOST_LAYERS):
+            raise ModelError(
+                f"{folder}/config.json: {name}={layers!r} is no number of layers (1 to "
+                f"{MOST_LAYERS}); mend the file"
+            )
     return part

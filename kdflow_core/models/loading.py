@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
@@ -19,11 +20,25 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from kdflow_core.errors import ModelError
 from kdflow_core.models.checkpoints import TensorHeader, read_checkpoint
+from kdflow_core.models.folders import text_config
 from kdflow_core.models.heads import RULES, head_tensor, rule_of
 
 # Tensors of older checkpoints that models now compute by themselves.
 DERIVED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|\.attention\.(masked_)?bias$")
 SHOWN = 5
+REASON_SIGNS = 600
+# What libraries may raise over files that are not what they should be: nothing less.
+LIBRARY_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
 ROWS_COMPARED = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -32,17 +47,18 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     """The tokenizer of a model folder. Raises ModelError."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
+    except LIBRARY_ERRORS as error:
         raise ModelError(f"cannot load the tokenizer of {folder}: {_reason(error)}") from error
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """The config of a model folder. Raises ModelError."""
+    text_config(folder)  # what would not end, or end in nonsense, is refused before
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, ImportError) as error:
+    except LIBRARY_ERRORS as error:
         raise ModelError(f"cannot load the model config of {folder}: {_reason(error)}") from error
     return config
 
@@ -53,7 +69,7 @@ def _reason(error: Exception) -> str:
             "it brings Python code of its own, which is not run unless you allow it: read that "
             "code, then set trust_remote_code=true beside the model's path"
         )
-    return str(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:REASON_SIGNS]
 
 
 def check_attention(config: PretrainedConfig, attention: str) -> None:
@@ -100,7 +116,7 @@ def load_causal_lm(
             ignore_mismatched_sizes=True,  # they are in the report, which is refused
             output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except LIBRARY_ERRORS as error:
         raise ModelError(f"cannot load the model in {folder}: {_reason(error)}") from error
     model: PreTrainedModel = loaded[0]
     refuse_incomplete(folder, loaded[1])

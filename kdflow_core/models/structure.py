@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from kdflow_core.errors import ModelError
+from kdflow_core.models.loading import LIBRARY_ERRORS
 
 
 def meta_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -15,7 +16,7 @@ def meta_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> 
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code
             )
-    except (ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
+    except LIBRARY_ERRORS as error:
         name = (config.architectures or ["unknown"])[0]
         raise ModelError(f"transformers cannot build {name}: {error}") from error
     return model
