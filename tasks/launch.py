@@ -77,6 +77,11 @@ def tell_waiting(logger: Logger, holder: str) -> None:
     logger.info("%s is computing this artifact; waiting for it", holder)
 
 
+def tell_line(logger: Logger, name: str, rank: int, text: str) -> None:
+    """Pass on what a rank has printed."""
+    logger.warning("[%s rank %d] %s", name, rank, printable(public(text)))
+
+
 def _run_workers(spec: StageSpec, logger: Logger, pulse: Pulse) -> None:
     progress = ProgressLog(logger)
     stage = spec.identity.stage
@@ -88,9 +93,6 @@ def _run_workers(spec: StageSpec, logger: Logger, pulse: Pulse) -> None:
         "estimate": max(student.num_ranks, teacher.ranks_per_replica),
     }
 
-    def line(rank: int, text: str) -> None:
-        logger.warning("[%s rank %d] %s", stage, rank, printable(public(text)))
-
     try:
         run_ranks(
             module="tasks.worker",
@@ -98,7 +100,7 @@ def _run_workers(spec: StageSpec, logger: Logger, pulse: Pulse) -> None:
             num_ranks=ranks.get(stage, 1),
             env={"train": KEEP_BUFFERS, "estimate": KEEP_BUFFERS, "generate": QUIET}.get(stage, {}),
             on_event=progress.event,
-            on_line=line,
+            on_line=partial(tell_line, logger, stage),
             name=f"stage {spec.identity.name}",
             stall_s=spec.run.stall_limit_s,
             on_beat=pulse.touch,

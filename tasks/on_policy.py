@@ -10,15 +10,13 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from configs.printable import printable
 from configs.schema.on_policy import OnPolicyConfig
 from configs.schema.rollout import SglangRollout
-from configs.secrets import public
 from kdflow_core.errors import WorkerError
 from kdflow_core.workers.local import RankGroup, free_port
 from storage.artifact import ArtifactRef
 from storage.lease import Pulse, exclusive, lease_name
-from tasks.launch import KEEP_BUFFERS, QUIET, Logger, lease_idle_s, tell_waiting
+from tasks.launch import KEEP_BUFFERS, QUIET, Logger, lease_idle_s, tell_line, tell_waiting
 from tasks.memory_plan import memory_plan, plan_lines
 from tasks.progress import ProgressLog
 from tasks.rounds import (
@@ -337,7 +335,7 @@ class OnPolicyRun:
             module="tasks.on_policy_worker",
             num_ranks=num_ranks,
             on_event=ProgressLog(self._logger).event,
-            on_line=partial(self._line, role),
+            on_line=partial(tell_line, self._logger, role),
             env=env,
             arguments=[role],
             name=role,
@@ -352,9 +350,6 @@ class OnPolicyRun:
             group.close()
             raise
         return group
-
-    def _line(self, role: str, rank: int, text: str) -> None:
-        self._logger.warning("[%s rank %d] %s", role, rank, printable(public(text)))
 
     def _train(self, method: str, **arguments: Any) -> list[Any]:
         return self._call(self._trainer_group(), method, **arguments)
