@@ -6,17 +6,18 @@ there looks whose process has gone, and sets their state.
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import UUID
 
+import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterId,
     FlowRunFilterParentFlowRunId,
 )
-from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
 from storage.process import is_gone, mark_of_this_process
@@ -45,8 +46,12 @@ def set_crashed(scratch: str) -> int:
     if not gone:
         return 0
     with get_client(sync_client=True) as client:
-        for path in gone:
-            _crash(client, UUID(path.stem))
+        for path in list(gone):
+            try:
+                _crash(client, UUID(path.stem))
+            except httpx.HTTPError:  # not worth a run; the next one will try
+                gone.remove(path)
+                continue
             path.unlink(missing_ok=True)
     return len(gone)
 
@@ -68,8 +73,6 @@ def _crash(client: SyncPrefectClient, flow_run_id: UUID) -> None:
     for run in (*runs, *client.read_flow_runs(flow_run_filter=own)):
         if run.state is None or run.state.is_final() or run.state.is_scheduled():
             continue
-        try:
-            message = "The process of this run is gone; seen by the next run."
+        message = "The process of this run is gone; seen by the next run."
+        with suppress(ObjectNotFound):  # deleted meanwhile
             client.set_flow_run_state(run.id, Crashed(message=message), force=True)
-        except (ObjectNotFound, PrefectHTTPStatusError):
-            continue  # deleted meanwhile

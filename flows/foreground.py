@@ -1,5 +1,6 @@
 """A run in a terminal: Ctrl-C ends it within seconds, with one line that says how to go on."""
 
+import contextlib
 import logging
 import os
 import shlex
@@ -9,6 +10,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+
+from configs.secrets import public
 
 # What is being told to Prefect when the time is up is not worth waiting for.
 LEAVE_S = 3.5
@@ -22,17 +25,18 @@ class Foreground:
     """
 
     def __init__(self, command: Sequence[str]) -> None:
-        self._command = shlex.join(command)
+        self._command = public(shlex.join(command))
         self._leaving = threading.Lock()
 
     def leave(self, why: str, code: int) -> None:
         """Say why, and how to go on, in one line; and go, whatever else is at work."""
         if not self._leaving.acquire(blocking=False):
             return
-        sys.stdout.flush()
         text = f"{why}; what is done is kept, and this goes on from there: {self._command}"
-        sys.stderr.write(f"\n{text}\n")
-        sys.stderr.flush()
+        with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
+            sys.stdout.flush()
+            sys.stderr.write(f"\n{text}\n")
+            sys.stderr.flush()
         os._exit(code)
 
     def interrupted(self) -> None:
@@ -50,6 +54,9 @@ def foreground(command: Sequence[str]) -> Iterator[Foreground]:
     once. `command` is what the user is told to give again.
     """
     own = Foreground(command)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background, by the shell's will
+        yield own
+        return
 
     def on_interrupt(_number: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, lambda *_: own.interrupted())

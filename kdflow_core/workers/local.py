@@ -2,8 +2,8 @@
 
 Each rank runs in a session of its own and holds the reading end of a pipe whose writing end only
 the launcher has. The launcher's death, however violent, closes the pipe, and the rank ends its
-whole process group: nothing is orphaned. A rank's death ends the other ranks, and so does a rank
-that stands still for too long: each tells every few seconds where it is.
+whole process group: nothing is orphaned. A rank's death ends the other ranks, and so does one that
+is stopped, or stuck with the others waiting for it: each tells every few seconds where it is.
 """
 
 import contextlib
@@ -40,8 +40,9 @@ class _Rank:
     error: dict[str, Any] | None = None
     reader: threading.Thread | None = None
     heard: float = field(default_factory=time.monotonic)
-    still_s: float = 0.0
+    still_s: float | None = 0.0  # None: it waits for a request
     place: str = "its start"
+    at_work: bool = True
     answers: deque[Any] = field(default_factory=deque)
 
 
@@ -81,8 +82,8 @@ class RankGroup:
     `on_event` gets the events that ranks emit, `on_line` every other line that a rank prints; both
     are called in the thread that waits. `env` adds to the environment what is not set there;
     `arguments` stand on the command line, for people who look at their processes; `name` is what
-    messages call the group. A rank that works and stands still for `stall_s` seconds, or is not
-    heard of, ends the group; `on_beat` is called while ranks live. Used as a context manager, or
+    messages call the group. When all ranks at work stand still for `stall_s` seconds, or one was
+    stopped, the group ends; `on_beat` is called while ranks live. Used as a context manager, or
     closed. What raises WorkerError has ended all ranks.
     """
 
@@ -102,7 +103,7 @@ class RankGroup:
         self._name = name or module
         self._stall_s = stall_s
         self._on_beat = on_beat
-        self._checked = time.monotonic()
+        self._checked = self._moved = time.monotonic()
         self._on_event = on_event
         self._on_line = on_line
         self._lines: queue.Queue[tuple[int, str | None]] = queue.Queue()
@@ -193,23 +194,27 @@ class RankGroup:
             return
         asleep, self._checked = now - self._checked > 5 * BEAT_S, now
         if asleep:  # it was this process that was stopped, or not waiting
+            self._moved = now
             for rank in self._ranks:
                 rank.heard = now
             return
         still: dict[int, float] = {}
         for number, rank in enumerate(self._ranks):
-            if rank.process.poll() is not None:
+            was_at_work, rank.at_work = rank.at_work, _is_at_work(rank)
+            if not rank.at_work:
+                if was_at_work:
+                    self._moved = now  # it has done its share, for which others may have waited
                 continue
             silent_s = now - rank.heard
             if silent_s > min(SILENT_S, self._stall_s) and _is_stopped(rank.process.pid):
                 self._give_up(number, f"was stopped {silent_s:,.0f} s ago and does not go on")
-            still[number] = max(silent_s, rank.still_s)
-        if any(seconds > self._stall_s for seconds in still.values()):
-            # The others wait for it at one place, as a rule.
-            places = [rank.place for rank in self._ranks]
-            number = min(still, key=lambda n: (still[n] <= self._stall_s, places.count(places[n])))
-            what = f"has made no progress for {still[number]:,.0f} s; it stands at {places[number]}"
-            self._give_up(number, what)
+            still[number] = max(silent_s, rank.still_s or 0.0)
+            # While one moves, the others may well wait for it.
+            self._moved = max(self._moved, now - still[number])
+        if still and now - self._moved > self._stall_s:
+            number = max(still, key=still.__getitem__)  # the others have come as far as they could
+            what = f"has made no progress for {still[number]:,.0f} s; it stands at"
+            self._give_up(number, f"{what} {self._ranks[number].place}")
         if self._on_beat is not None:
             self._on_beat()
 
@@ -221,6 +226,10 @@ class RankGroup:
             "again, or raise stall_limit_s where so long a step is right",
             details="\n".join(places),
         )
+
+
+def _is_at_work(rank: _Rank) -> bool:
+    return rank.process.poll() is None and rank.still_s is not None
 
 
 def _is_stopped(pid: int) -> bool:

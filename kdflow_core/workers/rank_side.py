@@ -2,7 +2,7 @@
 
 `python -m kdflow_core.workers.rank MODULE` runs a module as a rank. From its first moment, before
 anything heavy is imported, it ends when the launcher does, and the rest of its process group with
-it; and it beats: every few seconds it says where its main thread stands and for how long.
+it; and it beats: every few seconds it says where its main thread stands and, at work, for how long.
 """
 
 import json
@@ -88,7 +88,8 @@ def _beat(main_thread: int) -> None:
         if stack != last or _progress.is_set() or not _busy.is_set():
             _progress.clear()
             last, since = stack, time.monotonic()
-        emit({"event": "beat", "still_s": time.monotonic() - since, "at": _place(frame)})
+        still_s = time.monotonic() - since if _busy.is_set() else None
+        emit({"event": "beat", "still_s": still_s, "at": _place(frame)})
         del frame
         time.sleep(BEAT_S)
 

@@ -171,11 +171,13 @@ time.sleep(120)
 def test_a_stuck_rank_is_named_with_its_place(
     rank_module: Callable[[str], str], tmp_path: Path
 ) -> None:
-    """The other one moves on, and would for ever."""
+    """The other one moves on for a while, and then waits for it."""
     body = """
 import random, threading
-while rank == 0:
-    random.choice([time.sleep, lambda s: time.sleep(s)])(0.1)
+def deep(n): time.sleep(0.1) if n == 0 else deep(n - 1)
+until = time.monotonic() + 9
+while rank == 0 and time.monotonic() < until:
+    deep(random.randrange(50))
 threading.Event().wait()
 """
     with pytest.raises(
@@ -191,6 +193,31 @@ threading.Event().wait()
             stall_s=5.0,
         )
     wait_until_gone(pids_in(tmp_path, 2))
+
+
+def test_a_rank_may_wait_for_one_that_moves(
+    rank_module: Callable[[str], str], tmp_path: Path
+) -> None:
+    """As long as it takes: shares of work are not equal."""
+    body = """
+import random
+def deep(n): time.sleep(0.1) if n == 0 else deep(n - 1)
+until = time.monotonic() + 14
+while rank == 0 and time.monotonic() < until:
+    deep(random.randrange(50))
+(folder / f"done-{rank}").touch()
+while not (folder / "done-0").exists():
+    time.sleep(0.01)
+"""
+    run_ranks(
+        module=rank_module(body),
+        request=str(tmp_path),
+        num_ranks=2,
+        on_event=print,
+        on_line=print,
+        stall_s=4.0,
+    )
+    assert (tmp_path / "done-0").exists()
 
 
 def test_a_rank_that_tells_of_progress_may_stand(
