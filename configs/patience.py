@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import tenacity
 
+from configs.secrets import public
+
 ATTEMPTS = 5
 LONGEST_WAIT_S = 8.0
 STATUSES = {408, 425, 429, 500, 502, 503, 504}
@@ -20,8 +22,8 @@ ERRNOS = {
     errno.ENETDOWN,
     errno.ENETUNREACH,
     errno.EPIPE,
-    errno.EREMOTEIO,
     errno.ETIMEDOUT,
+    getattr(errno, "EREMOTEIO", errno.EIO),  # Linux; s3fs has it for a 500
 }
 # Of httpx, aiohttp and botocore, none of which is needed here.
 NAMES = {"TransportError", "ClientConnectionError", "ClientPayloadError", "HTTPClientError"}
@@ -57,7 +59,8 @@ def patient(
     def tell(state: tenacity.RetryCallState) -> None:
         if state.attempt_number == 1 and state.outcome is not None:
             error = state.outcome.exception()
-            log.warning("%s: %s: %s; trying again", what, type(error).__name__, error)
+            name, text = type(error).__name__, public(str(error))
+            log.warning("%s: %s: %s; trying again", what, name, text)
 
     return tenacity.Retrying(
         retry=tenacity.retry_if_exception(transient),

@@ -39,9 +39,9 @@ CODE_VERSIONS = {
     "answers": 2,
     "states": 3,
     "estimate": 2,
-    "student": 3,
-    "rollouts": 2,
-    "round": 2,
+    "student": 4,
+    "rollouts": 3,
+    "round": 3,
     "evaluation": 3,
     "report": 2,
 }
