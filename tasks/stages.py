@@ -37,7 +37,7 @@ CODE_VERSIONS = {
     "model": 2,
     "tokens": 2,
     "answers": 2,
-    "states": 3,
+    "states": 4,
     "estimate": 2,
     "student": 4,
     "rollouts": 3,

@@ -239,10 +239,9 @@ def _run_teacher(
     engine = _checked_engine(stage, head, int(work.lengths.max()), reference)
     numbers = [number for shard in shards for number in writer.sequences_of(shard)]
     total, done = int(work.lengths[numbers].sum()), 0
-    targets: list[np.ndarray] = []
 
-    def remember() -> Iterator[TokenSequence]:
-        for sequence in TeacherSequences(work.tables, work.places(numbers)):
+    def remember(shard: int, targets: list[np.ndarray]) -> Iterator[TokenSequence]:
+        for sequence in TeacherSequences(work.tables, work.places(writer.sequences_of(shard))):
             targets.append(sequence.target_ids_N)
             yield sequence
 
@@ -250,16 +249,18 @@ def _run_teacher(
         return compare_states(head, bfloat16_tensor(exact_NH), bfloat16_tensor(stored_NH))
 
     window = WINDOW_BATCHES * teacher.tokens_per_batch
-    states = stream_states(engine, remember(), window_tokens=window)
     with BoundedWorker(SHARDS_BEHIND) as background:
         for shard in shards:
-            rows = []
+            # A shard has batches of its own: what they are does not depend on which shards were
+            # there already, nor on who computes the others, and states of a batch depend on it.
+            rows: list[np.ndarray] = []
+            targets: list[np.ndarray] = []
+            states = stream_states(engine, remember(shard, targets), window_tokens=window)
             for number in writer.sequences_of(shard):
                 rows.append(bfloat16_bits(next(states)))
                 done += int(work.lengths[number])
                 if place_in_replica == 0:
                     stage.reporter.progress(done=done, total=total, unit="tokens")
-            ids, targets[: len(rows)] = targets[: len(rows)], []
             if place_in_replica == 0:
-                background.submit(partial(writer.write_shard, shard, rows, ids, measure))
+                background.submit(partial(writer.write_shard, shard, rows, targets, measure))
     engine.close()
