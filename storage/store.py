@@ -75,7 +75,8 @@ class ArtifactStore:
 
     def newest_manifests(self, kind: str, most: int) -> list[Manifest]:
         """The newest readable manifests of a kind, at most so many, the newest first. Of the others
-        nothing but the names is read.
+        nothing but the names is read; a remote store does not say which are the newest, and gives
+        any.
         """
         folder = f"{self.root}/artifacts/{kind}"
         paths = [f"{folder}/{name}/{MANIFEST}" for name in self.list_names(folder)]

@@ -89,10 +89,10 @@ def check_ranks(run: RunConfig) -> None:
     most = gpus or max(8, RANKS_PER_CORE * (os.cpu_count() or 1))
     cores = f"{os.cpu_count()} cores and no GPU, for {most} ranks at most"
     what = f"{gpus} GPUs" if gpus else cores
-    for field, ranks in (
-        ("student.num_ranks", run.student.num_ranks),
-        ("teacher.num_ranks", run.teacher.num_ranks),
-    ):
+    wanted = {"student.num_ranks": run.student.num_ranks}
+    if run.teacher.type != "sglang_server":  # whose ranks only ask
+        wanted["teacher.num_ranks"] = run.teacher.num_ranks
+    for field, ranks in wanted.items():
         if ranks > most:
             raise ModelError(f"{field}={ranks}: this machine has {what}; lower it")
 

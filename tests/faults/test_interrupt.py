@@ -126,7 +126,7 @@ def test_an_interrupt_while_planning(
     terminal = Terminal("run", str(recipe), "seed=7", env=env)
     terminal.wait_for_library("libtorch")
     terminal.press(CTRL_C)
-    assert terminal.wait(AT_MOST_S) == 130
+    assert terminal.wait(4 * AT_MOST_S) == 130  # a library that is being loaded comes first
     assert f"this goes on from there: kdflow run {recipe} seed=7" in terminal.output
 
 
