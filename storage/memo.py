@@ -8,13 +8,13 @@ import threading
 from contextlib import closing
 from pathlib import Path
 
-from storage.errors import StoreError
-
 BUSY_S = 60.0
 
 
 class Memo:
-    """Text by text, shared by the processes of a machine."""
+    """Text by text, shared by the processes of a machine; where the folder cannot be written, known
+    to this one alone.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -41,23 +41,14 @@ class Memo:
     def _run(self, command: str, values: tuple[str, ...]) -> list[tuple[str]]:
         try:
             return self._try(command, values)
-        except sqlite3.OperationalError as error:
-            raise StoreError(
-                f"{self._path} cannot be used ({error}); remove it, or set storage.scratch to a "
-                "folder of your own"
-            ) from error
+        except (OSError, sqlite3.OperationalError):
+            return []  # it cannot be kept here: this process remembers for itself
         except sqlite3.DatabaseError:  # not a table, or a damaged one
             self._path.unlink(missing_ok=True)
             return self._try(command, values)
 
     def _try(self, command: str, values: tuple[str, ...]) -> list[tuple[str]]:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(
-                f"storage.scratch: {self._path.parent} cannot be made ({error.strerror}); set it "
-                "to a folder that you may write to"
-            ) from error
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(self._path, timeout=BUSY_S)) as table, table:
             table.execute("CREATE TABLE IF NOT EXISTS memo (key TEXT PRIMARY KEY, value TEXT)")
             found: list[tuple[str]] = table.execute(command, values).fetchall()
