@@ -137,7 +137,7 @@ def test_a_killed_run_goes_on_from_cache_and_checkpoint(
     wait_and_kill(flow, checkpoints, with_flow=False)
     output, _ = flow.communicate()
     assert flow.returncode == 0, output
-    assert "rank 0 ended by signal SIGKILL" in output
+    assert "rank 0 of stage train ended by signal SIGKILL" in output
     assert "training from step 0 of 60" in output
     assert re.search(r"training from step \d+ of 60 \(resumed", output)
     assert model.read_bytes() == content
