@@ -1,6 +1,5 @@
 """A run in a terminal: Ctrl-C ends it within seconds, with one line that says how to go on."""
 
-import contextlib
 import logging
 import os
 import shlex
@@ -8,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from configs.secrets import public
@@ -33,7 +32,7 @@ class Foreground:
         if not self._leaving.acquire(blocking=False):
             return
         text = f"{why}; what is done is kept, and this goes on from there: {self._command}"
-        with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
+        with suppress(OSError, ValueError):  # the terminal may be gone
             sys.stdout.flush()
             sys.stderr.write(f"\n{text}\n")
             sys.stderr.flush()

@@ -1,7 +1,6 @@
 """The Prefect API that a run here and now talks to: the configured one, or one for itself."""
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from typing import IO
 import httpx
 
 from configs.errors import ConfigError, KdflowError
+from kdflow_core.workers.local import free_port
 
 START_S = 180.0  # a cold start on a busy machine
 ANSWER_S = 5.0
@@ -90,7 +90,7 @@ class _TemporaryServer:
 
     def _start(self, deadline: float) -> str | None:
         """None when another process has taken the port meanwhile."""
-        port = _free_port()
+        port = free_port()
         log = tempfile.TemporaryFile()  # noqa: SIM115 - the server writes to it until it ends
         self._process = subprocess.Popen(
             [sys.executable, "-m", "flows.temporary_server", str(port)],
@@ -140,12 +140,6 @@ def _is_healthy(port: int) -> bool:
         return httpx.get(f"http://127.0.0.1:{port}/api/health", timeout=ANSWER_S).is_success
     except httpx.TransportError:
         return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _tail(log: IO[bytes]) -> str:

@@ -32,8 +32,5 @@ def artifact_digest(
 
 def hash_file(path: Path) -> str:
     """XXH3-128 of a local file's content, as hex."""
-    hasher = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            hasher.update(block)
-    return hasher.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()

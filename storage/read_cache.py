@@ -66,13 +66,14 @@ class ReadCache:
             except FileNotFoundError as error:
                 raise StoreCorruptError(f"{source} is gone") from error
         size = partial.stat().st_size
-        if size != file.num_bytes or hash_file(partial) != file.xxh3:
+        wrong = None
+        if size != file.num_bytes:
+            wrong = f"has {size} bytes, recorded were {file.num_bytes}"
+        elif hash_file(partial) != file.xxh3:
+            wrong = "does not have its checksum"
+        if wrong is not None:
             partial.unlink()
-            raise StoreCorruptError(
-                f"{source} has {size} bytes, recorded were {file.num_bytes}"
-                if size != file.num_bytes
-                else f"{source} does not have its checksum"
-            )
+            raise StoreCorruptError(f"{source} {wrong}")
         os.replace(partial, copy)
         return copy
 

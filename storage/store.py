@@ -82,7 +82,7 @@ class ArtifactStore:
         paths = [f"{folder}/{name}/{MANIFEST}" for name in self.list_names(folder)]
         if self.is_local:
             written = {path: _written(path) for path in paths}
-            paths = sorted(paths, key=lambda path: written[path], reverse=True)[:most]
+            paths = sorted(paths, key=lambda path: written[path], reverse=True)
         found = []
         for content in self.read_many(paths[:most]).values():
             with suppress(ValueError):  # of another schema, or damaged: nothing to compare with

@@ -1,6 +1,7 @@
 """Run one stage in worker processes, unless its artifact is there already."""
 
 import logging
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ KEEP_BUFFERS = {
 # SGLang's processes warn of kernels that other hardware has.
 QUIET = {"PYTHONWARNINGS": "ignore"}
 
-ENDING_S = 300.0
+ENDING_S = 300.0  # more than ranks that stand still take to be ended
 
 Logger = logging.Logger | logging.LoggerAdapter[Any]
 
@@ -41,9 +42,7 @@ def launch_stage(spec: StageSpec, logger: Logger) -> ArtifactRef:
     if ref is not None:
         logger.info("the artifact is there and intact")
         return ref
-    name = lease_name(identity.kind, identity.digest)
-    idle_s = lease_idle_s(spec)
-    with exclusive(store, name, partial(tell_waiting, logger), idle_s=idle_s) as pulse:
+    with stage_lease(spec, logger) as pulse:
         ref = store.find(identity.kind, identity.digest)
         if ref is not None:
             logger.info("the artifact is there by now")
@@ -58,23 +57,24 @@ def launch_stage(spec: StageSpec, logger: Logger) -> ArtifactRef:
 
 def launch_share(spec: StageSpec, logger: Logger) -> None:
     """Do one share of a stage's work; `launch_stage` then finds it done. Raises WorkerError."""
-    identity, share, store = spec.identity, spec.share, open_store(spec.run)
+    share = spec.share
     assert share is not None
-    logger.info("stage %s, share %d of %d", identity.stage, share.number + 1, share.of)
-    mine = f"{lease_name(identity.kind, identity.digest)}-share-{share.number}-of-{share.of}"
-    idle_s = lease_idle_s(spec)
-    with exclusive(store, mine, partial(tell_waiting, logger), idle_s=idle_s) as pulse:
+    logger.info("stage %s, share %d of %d", spec.identity.stage, share.number + 1, share.of)
+    with stage_lease(spec, logger) as pulse:
         _run_workers(spec, logger, pulse)
 
 
-def lease_idle_s(spec: StageSpec) -> float:
-    """When the lease of a stage without progress runs out, in seconds: after its ranks have."""
-    return spec.run.stall_limit_s + ENDING_S
+def stage_lease(spec: StageSpec, logger: Logger) -> AbstractContextManager[Pulse]:
+    """The lease of a stage, or of a share of it; without progress it runs out after its ranks."""
+    name = lease_name(spec.identity.kind, spec.identity.digest)
+    if spec.share is not None:
+        name += f"-share-{spec.share.number}-of-{spec.share.of}"
 
+    def tell(holder: str) -> None:
+        logger.info("%s is computing this artifact; waiting for it", holder)
 
-def tell_waiting(logger: Logger, holder: str) -> None:
-    """Say for whom a lease is waited for."""
-    logger.info("%s is computing this artifact; waiting for it", holder)
+    idle_s = spec.run.stall_limit_s + ENDING_S
+    return exclusive(open_store(spec.run), name, tell, idle_s=idle_s)
 
 
 def tell_line(logger: Logger, name: str, rank: int, text: str) -> None:

@@ -15,8 +15,8 @@ from configs.schema.rollout import SglangRollout
 from kdflow_core.errors import WorkerError
 from kdflow_core.workers.local import RankGroup, free_port
 from storage.artifact import ArtifactRef
-from storage.lease import Pulse, exclusive, lease_name
-from tasks.launch import KEEP_BUFFERS, QUIET, Logger, lease_idle_s, tell_line, tell_waiting
+from storage.lease import Pulse
+from tasks.launch import KEEP_BUFFERS, QUIET, Logger, stage_lease, tell_line
 from tasks.memory_plan import memory_plan, plan_lines
 from tasks.progress import ProgressLog
 from tasks.rounds import (
@@ -381,10 +381,7 @@ class OnPolicyRun:
             group.close()
 
     def __enter__(self) -> "OnPolicyRun":
-        identity, told = self.spec.identity, partial(tell_waiting, self._logger)
-        name, idle_s = lease_name(identity.kind, identity.digest), lease_idle_s(self.spec)
-        lease = exclusive(self._store, name, told, idle_s=idle_s)
-        self._pulse = self._lease.enter_context(lease)
+        self._pulse = self._lease.enter_context(stage_lease(self.spec, self._logger))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

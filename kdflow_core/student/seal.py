@@ -4,6 +4,7 @@ Each rank writes those of the files that it has written. Loads no torch: `kdflow
 them too.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 import xxhash
 
 METADATA = ".metadata"  # torch's; rank 0 writes it
-BLOCK_BYTES = 1 << 22
 
 
 def write_seal(folder: Path, *, rank: int, ranks: int) -> None:
@@ -70,8 +70,5 @@ def _seal(folder: Path, rank: int) -> Path:
 
 
 def _hash(path: Path) -> str:
-    hasher = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            hasher.update(block)
-    return hasher.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()

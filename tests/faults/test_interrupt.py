@@ -89,13 +89,19 @@ def server_of(terminal: Terminal) -> psutil.Process:
     return server
 
 
+def in_training(recipe: Path, env: dict[str, str]) -> Terminal:
+    """A run that trains, its processes noted."""
+    terminal = Terminal("run", str(recipe), env=env)
+    terminal.wait_for("training from step")
+    terminal.press(b"")
+    return terminal
+
+
 def test_the_death_of_the_temporary_server_ends_the_run(
     make_recipe: Callable[..., Path], tmp_path: Path, env: dict[str, str]
 ) -> None:
     recipe = make_recipe(max_steps=3000)
-    terminal = Terminal("run", str(recipe), env=env)
-    terminal.wait_for("training from step")
-    terminal.press(b"")
+    terminal = in_training(recipe, env)
     server_of(terminal).kill()
     assert terminal.wait(AT_MOST_S) == 1
     assert "Prefect's temporary server has ended (exit code -9); what is done" in terminal.output
@@ -106,9 +112,7 @@ def test_a_killed_run_leaves_no_server_and_the_next_start_sets_its_state(
     make_recipe: Callable[..., Path], tmp_path: Path, env: dict[str, str]
 ) -> None:
     recipe = make_recipe(max_steps=3000)
-    terminal = Terminal("run", str(recipe), env=env)
-    terminal.wait_for("training from step")
-    terminal.press(b"")
+    terminal = in_training(recipe, env)
     psutil.Process(terminal.pid).kill()
     assert terminal.wait() == -9
     assert terminal.left_behind() == []

@@ -38,7 +38,9 @@ def rank_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return write
 
 
-def run(module: str, folder: Path, num_ranks: int = 2) -> tuple[list[dict[str, Any]], list[str]]:
+def run(
+    module: str, folder: Path, num_ranks: int = 2, **options: Any
+) -> tuple[list[dict[str, Any]], list[str]]:
     events: list[dict[str, Any]] = []
     lines: list[str] = []
     run_ranks(
@@ -47,6 +49,7 @@ def run(module: str, folder: Path, num_ranks: int = 2) -> tuple[list[dict[str, A
         num_ranks=num_ranks,
         on_event=events.append,
         on_line=lambda _rank, line: lines.append(line),
+        **options,
     )
     return events, lines
 
@@ -183,15 +186,7 @@ threading.Event().wait()
     with pytest.raises(
         WorkerError, match=r"rank 1 of stage train has made no progress .* it stands at .*wait"
     ):
-        run_ranks(
-            module=rank_module(body),
-            request=str(tmp_path),
-            num_ranks=2,
-            on_event=print,
-            on_line=print,
-            name="stage train",
-            stall_s=5.0,
-        )
+        run(rank_module(body), tmp_path, 2, name="stage train", stall_s=5.0)
     wait_until_gone(pids_in(tmp_path, 2))
 
 
@@ -209,14 +204,7 @@ while rank == 0 and time.monotonic() < until:
 while not (folder / "done-0").exists():
     time.sleep(0.01)
 """
-    run_ranks(
-        module=rank_module(body),
-        request=str(tmp_path),
-        num_ranks=2,
-        on_event=print,
-        on_line=print,
-        stall_s=4.0,
-    )
+    run(rank_module(body), tmp_path, 2, stall_s=4.0)
     assert (tmp_path / "done-0").exists()
 
 
@@ -236,15 +224,7 @@ thread.start()
 thread.join()
 """
     beats: list[float] = []
-    run_ranks(
-        module=rank_module(body),
-        request=str(tmp_path),
-        num_ranks=1,
-        on_event=print,
-        on_line=print,
-        stall_s=5.0,
-        on_beat=lambda: beats.append(time.monotonic()),
-    )
+    run(rank_module(body), tmp_path, 1, stall_s=5.0, on_beat=lambda: beats.append(time.monotonic()))
     assert len(beats) >= 3
 
 
