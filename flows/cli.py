@@ -14,14 +14,14 @@ from configs.errors import ConfigError, KdflowError
 from configs.load import load_run, parse_overrides, recipe_names
 from configs.printable import printable
 from configs.schema.run import RunConfig
-from configs.secrets import public_config
+from configs.secrets import public, public_config
 from flows import show_commands, store_commands
 from flows.foreground import foreground
 from flows.prefect_api import prefect_api
-from tasks.checks import checked_plan
-from tasks.estimate import Estimate, Prospect, check_room
-from tasks.results import check_run, evaluation_rows, report_path, student_path
-from tasks.stages import stage_status
+from tasks.checks.run_check import checked_run, planned_run
+from tasks.forecast.estimate import Estimate, Prospect, check_room
+from tasks.presentation.results import evaluation_rows, report_path, student_path
+from tasks.stages.explanation import stage_status
 
 app = typer.Typer(
     help="Knowledge distillation of language models.",
@@ -43,15 +43,16 @@ def run(recipe: RecipeArgument, overrides: OverrideArgument = None) -> None:
     """Run the flow `kd` here and now, without a server to start by hand."""
     with foreground(["kdflow", "run", recipe, *(overrides or [])]) as process:
         settings = parse_overrides(overrides or [])
-        config = check_run(recipe, settings)
-        checked_plan(config, download=True)  # what cannot work is refused before Prefect starts
+        # What cannot work is refused before Prefect starts.
+        planned = planned_run(recipe, settings, download=True)
         for name in ("prefect.flow_runs", "prefect.task_runs"):
             logging.getLogger(name).addFilter(_without_expected_traceback)
         with prefect_api(process.died):
-            from flows.kd import given_overrides, kd  # noqa: PLC0415 - Prefect takes seconds to import
+            from flows.kd import given_run, kd  # noqa: PLC0415 - Prefect takes seconds to import
 
-            with given_overrides(settings) as shown:
-                done = kd(recipe=recipe, overrides=shown)
+            with given_run(planned):
+                done = kd(recipe=recipe, overrides=public(settings))
+    config = planned.run
     console.print(score_table(evaluation_rows(config, done["evaluation"])))
     _print_paths(
         {
@@ -64,15 +65,14 @@ def run(recipe: RecipeArgument, overrides: OverrideArgument = None) -> None:
 @app.command()
 def plan(recipe: RecipeArgument, overrides: OverrideArgument = None) -> None:
     """Say which stages would be served from cache, and what changed for the others."""
-    config = check_run(recipe, parse_overrides(overrides or []))
-    checked_plan(config, download=False)
-    table = Table("stage", "artifact", "would", "why", title=f"plan of {config.name}")
-    for status in stage_status(config):
+    planned = planned_run(recipe, parse_overrides(overrides or []), download=False)
+    table = Table("stage", "artifact", "status", "reason", title=f"plan of {planned.run.name}")
+    for status in stage_status(planned.run, planned.stages):
         identity = status.identity
         table.add_row(
             identity.name,
             f"{identity.kind}/{identity.digest[:12]}",
-            "be served from cache" if status.cached else "run",
+            "will be served from cache" if status.cached else "will run",
             "\n".join(status.reasons),
         )
     console.print(table)
@@ -84,9 +84,9 @@ def estimate(recipe: RecipeArgument, overrides: OverrideArgument = None) -> None
 
     Prepares and tokenizes, which a run needs anyway. Fails when the states will not fit the disk.
     """
-    from tasks.run_estimate import estimate as measure  # noqa: PLC0415 - loads torch
+    from tasks.forecast.run_estimate import estimate as measure  # noqa: PLC0415 - loads torch
 
-    config = check_run(recipe, parse_overrides(overrides or []))
+    config = checked_run(recipe, parse_overrides(overrides or []))
     if config.mode == "onpolicy":
         raise ConfigError(
             "kdflow estimate is about `mode: offpolicy`; an on-policy run says what memory it "
@@ -115,7 +115,7 @@ def recipes() -> None:
 @app.command()
 def doctor() -> None:
     """Say what works on this machine. Fails when no teacher backend does."""
-    from tasks.doctor import examine  # noqa: PLC0415 - loads torch and SGLang
+    from tasks.forecast.doctor import examine  # noqa: PLC0415 - loads torch and SGLang
 
     findings = examine(Path.cwd())
     table = Table("", "", "works")

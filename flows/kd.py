@@ -12,36 +12,32 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from configs.schema.run import RunConfig
-from configs.secrets import public
 from flows.crashed_runs import marked, set_crashed
 from flows.on_policy_round import train_on_policy
 from storage.artifact import ArtifactRef
 from storage.runs import record_run
-from tasks.caching import run_cached
-from tasks.checks import checked_plan
-from tasks.results import artifact_key, check_run, evaluation_rows, report_path, student_path
-from tasks.stage_tasks import STAGE_TASKS, share_out
-from tasks.stages import (
-    StageIdentity,
-    decided,
-    open_store,
-    round_identities,
-    stage_spec,
-)
+from tasks.checks.run_check import PlannedRun, checked_plan, planned_run
+from tasks.execution.caching import run_cached
+from tasks.execution.stage_tasks import STAGE_TASKS, share_out
+from tasks.forecast.estimate import decided
+from tasks.presentation.results import artifact_key, evaluation_rows, report_path, student_path
+from tasks.stages.catalogue import CATALOGUE
+from tasks.stages.identity import open_store, stage_spec
+from tasks.stages.planning import round_identities
 
-_GIVEN: ContextVar[dict[str, Any] | None] = ContextVar("overrides with their secrets", default=None)
+_PLANNED: ContextVar[PlannedRun | None] = ContextVar("the run of this process", default=None)
 
 
 @contextmanager
-def given_overrides(overrides: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Overrides for a run of this process: without the secrets in their URLs, as Prefect keeps the
-    parameters of its runs; `kd` finds the whole ones.
+def given_run(planned: PlannedRun) -> Iterator[None]:
+    """Within, `kd` runs what was checked and planned already. Prefect keeps the parameters of its
+    runs, and gets them without the secrets in their URLs; here is the whole run.
     """
-    token = _GIVEN.set(overrides)
+    token = _PLANNED.set(planned)
     try:
-        yield public(overrides)
+        yield
     finally:
-        _GIVEN.reset(token)
+        _PLANNED.reset(token)
 
 
 @flow(name="kd", description="Distill a teacher into a student.", validate_parameters=True)
@@ -52,42 +48,39 @@ def kd(
 
     Returns the artifact references by name (teacher_model, tokens, states, student ...).
     """
-    given = _GIVEN.get()
-    run = check_run(recipe, (overrides or {}) if given is None else given)
-    if crashed := set_crashed(run.storage.scratch):
+    planned = _PLANNED.get() or planned_run(recipe, overrides or {}, download=True)
+    scratch = planned.run.storage.scratch
+    if crashed := set_crashed(scratch):
         get_run_logger().info("%d runs whose process is gone are now shown as crashed", crashed)
-    with marked(run.storage.scratch, flow_run.id):
-        return _run(run)
+    with marked(scratch, flow_run.id):
+        return _run(planned)
 
 
-def _run(run: RunConfig) -> dict[str, ArtifactRef]:
+def _run(planned: PlannedRun) -> dict[str, ArtifactRef]:
     """All stages, those of a run whose source an estimate chooses in two parts."""
     done: dict[str, ArtifactRef] = {}
-    if run.source == "auto":
-        plan = checked_plan(run, download=True)
-        done = _run_stages(run, plan, done)
-        run = decided(run, done["estimate"])
+    if planned.run.source == "auto":
+        done = _run_stages(planned, done)
+        run = decided(planned.run, done["estimate"])
         get_run_logger().info("source: auto is %s here", run.source)
-    plan = checked_plan(run, download=True)
-    made = plan | round_identities(plan["train"], run)
-    used = {stage: f"{identity.kind}/{identity.digest}" for stage, identity in made.items()}
+        planned = PlannedRun(run=run, stages=checked_plan(run, download=True))
+    run, stages = planned.run, planned.stages
+    made = stages | round_identities(stages["train"], run)
+    used = {name: f"{identity.kind}/{identity.digest}" for name, identity in made.items()}
     record_run(open_store(run), run.name, used)
-    done = _run_stages(run, plan, done)
+    done = _run_stages(planned, done)
     _publish_to_ui(run, done)
     return done
 
 
-def _run_stages(
-    run: RunConfig, plan: dict[str, StageIdentity], done: dict[str, ArtifactRef]
-) -> dict[str, ArtifactRef]:
+def _run_stages(planned: PlannedRun, done: dict[str, ArtifactRef]) -> dict[str, ArtifactRef]:
     """Run what is not done yet, in order."""
-    for identity in plan.values():
+    for identity in planned.stages.values():
         if identity.output in done:
             continue
-        spec = stage_spec(identity, run, done)
-        if identity.stage == "extract":
-            share_out(spec)
-        if identity.stage == "train" and run.mode == "onpolicy":
+        spec = stage_spec(identity, planned.run, done)
+        share_out(spec)
+        if CATALOGUE[identity.stage].in_rounds(spec.run):
             train_on_policy(spec)
         done = done | {identity.output: run_cached(STAGE_TASKS[identity.stage], spec)}
     return done

@@ -7,39 +7,44 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.logging import get_run_logger
 
 from configs.printable import fenced
-from tasks.on_policy import OnPolicyRun
-from tasks.results import artifact_key
-from tasks.round_tasks import run_round
-from tasks.rounds import RoundRecord
-from tasks.show import Answer, read_answers
-from tasks.stages import StageSpec, open_store
+from tasks.presentation.results import artifact_key
+from tasks.presentation.rollout_answers import Answer, read_answers
+from tasks.rounds.round_record import RoundRecord
+from tasks.rounds.round_tasks import run_round
+from tasks.rounds.rounds_at_work import RoundsAtWork, rounds_at_work
+from tasks.stages.identity import StageSpec, open_store
 
 SHOWN_ANSWERS = 3
 
 
 def train_on_policy(spec: StageSpec) -> None:
     """All rounds and the trained student's artifact, unless that is there."""
-    run = OnPolicyRun(spec, get_run_logger())
-    if run.is_finished():
+    rounds = RoundsAtWork(spec, get_run_logger())
+    if rounds.is_finished():
         return
-    with run:
-        if run.is_finished():  # by whom we have waited for
+    with rounds:
+        if rounds.is_finished():  # by whom we have waited for
             return
-        for line in run.memory_plan():
+        for line in rounds.memory_plan():
             get_run_logger().info(line)
-        for number in range(1, run.config.rounds + 1):
-            on_policy_round(number=number, rounds=run.config.rounds, run=run)
-        run.export()
+        for number in range(1, rounds.config.rounds + 1):
+            on_policy_round(
+                number=number, rounds=rounds.config.rounds, student=spec.identity.digest
+            )
+        rounds.export()
 
 
 @flow(name="on_policy_round", flow_run_name="round-{number}-of-{rounds}", validate_parameters=False)
-def on_policy_round(number: int, rounds: int, run: OnPolicyRun) -> dict[str, Any]:
-    """One round; its record, which also stands in the UI."""
-    rollouts, made = run_round(run, number)
-    record = run.record(made)
-    answers = read_answers(open_store(run.spec.run).local_copy(rollouts))[:SHOWN_ANSWERS]
+def on_policy_round(number: int, rounds: int, student: str) -> dict[str, Any]:
+    """One round of those that make a student, by its digest; its record, which also stands in the
+    UI.
+    """
+    rollouts, made = run_round(student, number)
+    at_work = rounds_at_work(student)
+    run, record = at_work.spec.run, at_work.record(made)
+    answers = read_answers(open_store(run).local_copy(rollouts))[:SHOWN_ANSWERS]
     create_markdown_artifact(
-        key=f"{artifact_key(run.spec.run.name)}-round",
+        key=f"{artifact_key(run.name)}-round",
         markdown=round_markdown(record, answers),
         description=f"Round {number} of {rounds}",
     )

@@ -13,7 +13,7 @@ from typing import IO
 import httpx
 
 from configs.errors import ConfigError, KdflowError
-from kdflow_core.workers.local import free_port
+from kdflow_core.workers.ports import free_port
 
 START_S = 180.0  # a cold start on a busy machine
 ANSWER_S = 5.0

@@ -6,8 +6,8 @@ import typer
 
 from configs.load import parse_overrides
 from configs.printable import printable
-from tasks.results import check_run
-from tasks.show import answers_of
+from tasks.checks.run_check import checked_run
+from tasks.presentation.rollout_answers import answers_of
 
 app = typer.Typer(help="Look at what a run has made.", no_args_is_help=True)
 
@@ -27,7 +27,7 @@ def rollouts(
     limit: Annotated[int, typer.Option(min=1, help="How many answers to print.")] = 10,
 ) -> None:
     """Print what the student answered in a round: prompt, answer, and what is known of it."""
-    answers = answers_of(check_run(recipe, parse_overrides(overrides or [])), number)
+    answers = answers_of(checked_run(recipe, parse_overrides(overrides or [])), number)
     for answer in answers[:limit]:
         known = [
             answer.source,

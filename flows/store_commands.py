@@ -23,7 +23,7 @@ from storage.maintenance import (
 from storage.runs import forget_run, list_runs
 from storage.store import ArtifactStore
 from storage.transfer import export_artifact, import_artifact
-from tasks.store_check import descendants, remove_from_scratch, scratch_damages, take_back
+from tasks.checks.store_check import descendants, remove_from_scratch, scratch_damages, take_back
 
 DEFAULTS = StorageConfig()
 SHORT = 12

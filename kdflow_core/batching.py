@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from kdflow_core.contracts import Example, HiddenStateSource, TeacherRows
+from kdflow_core.contracts import Example, HiddenRows, SignalRows, SignalSource
 from kdflow_core.errors import AlignmentError
 
 
@@ -55,12 +55,25 @@ def pack_by_tokens(lengths: Sequence[int], budget: int, *, max_sequences: int) -
     return batches
 
 
-def teacher_rows(example: Example, states: HiddenStateSource) -> TeacherRows:
-    """The teacher's states for an example's supervised tokens.
+def hidden_rows(rows: SignalRows) -> HiddenRows:
+    """Rows of hidden states. Raises AlignmentError for signals that are something else."""
+    if not isinstance(rows, HiddenRows):
+        raise AlignmentError("these signals are not hidden states, and nothing here reads others")
+    return rows
 
-    Raises AlignmentError when rows and the student's tokens differ in number.
+
+def teacher_rows(example: Example, signals: SignalSource, view: str = "teacher") -> HiddenRows:
+    """The states, for an example's supervised tokens, of the teacher that reads one of its views.
+
+    Raises AlignmentError when rows and the student's tokens differ in number, or do not go by the
+    same tokens at all.
     """
-    rows = states.rows(example.teacher)
+    if view in example.alignments:
+        raise AlignmentError(
+            f"the view '{view}' has other tokens than the student's, and nothing here reads its "
+            "alignment"
+        )
+    rows = hidden_rows(signals.rows(example.views[view]))
     num_tokens = len(example.student.target_positions_N)
     if len(rows.index_N) != num_tokens:
         raise AlignmentError(f"{len(rows.index_N)} teacher rows for {num_tokens} student tokens")
@@ -68,7 +81,7 @@ def teacher_rows(example: Example, states: HiddenStateSource) -> TeacherRows:
 
 
 def select_rows(
-    rows: Sequence[TeacherRows], *, hidden_size: int, device: torch.device
+    rows: Sequence[HiddenRows], *, hidden_size: int, device: torch.device
 ) -> torch.Tensor:
     """The rows of several sequences, back to back: [N, G] bfloat16. Each is copied once."""
     place = rows[0].buffer_RH.device if rows else device

@@ -5,16 +5,21 @@ R rank of a low-rank update.
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 
+MEDIA_DIGEST_BYTES = 16
 
-def sequence_digest(ids_T: np.ndarray, supervised_T: np.ndarray) -> bytes:
-    """16 bytes (BLAKE2b) over a sequence's token ids and supervision mask.
+
+def sequence_digest(
+    ids_T: np.ndarray, supervised_T: np.ndarray, media: Sequence[bytes] = ()
+) -> bytes:
+    """16 bytes (BLAKE2b) over all that a model reads: a sequence's token ids and supervision mask,
+    and the digests of the pictures or other media that stand in it, in their order.
 
     It ties teacher states to the sequence they were computed from.
     """
@@ -22,6 +27,10 @@ def sequence_digest(ids_T: np.ndarray, supervised_T: np.ndarray) -> bytes:
     hasher.update(len(ids_T).to_bytes(8, "little"))
     hasher.update(np.ascontiguousarray(ids_T, dtype="<i4").tobytes())
     hasher.update(np.packbits(np.ascontiguousarray(supervised_T, dtype=bool)).tobytes())
+    for own in media:
+        if len(own) != MEDIA_DIGEST_BYTES:
+            raise ValueError(f"a media digest has {MEDIA_DIGEST_BYTES} bytes, this one {len(own)}")
+        hasher.update(own)
     return hasher.digest()
 
 
@@ -30,11 +39,12 @@ class TokenSequence:
     """Token ids [T] and a mask [T] that is true where the *token* is supervised.
 
     A supervised token at position i is predicted by the state at position i-1, so position 0 is
-    never supervised.
+    never supervised. `media` are the digests of what else the model reads at places of the text.
     """
 
     ids_T: np.ndarray
     supervised_T: np.ndarray
+    media: tuple[bytes, ...] = ()
 
     @property
     def target_positions_N(self) -> np.ndarray:
@@ -65,23 +75,50 @@ class TokenSequence:
     @property
     def digest(self) -> bytes:
         """See `sequence_digest`."""
-        return sequence_digest(self.ids_T, self.supervised_T)
+        return sequence_digest(self.ids_T, self.supervised_T, self.media)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alignment:
+    """How a teacher's view of a sample stands to the student's, where their tokens differ.
+
+    `pairs_P2` are rows of both (student, teacher) that condition on the same bytes; `spans_S4` the
+    shortest runs of tokens that spell the same bytes: begin and end in the student's view, begin
+    and end in the teacher's. Both are int32.
+    """
+
+    pairs_P2: np.ndarray
+    spans_S4: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One conversation as both models see it, and its gold answer where there is one.
+    """One conversation as each model reads it, and its gold answer where there is one.
+
+    `views` are by the name of who reads: `student`, `teacher`, and other teachers that read another
+    tokenization or template. Between the student's view and a teacher's may stand an alignment;
+    without one, they supervise the same tokens.
 
     Where the student has sampled the answer, `sampled_log_prob_N` are the log-probabilities that
     the supervised tokens had then, in nats, and `advantage` what a reward makes of the answer.
     """
 
     source: str
-    student: TokenSequence
-    teacher: TokenSequence
+    views: Mapping[str, TokenSequence]
+    alignments: Mapping[str, Alignment] = field(default_factory=dict)
     answer: str | None = None
     sampled_log_prob_N: np.ndarray | None = None
     advantage: float = 0.0
+
+    @property
+    def student(self) -> TokenSequence:
+        """As the student reads it."""
+        return self.views["student"]
+
+    @property
+    def teacher(self) -> TokenSequence:
+        """As the run's own teacher reads it."""
+        return self.views["teacher"]
 
 
 class Examples(Protocol):
@@ -90,11 +127,11 @@ class Examples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
-    def lengths(self, side: str) -> np.ndarray:
-        """Tokens per example, `side` being student or teacher."""
+    def lengths(self, view: str) -> np.ndarray:
+        """Tokens per example, in one of its views."""
         ...
 
-    def supervised_counts(self, side: str) -> np.ndarray:
+    def supervised_counts(self, view: str) -> np.ndarray:
         """Supervised tokens per example."""
         ...
 
@@ -125,7 +162,7 @@ class OutputHead:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherRows:
+class HiddenRows:
     """The states of a sequence's supervised tokens: the rows `index_N` of `buffer_RH`.
 
     The buffer is bfloat16 and may be an engine's whole output, with the rows of many sequences. It
@@ -136,24 +173,68 @@ class TeacherRows:
     index_N: torch.Tensor
 
 
-class HiddenStateSource(Protocol):
-    """Teacher states by sequence."""
+@dataclass(frozen=True, kw_only=True)
+class TopKRows:
+    """The log-probabilities [N, K] (nats) of the K most probable tokens `ids_NK` at a sequence's
+    supervised tokens, and the logarithm of the mass that all others share.
+    """
+
+    ids_NK: torch.Tensor
+    log_probs_NK: torch.Tensor
+    log_tail_N: torch.Tensor
+
+
+# What a teacher says of one sequence; a teacher that says nothing has no source of them.
+SignalRows = HiddenRows | TopKRows
+
+
+class HiddenSignal(NamedTuple):
+    """The teacher's states of some tokens [T, G], and its head."""
+
+    hidden_TG: torch.Tensor
+    head: OutputHead
+
+
+class TopKSignal(NamedTuple):
+    """See `TopKRows`, of some tokens."""
+
+    ids_TK: torch.Tensor
+    log_probs_TK: torch.Tensor
+    log_tail_T: torch.Tensor
+
+
+# What a teacher says of the tokens of a batch.
+Signal = HiddenSignal | TopKSignal
+
+
+class SignalSource(Protocol):
+    """What a teacher says, by sequence."""
 
     @property
     def hidden_size(self) -> int:
-        """H, of every row."""
+        """H, of every row of states."""
         ...
 
     def begin_step(self, step: int) -> None:
         """Get ready for an optimizer step (counted from 0). Every rank calls it for every step."""
         ...
 
-    def rows(self, sequence: TokenSequence) -> TeacherRows:
-        """The states that predict the sequence's supervised tokens.
+    def rows(self, sequence: TokenSequence) -> SignalRows:
+        """What the teacher says of the sequence's supervised tokens.
 
-        Raises when there are none, or when they belong to other tokens.
+        Raises when there is nothing, or when it belongs to other tokens.
         """
         ...
+
+
+Source = TypeVar("Source", bound=SignalSource, covariant=True)
+
+
+class TeacherAtHand(NamedTuple, Generic[Source]):
+    """A teacher whose signals are at hand, and the head that they were made for."""
+
+    signals: Source
+    head: OutputHead
 
 
 class TeacherEngine(Protocol):
@@ -177,7 +258,7 @@ class TeacherEngine(Protocol):
         """Indices of sequences, grouped into batches for `forward`."""
         ...
 
-    def forward(self, sequences: Sequence[TokenSequence]) -> list[TeacherRows]:
+    def forward(self, sequences: Sequence[TokenSequence]) -> list[HiddenRows]:
         """One batch; the states stay on the engine's device.
 
         Raises ModelError when the engine is closed or the model cannot run the batch.
@@ -194,24 +275,4 @@ class TeacherEngine(Protocol):
 
     def close(self) -> None:
         """Free the model. May be called twice."""
-        ...
-
-
-class Reporter(Protocol):
-    """Where progress and messages of a running stage go."""
-
-    def progress(self, *, done: int, total: int, unit: str, detail: str = "") -> None:
-        """Say how far the stage is; the receiver derives rate and time left."""
-        ...
-
-    def message(self, text: str) -> None:
-        """One line for the log."""
-        ...
-
-
-class MetricsSink(Protocol):
-    """Receives one record of scalars per optimizer step."""
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Take one step's record."""
         ...

@@ -16,10 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from configs.load import load_run
 from configs.schema.run import RunConfig
 from storage.artifact import ArtifactRef
-from tasks.launch import launch_stage
-from tasks.stages import plan_stages, stage_spec
-from tasks.wiring import STAGES
-from tasks.wiring.stage_run import StageRun
+from tasks.execution.launch import launch_stage
+from tasks.jobs.stage_host import job_of
+from tasks.jobs.stage_run import StageRun
+from tasks.stages.identity import stage_spec
+from tasks.stages.planning import plan_stages
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
@@ -180,7 +181,7 @@ def run_inline(
         ref = stage_run.store.find(identity.kind, identity.digest)
         if ref is None and stage in launched:
             ref = launch_stage(spec, logging.getLogger("test"))
-        ref = ref or STAGES[identity.stage](stage_run)
+        ref = ref or job_of(identity.stage)(stage_run)
         assert ref is not None
         done = done | {identity.output: ref}
         if stage == until:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 
-from kdflow_core.workers.local import free_port
+from kdflow_core.workers.ports import free_port
 from tests.readme import ROOT
 
 PREFECT = str(Path(sys.executable).parent / "prefect")

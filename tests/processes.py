@@ -10,6 +10,6 @@ def stage_ranks(parent: psutil.Process) -> list[psutil.Process]:
     ranks = []
     for child in parent.children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if "tasks.worker" in child.cmdline():
+            if "tasks.jobs.stage_host:StageHost" in child.cmdline():
                 ranks.append(child)
     return sorted(ranks, key=lambda rank: rank.pid)

@@ -5,19 +5,27 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from configs.schema.base import StrictModel
+from configs.schema.signals import SignalKind
 from configs.schema.teacher import Teacher
 
 
 class _Algorithm(StrictModel):
-    """`TEACHER_STATES` says whether training reads states that a teacher has computed before."""
+    """`SIGNALS` are the kinds of signals that training can read; a teacher gives one of them. An
+    algorithm of `text` alone reads nothing that a teacher has computed.
+    """
 
-    TEACHER_STATES: ClassVar[bool] = True
+    SIGNALS: ClassVar[frozenset[SignalKind]] = frozenset({"hidden"})
+
+    @property
+    def reads_signals(self) -> bool:
+        """Whether training reads what a teacher has computed before."""
+        return "text" not in self.SIGNALS
 
 
 class SFTConfig(_Algorithm):
     """Cross-entropy alone; `loss` has no say. The teacher is for evaluation."""
 
-    TEACHER_STATES = False
+    SIGNALS = frozenset({"text"})
 
     type: Literal["sft"] = "sft"
 
@@ -80,7 +88,7 @@ class SelfDistillationConfig(_Algorithm):
     teacher sees.
     """
 
-    TEACHER_STATES = False
+    SIGNALS = frozenset({"text"})
 
     type: Literal["self_distillation"] = "self_distillation"
     update: Literal["synchronized", "ema"] = "ema"

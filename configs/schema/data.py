@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from configs.schema.base import MOST, PathText, StrictModel
-from configs.schema.generation import Engine, TransformersEngine
+from configs.schema.engines import Engine, TransformersEngine
 from configs.secrets import public
 
 Layout = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "prompt"]

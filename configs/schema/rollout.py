@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from configs.schema.base import MOST
-from configs.schema.generation import SglangEngine, TransformersEngine
+from configs.schema.engines import SglangEngine, TransformersEngine
 
 
 class TransformersRollout(TransformersEngine):

@@ -53,9 +53,12 @@ class StorageConfig(StrictModel):
 
 class EvalConfig(StrictModel):
     """Held-out evaluation. `max_generations` prompts are answered greedily by teacher and student;
-    0 turns generation off.
+    0 turns generation off. With `every_steps`, off-policy training measures the held-out loss of
+    `curve_sequences` samples before it, every so many optimizer steps and at its end.
     """
 
+    every_steps: int | None = Field(default=None, gt=0, le=MOST)
+    curve_sequences: int = Field(default=64, gt=0, le=MOST)
     tokens_per_batch: int = Field(default=8192, gt=0, le=MOST)
     max_generations: int = Field(default=32, ge=0, le=MOST)
     max_new_tokens: int = Field(default=128, gt=0, le=MOST)
@@ -145,17 +148,22 @@ class RunConfig(StrictModel):
                 "student.epochs and student.max_steps are for `mode: offpolicy`; here on_policy."
                 "rounds and on_policy.steps_per_round say how long to train: leave them out"
             )
+        if self.eval.every_steps is not None:
+            raise ValueError(
+                "eval.every_steps is for `mode: offpolicy`; every round measures its own held-out "
+                "loss, of on_policy.heldout_sequences samples: leave it out"
+            )
         _check_on_policy(self, self.on_policy)
         return self
 
     @model_validator(mode="after")
     def _algorithm_fits(self) -> "RunConfig":
         kind = self.algorithm.type
-        reads_stored = kind == "multi_teacher" or not self.algorithm.TEACHER_STATES
+        reads_stored = kind == "multi_teacher" or not self.algorithm.reads_signals
         if self.source != "replay" and reads_stored:
             raise ValueError(
                 f"source={self.source} is not for algorithm.type={kind}, which reads "
-                + ("stored states" if self.algorithm.TEACHER_STATES else "no teacher states")
+                + ("stored states" if self.algorithm.reads_signals else "no teacher states")
                 + "; leave `source` out"
             )
         if self.student.vocabulary_parallel and (
@@ -182,6 +190,18 @@ class RunConfig(StrictModel):
             )
         if isinstance(self.algorithm, MultiTeacherConfig):
             _check_teachers(self.algorithm, self.data.source_names, self.teacher)
+        return self
+
+    @model_validator(mode="after")
+    def _signals_fit(self) -> "RunConfig":
+        others = (
+            [share.teacher for share in self.algorithm.teachers.values()]
+            if isinstance(self.algorithm, MultiTeacherConfig)
+            else []
+        )
+        for teacher in (self.teacher, *others):
+            if teacher is not None and self.algorithm.reads_signals:
+                _check_signal(self.algorithm, teacher)
         return self
 
     @model_validator(mode="after")
@@ -215,7 +235,19 @@ class RunConfig(StrictModel):
     @property
     def stores_training_states(self) -> bool:
         """Whether the teachers' states of the training split are stored."""
-        return self.replays and self.algorithm.TEACHER_STATES
+        return self.replays and self.algorithm.reads_signals
+
+    @property
+    def measures_heldout(self) -> bool:
+        """Whether training measures the held-out loss on its way."""
+        return self.on_policy is not None or self.eval.every_steps is not None
+
+    @property
+    def heldout_sequences(self) -> int:
+        """Of how many held-out samples training measures the loss, at most."""
+        if self.on_policy is not None:
+            return self.on_policy.heldout_sequences
+        return self.eval.curve_sequences
 
     @property
     def teacher_in_training(self) -> bool:
@@ -242,6 +274,14 @@ class RunConfig(StrictModel):
             return None
         sources = self.algorithm.teachers[name].sources
         return None if sources is None else frozenset(sources)
+
+
+def _check_signal(algorithm: Algorithm, teacher: Teacher) -> None:
+    if teacher.SIGNAL not in algorithm.SIGNALS:
+        raise ValueError(
+            f"algorithm.type={algorithm.type} reads the signals {sorted(algorithm.SIGNALS)}, and "
+            f"teacher.type={teacher.type} gives {teacher.SIGNAL}; set another of the two"
+        )
 
 
 def _check_on_policy(run: RunConfig, on_policy: OnPolicyConfig) -> None:

@@ -6,10 +6,12 @@ from pydantic import Field, model_validator
 
 from configs.schema.base import MOST, MOST_RANKS, StrictModel
 from configs.schema.models import Attention, ChatTemplate, Dtype, TeacherModel
+from configs.schema.signals import SignalKind
 
 
 class _Teacher(StrictModel):
-    """What all teachers have. `RESULT_FIELDS` can change its states, others cannot.
+    """What all teachers have. `RESULT_FIELDS` can change its states, others cannot; `SIGNAL` is the
+    kind of what it says.
 
     `tokens_per_batch` bounds a forward pass, in tokens. `context_length` lowers the model's own;
     longer sequences are refused. `num_ranks` processes run the teacher, or ask for its states, in
@@ -18,6 +20,7 @@ class _Teacher(StrictModel):
     """
 
     RESULT_FIELDS: ClassVar[frozenset[str]] = frozenset()
+    SIGNAL: ClassVar[SignalKind] = "hidden"
 
     model: TeacherModel
     chat_template: ChatTemplate = Field(default_factory=ChatTemplate)

@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 from transformers import PreTrainedModel
 
-from kdflow_core.contracts import OutputHead
-from kdflow_core.losses.chunked import LossOutput, TeacherStates, distillation_loss
+from kdflow_core.contracts import HiddenSignal, OutputHead, Signal
+from kdflow_core.losses.chunked import LossOutput, distillation_loss
 from kdflow_core.losses.elementwise import LossSpec
 
 
@@ -35,17 +35,17 @@ class TokenBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaughtRows:
-    """One teacher's states [K, G] for the tokens `index_K` of the micro-batch."""
+class TokenSignal:
+    """What one teacher says of the tokens `index_K` of the micro-batch."""
 
     index_K: torch.Tensor
-    hidden_KG: torch.Tensor
+    signal: Signal
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """The student's tokens, their ids [N] and the weight of each in the loss; the teachers' states,
-    in the order of the algorithm's teachers; the teacher's tokens where the algorithm reads them;
+    """The student's tokens, their ids [N] and the weight of each in the loss; what teachers say, in
+    the order of the algorithm's teachers; the teacher's tokens where the algorithm reads them;
     the log-probabilities [N] that the tokens were sampled with, if they were; and their advantages
     [N] where a reward is learned.
     """
@@ -53,7 +53,7 @@ class MicroBatch:
     student: TokenBatch
     target_ids_N: torch.Tensor
     weight: float
-    teachers: tuple[TaughtRows, ...]
+    signals: tuple[TokenSignal, ...]
     teacher_tokens: TokenBatch | None
     sampled_log_prob_N: torch.Tensor | None
     advantage_N: torch.Tensor | None
@@ -65,12 +65,13 @@ class MicroBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherHead:
-    """A teacher's output head; the weight of its divergence; and the data sources whose examples
-    it teaches (None: all of them).
+class Teacher:
+    """A teacher as an algorithm has it: its output head; the view that it reads; the weight of its
+    divergence; and the data sources whose examples it teaches (None: all of them).
     """
 
     head: OutputHead
+    view: str = "teacher"
     weight: float = 1.0
     sources: frozenset[str] | None = None
 
@@ -102,8 +103,8 @@ class Algorithm(torch.nn.Module, ABC):
     reads_teacher_tokens: ClassVar[bool] = False
 
     @property
-    def teachers(self) -> Sequence[TeacherHead]:
-        """Whose states a micro-batch brings, in this order."""
+    def teachers(self) -> Sequence[Teacher]:
+        """Whose signals a micro-batch brings, in this order."""
         return ()
 
     @property
@@ -124,9 +125,10 @@ class Algorithm(torch.nn.Module, ABC):
 
 
 def whole_batch_loss(
-    student: Student, batch: MicroBatch, *, teacher: TeacherStates | None, spec: LossSpec
+    student: Student, batch: MicroBatch, *, teacher: Signal | None, spec: LossSpec
 ) -> LossOutput:
-    """The loss of all tokens of a micro-batch."""
+    """The loss of all tokens of a micro-batch, from a teacher's hidden states or without one."""
+    assert teacher is None or isinstance(teacher, HiddenSignal)  # the config refuses others
     return distillation_loss(
         student_hidden_TH=student.hidden_NH,
         student_head=student.head,

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import torch
 
 from configs.schema.algorithm import MultiTeacherConfig
-from kdflow_core.algorithms.base import Algorithm, Ingredients, MicroBatch, Student, TeacherHead
-from kdflow_core.losses.chunked import LossOutput, TeacherStates, distillation_loss
+from kdflow_core.algorithms.base import Algorithm, Ingredients, MicroBatch, Student, Teacher
+from kdflow_core.contracts import HiddenSignal
+from kdflow_core.losses.chunked import LossOutput, distillation_loss
 
 
 class MultiTeacher(Algorithm):
@@ -24,7 +25,7 @@ class MultiTeacher(Algorithm):
         self._spec = ingredients.spec
         total = sum(share.weight for share in config.teachers.values())
         self._teachers = tuple(
-            TeacherHead(
+            Teacher(
                 head=ingredients.heads[name],
                 weight=1.0 if share.sources is not None else share.weight / total,
                 sources=None if share.sources is None else frozenset(share.sources),
@@ -33,32 +34,30 @@ class MultiTeacher(Algorithm):
         )
 
     @property
-    def teachers(self) -> Sequence[TeacherHead]:
+    def teachers(self) -> Sequence[Teacher]:
         """See `Algorithm`."""
         return self._teachers
 
     def loss(self, student: Student, batch: MicroBatch) -> LossOutput:
         """See `Algorithm`. The per-token terms are weighted sums over the teachers."""
         sampled_N = batch.sampled_log_prob_N
-        total: LossOutput | None = None
-        for teacher, states in zip(self._teachers, batch.teachers, strict=True):
-            chosen_K = states.index_K
+        loss = student.hidden_NH.new_zeros(())
+        terms: dict[str, torch.Tensor] = {}
+        for teacher, taught in zip(self._teachers, batch.signals, strict=True):
+            chosen_K = taught.index_K
+            assert isinstance(taught.signal, HiddenSignal)  # the config refuses others
             output = distillation_loss(
                 student_hidden_TH=student.hidden_NH[chosen_K],
                 student_head=student.head,
-                teacher=TeacherStates(states.hidden_KG, teacher.head),
+                teacher=taught.signal,
                 target_ids_T=batch.target_ids_N[chosen_K],
                 weights_T=batch.weights_N[chosen_K] * teacher.weight,
                 sampled_log_prob_T=None if sampled_N is None else sampled_N[chosen_K],
                 spec=self._spec,
             )
-            spread = [
-                torch.zeros_like(batch.weights_N, dtype=term_K.dtype).index_add_(
-                    0, chosen_K, term_K * teacher.weight
-                )
-                for term_K in output[1:]
-            ]
-            part = LossOutput(output.loss, *spread)
-            total = part if total is None else LossOutput(*map(torch.add, total, part))
-        assert total is not None
-        return total
+            loss = loss + output.loss
+            for name, term_K in output.terms.items():
+                zero_N = torch.zeros_like(batch.weights_N, dtype=term_K.dtype)
+                term_N = terms.setdefault(name, zero_N)
+                term_N.index_add_(0, chosen_K, term_K * teacher.weight)
+        return LossOutput(loss, terms)

@@ -24,7 +24,8 @@ from kdflow_core.algorithms.base import (
     Student,
     whole_batch_loss,
 )
-from kdflow_core.losses.chunked import LossOutput, TeacherStates
+from kdflow_core.contracts import HiddenSignal
+from kdflow_core.losses.chunked import LossOutput
 from kdflow_core.models.heads import live_head
 
 
@@ -60,7 +61,7 @@ class SelfDistillation(Algorithm):
         with torch.no_grad():
             teacher_NH = self._states(teacher, batch)
             teacher_head = live_head(teacher, self._vocabulary_size)
-        own = TeacherStates(teacher_NH, teacher_head)
+        own = HiddenSignal(teacher_NH, teacher_head)
         return whole_batch_loss(student, batch, teacher=own, spec=self._spec)
 
     def _states(self, teacher: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:

@@ -12,10 +12,10 @@ from kdflow_core.algorithms.base import (
     Ingredients,
     MicroBatch,
     Student,
-    TeacherHead,
+    Teacher,
     whole_batch_loss,
 )
-from kdflow_core.losses.chunked import LossOutput, TeacherStates
+from kdflow_core.losses.chunked import LossOutput
 
 
 class VanillaKD(Algorithm):
@@ -25,15 +25,14 @@ class VanillaKD(Algorithm):
         super().__init__()
         del config
         self._spec = ingredients.spec
-        self._teacher = TeacherHead(head=ingredients.heads["teacher"])
+        self._teacher = Teacher(head=ingredients.heads["teacher"])
 
     @property
-    def teachers(self) -> Sequence[TeacherHead]:
+    def teachers(self) -> Sequence[Teacher]:
         """See `Algorithm`."""
         return (self._teacher,)
 
     def loss(self, student: Student, batch: MicroBatch) -> LossOutput:
         """See `Algorithm`."""
-        (states,) = batch.teachers
-        teacher = TeacherStates(states.hidden_KG, self._teacher.head)
-        return whole_batch_loss(student, batch, teacher=teacher, spec=self._spec)
+        (taught,) = batch.signals
+        return whole_batch_loss(student, batch, teacher=taught.signal, spec=self._spec)

@@ -15,12 +15,13 @@ from typing import Literal
 import numpy as np
 
 from configs.schema.data import DataConfig, Source
-from kdflow_core.contracts import Example, Reporter, TokenSequence
+from kdflow_core.contracts import Example, TokenSequence
 from kdflow_core.data.conversations import Conversation, parse_row
 from kdflow_core.data.messages import SampleError
 from kdflow_core.data.rendering import Renderer
 from kdflow_core.data.sources import RowFiles, iterate_rows
 from kdflow_core.errors import DataError
+from kdflow_core.sinks import Reporter
 
 Split = Literal["train", "heldout"]
 # What is dropped as a matter of course; a limit holds for every other reason.
@@ -211,8 +212,7 @@ def _render(
         raise SampleError("empty", "no supervised token")
     return Example(
         source=source,
-        student=student,
-        teacher=teacher,
+        views={"student": student, "teacher": teacher},
         answer=conversation.answer,
     )
 

@@ -14,20 +14,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from kdflow_core.batching import batch_by_tokens, pad_right, select_rows, teacher_rows
-from kdflow_core.contracts import (
-    Examples,
-    HiddenStateSource,
-    OutputHead,
-    Reporter,
-    TokenSequence,
-)
+from kdflow_core.batching import batch_by_tokens, hidden_rows, pad_right, select_rows, teacher_rows
+from kdflow_core.contracts import Examples, SignalSource, TeacherAtHand, TokenSequence
 from kdflow_core.losses.base import Distributions
 from kdflow_core.losses.forward_kl import ForwardKL
 from kdflow_core.losses.logits import LogitProducer
 from kdflow_core.losses.reverse_kl import ReverseKL
 from kdflow_core.losses.vocabulary import WholeVocabulary
 from kdflow_core.models.heads import live_head
+from kdflow_core.sinks import Reporter
 
 CHUNK_TOKENS = 256
 COLUMNS = ("forward_kl", "reverse_kl", "agreement", "ce_model", "ce_teacher")
@@ -47,20 +42,12 @@ class DistributionScores:
     teacher_perplexity: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class TeacherSignal:
-    """A teacher as it was stored: its states, and the head they were made for."""
-
-    states: HiddenStateSource
-    head: OutputHead
-
-
 @torch.inference_mode()
 def score_distributions(
     *,
     model: PreTrainedModel,
     examples: Examples,
-    teachers: Mapping[str, TeacherSignal],
+    teachers: Mapping[str, TeacherAtHand[SignalSource]],
     tokens_per_batch: int,
     reporter: Reporter,
     label: str,
@@ -82,7 +69,7 @@ def score_distributions(
         for row, (example, sequence) in enumerate(zip(chosen, sequences, strict=True)):
             positions_N = torch.from_numpy(sequence.target_positions_N - 1)
             name = example.source if example.source in teachers else "all"
-            states = teachers[name].states
+            states = teachers[name].signals
             teacher_NG = select_rows(
                 [teacher_rows(example, states)],
                 hidden_size=states.hidden_size,
@@ -154,7 +141,7 @@ def _perplexity(cross_entropy: float) -> float:
 
 @torch.inference_mode()
 def state_difference(
-    model: PreTrainedModel, sequences: Sequence[TokenSequence], states: HiddenStateSource
+    model: PreTrainedModel, sequences: Sequence[TokenSequence], states: SignalSource
 ) -> float:
     """How far the states of a model are from stored ones: the median over the supervised rows of
     |own - stored| / |stored|. Rounding makes about 0.01, other weights about 1.
@@ -164,7 +151,7 @@ def state_difference(
         ids_BT = torch.from_numpy(sequence.ids_T.astype(np.int64))[None].to(model.device)
         own_BTH = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
         own_NH = own_BTH[0, torch.from_numpy(sequence.target_positions_N - 1)].float().cpu()
-        rows = states.rows(sequence)
+        rows = hidden_rows(states.rows(sequence))
         stored_NH = rows.buffer_RH[rows.index_N].float().cpu()
         differences.append(relative_difference(own_NH, stored_NH))
     return float(torch.cat(differences).median())

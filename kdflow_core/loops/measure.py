@@ -10,11 +10,20 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from kdflow_core.algorithms.base import Algorithm, MicroBatch, Student, whole_batch_loss
+from configs.schema.algorithm import VanillaKDConfig
+from kdflow_core.algorithms.base import (
+    Algorithm,
+    Ingredients,
+    MicroBatch,
+    Student,
+    whole_batch_loss,
+)
+from kdflow_core.algorithms.vanilla_kd import VanillaKD
 from kdflow_core.batching import batch_by_tokens
-from kdflow_core.contracts import Example, HiddenStateSource
+from kdflow_core.contracts import Example, OutputHead, SignalSource
 from kdflow_core.losses.chunked import LossOutput
 from kdflow_core.losses.elementwise import LossSpec
+from kdflow_core.losses.reverse_kl import ReverseKL
 from kdflow_core.student.module import DistillationModule
 from kdflow_core.student.step import collate
 
@@ -72,21 +81,49 @@ class Measuring:
     device: torch.device
 
 
+class HeldoutCurve:
+    """The held-out scores of a student in training, as often as they are asked for, by the reverse
+    KL to a teacher with `head` whose `states` are at hand.
+    """
+
+    def __init__(
+        self,
+        measuring: Measuring,
+        *,
+        spec: LossSpec,
+        head: OutputHead,
+        states: SignalSource,
+        examples: Sequence[Example],
+    ) -> None:
+        self._measuring, self._states, self._examples = measuring, states, examples
+        module = measuring.module
+        ingredients = Ingredients(
+            spec=replace(
+                spec, divergence=ReverseKL(), kd_ratio=1.0, token_weight=None, policy_gradient=None
+            ),
+            model=module.model,
+            heads={"teacher": module.part_of_head(head)},
+            vocabulary_size=len(head.weight_VH),
+        )
+        self._judge = VanillaKD(VanillaKDConfig(), ingredients)
+
+    def scores(self) -> HeldoutScores:
+        """Of the student as it is. Collective."""
+        return heldout_scores(self._measuring, self._judge, self._examples, self._states)
+
+
 def heldout_scores(
     measuring: Measuring,
     algorithm: Algorithm,
     examples: Sequence[Example],
-    states: HiddenStateSource,
+    states: SignalSource,
 ) -> HeldoutScores:
     """By an algorithm of one teacher whose divergence is the reverse KL."""
     sums = torch.zeros(5, dtype=torch.float64, device=measuring.device)
     for _, output in _outputs(measuring, algorithm, examples, [states]):
         terms = (
-            output.divergence_T,
-            output.forward_kl_T,
-            output.cross_entropy_T,
-            output.agreement_T,
-            torch.ones_like(output.agreement_T),
+            *(output.terms[name] for name in ("kd", "forward_kl", "cross_entropy", "agreement")),
+            torch.ones_like(output.terms["kd"]),
         )
         sums += torch.stack([term.double().sum() for term in terms])
     dist.all_reduce(sums)
@@ -108,7 +145,7 @@ def log_prob_difference(
     total, largest, count = 0.0, 0.0, 0
     for batch, output in _outputs(measuring, algorithm, examples, []):
         sampled = [e.sampled_log_prob_N for e in batch if e.sampled_log_prob_N is not None]
-        difference_N = np.abs(np.concatenate(sampled) + output.cross_entropy_T.cpu().numpy())
+        difference_N = np.abs(np.concatenate(sampled) + output.terms["cross_entropy"].cpu().numpy())
         total += float(difference_N.sum(dtype=np.float64))
         largest = max(largest, float(difference_N.max()))
         count += len(difference_N)
@@ -126,7 +163,7 @@ def _outputs(
     measuring: Measuring,
     algorithm: Algorithm,
     examples: Sequence[Example],
-    states: Sequence[HiddenStateSource],
+    states: Sequence[SignalSource],
 ) -> Iterator[tuple[list[Example], LossOutput]]:
     """This rank's batches, with their terms. All ranks run the module equally often."""
     module, rank, size = measuring.module, dist.get_rank(), dist.get_world_size()

@@ -11,7 +11,7 @@ import torch
 
 from configs.schema.student import StudentConfig
 from kdflow_core.batching import select_rows
-from kdflow_core.contracts import Examples, TeacherEngine, TeacherRows, TokenSequence
+from kdflow_core.contracts import Examples, HiddenRows, TeacherEngine, TokenSequence
 from kdflow_core.student.module import DistillationModule
 from kdflow_core.student.optim import build_optimizer
 from kdflow_core.student.plan import StepBatches, TrainingPlan
@@ -39,11 +39,11 @@ class RandomStates:
     def begin_step(self, step: int) -> None:
         """Nothing to get ready."""
 
-    def rows(self, sequence: TokenSequence) -> TeacherRows:
-        """See `HiddenStateSource`."""
+    def rows(self, sequence: TokenSequence) -> HiddenRows:
+        """See `SignalSource`."""
         count = len(sequence.target_positions_N)
         states_NH = torch.randn(count, self.hidden_size, dtype=torch.bfloat16)
-        return TeacherRows(buffer_RH=states_NH, index_N=torch.arange(count))
+        return HiddenRows(buffer_RH=states_NH, index_N=torch.arange(count))
 
 
 def probe_teacher(engine: TeacherEngine, sequences: Sequence[TokenSequence]) -> TeacherProbe:

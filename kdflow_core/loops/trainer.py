@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from configs.schema.student import StudentConfig
-from kdflow_core.contracts import Examples, HiddenStateSource, MetricsSink, Reporter
+from kdflow_core.contracts import Examples, SignalSource
+from kdflow_core.sinks import MetricsSink, Reporter
 from kdflow_core.student.checkpoint import CheckpointWriter, load_newest
 from kdflow_core.student.module import DistillationModule
 from kdflow_core.student.optim import build_optimizer
@@ -58,16 +58,17 @@ class Trainer:
         *,
         batches_of: Callable[[int], StepBatches],
         examples: Examples,
-        states: Sequence[HiddenStateSource],
+        states: Sequence[SignalSource],
         metrics: MetricsSink,
         first: int = 0,
-        labels: Mapping[str, Any] | None = None,
+        marks: Mapping[str, Any] | None = None,
+        after_step: Callable[[int], None] | None = None,
     ) -> None:
         """Train until `stop` steps are done, and save at every `checkpoint_every`-th; the caller
         saves at the end.
 
-        What `batches_of` and the `states` are asked for is counted from step `first` on. `labels`
-        stand in the record of every step.
+        What `batches_of` and the `states` are asked for is counted from step `first` on. `marks`
+        stand in the record of every step; `after_step` is called with the steps that are done.
         """
         self.module.train()
         while self.step < stop:
@@ -77,8 +78,10 @@ class Trainer:
                 examples,
                 states,
                 metrics,
-                labels or {},
+                marks or {},
             )
+            if after_step is not None:
+                after_step(self.step)
             if self.step % self._config.checkpoint_every == 0 and self.step < stop:
                 self.save()
 
@@ -95,9 +98,9 @@ class Trainer:
         batches: StepBatches,
         number: int,
         examples: Examples,
-        states: Sequence[HiddenStateSource],
+        states: Sequence[SignalSource],
         metrics: MetricsSink,
-        labels: Mapping[str, Any],
+        marks: Mapping[str, Any],
     ) -> None:
         started, rank = time.perf_counter(), dist.get_rank()
         lr = self._set_learning_rate()
@@ -119,8 +122,8 @@ class Trainer:
         self.step += 1
         seconds = time.perf_counter() - started
         rate = batches.num_input_tokens / seconds
-        record = {"step": self.step, **labels, "epoch": batches.epoch, "lr": lr}
-        metrics.write(record | {**asdict(result), "seconds": seconds, "tokens_per_s": rate})
+        record = {"step": self.step, **marks, "epoch": batches.epoch, "lr": lr}
+        metrics.write(record | result.plain | {"seconds": seconds, "tokens_per_s": rate})
         if rank == 0:  # a step is one for all ranks
             self._tell(result, rate)
 
@@ -129,7 +132,8 @@ class Trainer:
             done=self.step,
             total=self._num_steps,
             unit="steps",
-            detail=f"loss {result.loss:.4f}, kd {result.kd:.4f}, {rate:,.0f} tokens/s",
+            detail=f"loss {result.terms['loss']:.4f}, kd {result.terms['kd']:.4f}, "
+            f"{rate:,.0f} tokens/s",
         )
 
     def _set_learning_rate(self) -> float:

@@ -20,11 +20,12 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from kdflow_core.contracts import OutputHead
-from kdflow_core.losses.elementwise import TERMS, Block, LossSpec, block_terms
+from kdflow_core.contracts import HiddenSignal, OutputHead
+from kdflow_core.losses.elementwise import Block, LossSpec, block_terms
 from kdflow_core.losses.logits import LogitProducer, accumulation_dtype, add_weight_gradient_
 from kdflow_core.losses.rows import RowExchange
 from kdflow_core.losses.vocabulary import ShardedVocabulary
+from kdflow_core.metrics import TERM_NAMES
 
 # Logits in the element-wise stage at a time, for each thread of a CPU, which takes whole rows: the
 # temporaries stay in its cache, and a chunk never takes more than its two buffers.
@@ -32,28 +33,16 @@ BLOCK_LOGITS = 2**17
 
 
 class LossOutput(NamedTuple):
-    """`loss` is the weighted sum in nats (differentiable). The rest is per token, [T], detached:
-    its loss before weighing, the divergence, cross-entropy, KL(teacher || student), both entropies
+    """`loss` is the weighted sum in nats (differentiable). `terms` are detached, by the names of
+    `metrics`, each with one value for every token, or for whatever else an algorithm counts: the
+    loss before weighing, the divergence, cross-entropy, KL(teacher || student), both entropies
     (nats), and 1 where both models have the same top-1 token.
 
     A tuple, because FSDP looks for tensors in what a module returns and knows no dataclasses.
     """
 
     loss: torch.Tensor
-    loss_T: torch.Tensor
-    divergence_T: torch.Tensor
-    cross_entropy_T: torch.Tensor
-    forward_kl_T: torch.Tensor
-    student_entropy_T: torch.Tensor
-    teacher_entropy_T: torch.Tensor
-    agreement_T: torch.Tensor
-
-
-class TeacherStates(NamedTuple):
-    """The teacher's states of the tokens [T, G], and its head."""
-
-    hidden_TG: torch.Tensor
-    head: OutputHead
+    terms: dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +50,7 @@ class _Inputs:
     """What the loss needs and has no gradient for."""
 
     head: OutputHead
-    teacher: TeacherStates | None
+    teacher: HiddenSignal | None
     target_ids_T: torch.Tensor
     weights_T: torch.Tensor
     sampled_log_prob_T: torch.Tensor | None
@@ -73,7 +62,7 @@ def distillation_loss(
     *,
     student_hidden_TH: torch.Tensor,
     student_head: OutputHead,
-    teacher: TeacherStates | None,
+    teacher: HiddenSignal | None,
     target_ids_T: torch.Tensor,
     weights_T: torch.Tensor,
     spec: LossSpec,
@@ -111,7 +100,8 @@ def distillation_loss(
             spec=spec,
         ),
     )
-    return LossOutput(*outputs)
+    loss, *terms = outputs
+    return LossOutput(loss, dict(zip(TERM_NAMES, terms, strict=True)))
 
 
 def chunk_rows(spec: LossSpec, vocabulary: int, dtype: torch.dtype) -> int:
@@ -182,7 +172,7 @@ def _run_chunks(
         teacher_hidden_TG = exchange.gather(teacher.hidden_TG)
         teacher_producer = LogitProducer(teacher.head, dtype)
         teacher_buffer_CV = torch.empty_like(student_buffer_CV)
-    terms_MT = hidden_TH.new_zeros(len(TERMS), len(hidden_TH), dtype=dtype)
+    terms_MT = hidden_TH.new_zeros(len(TERM_NAMES), len(hidden_TH), dtype=dtype)
     stage, block_rows = _stage(hidden_TH.device), _block_rows(hidden_TH, vocabulary, spec)
     for begin in range(0, len(hidden_TH), size or 1):
         rows = slice(begin, min(begin + size, len(hidden_TH)))
@@ -299,7 +289,7 @@ def _stage(device: torch.device) -> Stage:
 def _check(
     student_hidden_TH: torch.Tensor,
     student_head: OutputHead,
-    teacher: TeacherStates | None,
+    teacher: HiddenSignal | None,
     per_token: Sequence[torch.Tensor],
     spec: LossSpec,
 ) -> None:

@@ -12,16 +12,7 @@ from kdflow_core.losses.base import Distributions, Divergence
 from kdflow_core.losses.surrogate import PolicyGradient, clipped_surrogate
 from kdflow_core.losses.token_weights import TokenStatistics, TokenWeight
 from kdflow_core.losses.vocabulary import ShardedVocabulary, WholeVocabulary
-
-TERMS = (
-    "loss",
-    "divergence",
-    "cross_entropy",
-    "forward_kl",
-    "student_entropy",
-    "teacher_entropy",
-    "agreement",
-)
+from kdflow_core.metrics import TERM_NAMES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +47,8 @@ class Block(NamedTuple):
 
 
 def block_terms(block: Block, spec: LossSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `TERMS` [M, B], and the gradient [B, V] of the weighted loss for the student's logits.
+    """The token terms [M, B] of `metrics`, and the gradient [B, V] of the weighted loss for the
+    student's logits.
 
     The divergence is at its temperature, all others are at 1. What needs a teacher is 0 without.
     """
@@ -69,7 +61,9 @@ def block_terms(block: Block, spec: LossSpec) -> tuple[torch.Tensor, torch.Tenso
     loss_B = cross_entropy_B * (1 - spec.kd_ratio)
     if block.teacher_BV is None or spec.divergence is None:
         zero_B = torch.zeros_like(loss_B)
-        terms = (loss_B, zero_B, cross_entropy_B, zero_B, student_entropy_B, zero_B, zero_B)
+        terms = dict.fromkeys(TERM_NAMES, zero_B)
+        terms |= {"loss": loss_B, "cross_entropy": cross_entropy_B}
+        terms["student_entropy"] = student_entropy_B
         gradient_BV = q_BV.mul_(ce_weight_B.unsqueeze(-1))
     else:
         log_p_BV = over.log_softmax(block.teacher_BV)
@@ -93,23 +87,23 @@ def block_terms(block: Block, spec: LossSpec) -> tuple[torch.Tensor, torch.Tenso
         gradient_BV.mul_((block.weights_B * kd_ratio_B).unsqueeze(-1))
         if spec.kd_ratio < 1:
             gradient_BV.addcmul_(q_BV, ce_weight_B.unsqueeze(-1))
-        terms = (
-            loss_B + kd_ratio_B * divergence_B,
-            divergence_B,
-            cross_entropy_B,
-            -teacher_entropy_B - over.dot(p_BV, log_q_BV),
-            student_entropy_B,
-            teacher_entropy_B,
-            agreement_B.to(loss_B.dtype),
-        )
+        terms = {
+            "loss": loss_B + kd_ratio_B * divergence_B,
+            "kd": divergence_B,
+            "cross_entropy": cross_entropy_B,
+            "forward_kl": -teacher_entropy_B - over.dot(p_BV, log_q_BV),
+            "student_entropy": student_entropy_B,
+            "teacher_entropy": teacher_entropy_B,
+            "agreement": agreement_B.to(loss_B.dtype),
+        }
     if spec.kd_ratio < 1:
         over.add_at_(gradient_BV, block.target_ids_B, -ce_weight_B)
     if spec.policy_gradient is not None and block.advantage_B is not None:
         value_B = _add_policy_gradient_(
             gradient_BV, block, -cross_entropy_B, log_q_BV, spec, spec.policy_gradient
         )
-        terms = (terms[0] + value_B, *terms[1:])
-    return torch.stack(terms), gradient_BV
+        terms["loss"] = terms["loss"] + value_B
+    return torch.stack([terms[name] for name in TERM_NAMES]), gradient_BV
 
 
 def _add_policy_gradient_(

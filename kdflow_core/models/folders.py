@@ -8,6 +8,7 @@ from huggingface_hub import snapshot_download
 
 from configs.patience import is_transient, patient
 from kdflow_core.errors import ModelError
+from kdflow_core.models.families.base import LAYER_FIELDS, context_field
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -25,22 +26,10 @@ TOKENIZER_FILES = (
     "tekken.json",
 )
 HUB_ATTEMPTS = 3
-LAYER_FIELDS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 MOST_LAYERS = 4096
 TEMPLATE_FOLDER = "additional_chat_templates"
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.tiktoken"]
 WEIGHT_FILES = ["*.safetensors"]
-# Under which names configs have the context length; the first one counts.
-CONTEXT_FIELDS = (
-    "max_position_embeddings",
-    "n_positions",
-    "max_sequence_length",
-    "max_seq_len",
-    "max_seq_length",
-    "seq_length",
-    "n_ctx",
-    "model_max_length",
-)
 
 
 def resolve_folder(path: str, revision: str | None, *, weights: bool = True) -> Path:
@@ -72,7 +61,7 @@ def _hub_is_away(error: BaseException) -> bool:
 def context_length(folder: Path) -> int:
     """The longest sequence that the model was made for, in tokens. Raises ModelError."""
     config = text_config(folder)
-    name = next((name for name in CONTEXT_FIELDS if config.get(name) is not None), None)
+    name = context_field(config)
     if name is None:
         return 2**31
     given = config[name]

@@ -1,14 +1,12 @@
 """Output heads: what turns the last hidden states of an architecture into logits.
 
-A head is built from the table below and then verified against the model's own logits; an
-architecture that is not in the table is refused by name, never guessed.
+A head is built by the rule of its family and then verified against the model's own logits.
 
 Dimensions: B batch, T tokens, V vocabulary, H hidden size.
 """
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,82 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from kdflow_core.contracts import OutputHead
 from kdflow_core.errors import ModelError
 from kdflow_core.models.checkpoints import TensorHeader, read_checkpoint
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadRule:
-    """Names of an architecture's head tensors, and of the config fields that change logits."""
-
-    weight: str = "lm_head.weight"
-    bias: str = "lm_head.bias"
-    embedding: str = "model.embed_tokens.weight"
-    multiplier: str | None = None
-    divisor: str | None = None
-    softcap: str | None = None
-
-
-PLAIN = HeadRule()
-COHERE = HeadRule(multiplier="logit_scale")
-GEMMA = HeadRule(softcap="final_logit_softcapping")
-GRANITE = HeadRule(divisor="logits_scaling")
-GPT2 = HeadRule(embedding="transformer.wte.weight")
-GPT_NEOX = HeadRule(
-    weight="embed_out.weight", bias="embed_out.bias", embedding="gpt_neox.embed_in.weight"
-)
-RULES: dict[str, HeadRule] = {
-    "ArceeForCausalLM": PLAIN,
-    "CohereForCausalLM": COHERE,
-    "Cohere2ForCausalLM": COHERE,
-    "DeepseekV2ForCausalLM": PLAIN,
-    "DeepseekV3ForCausalLM": PLAIN,
-    "Gemma2ForCausalLM": GEMMA,
-    "Gemma3ForCausalLM": GEMMA,
-    "GemmaForCausalLM": PLAIN,
-    "Glm4ForCausalLM": PLAIN,
-    "Glm4MoeForCausalLM": PLAIN,
-    "GlmForCausalLM": PLAIN,
-    "GPT2LMHeadModel": GPT2,
-    "GPTNeoXForCausalLM": GPT_NEOX,
-    "GptOssForCausalLM": PLAIN,
-    "GraniteForCausalLM": GRANITE,
-    "GraniteMoeForCausalLM": GRANITE,
-    "LlamaForCausalLM": PLAIN,
-    "MistralForCausalLM": PLAIN,
-    "MixtralForCausalLM": PLAIN,
-    "Olmo2ForCausalLM": PLAIN,
-    "OlmoForCausalLM": PLAIN,
-    "Phi3ForCausalLM": PLAIN,
-    "PhiForCausalLM": PLAIN,
-    "Qwen2ForCausalLM": PLAIN,
-    "Qwen2MoeForCausalLM": PLAIN,
-    "Qwen3ForCausalLM": PLAIN,
-    "Qwen3MoeForCausalLM": PLAIN,
-    "SmolLM3ForCausalLM": PLAIN,
-    "StableLmForCausalLM": PLAIN,
-    "Starcoder2ForCausalLM": PLAIN,
-}
-
-
-def rule_of(config: PretrainedConfig) -> HeadRule:
-    """The rule of a model's architecture. Raises ModelError for one that is not in the table."""
-    architecture = (config.architectures or ["unknown"])[0]
-    if architecture not in RULES:
-        raise ModelError(
-            f"the output head of {architecture} is not known to kdflow, so its logits cannot be "
-            f"rebuilt from hidden states; known: {', '.join(sorted(RULES))}. To add it, see "
-            "kdflow_core/models/heads.py"
-        )
-    return RULES[architecture]
-
-
-def scale_and_softcap(config: PretrainedConfig) -> tuple[float, float | None]:
-    """The factor on the logits and their soft-cap, as the architecture applies them."""
-    rule = rule_of(config)
-    scale = float(getattr(config, rule.multiplier)) if rule.multiplier else 1.0
-    if rule.divisor:
-        scale /= float(getattr(config, rule.divisor))
-    softcap = getattr(config, rule.softcap) if rule.softcap else None
-    return scale, None if softcap is None else float(softcap)
+from kdflow_core.models.families import family_of
 
 
 def load_head(folder: Path, config: PretrainedConfig, vocabulary_size: int) -> OutputHead:
@@ -101,7 +24,7 @@ def load_head(folder: Path, config: PretrainedConfig, vocabulary_size: int) -> O
 
     Raises ModelError.
     """
-    rule = rule_of(config)
+    rule = family_of(config).head
     tensors = read_checkpoint(folder).tensors
     name = head_tensor(folder, config, tensors)
     weight_VH = _read_rows(tensors[name].path, name, vocabulary_size)
@@ -114,7 +37,7 @@ def load_head(folder: Path, config: PretrainedConfig, vocabulary_size: int) -> O
     bias_V = None
     if rule.bias in tensors and not tied:
         bias_V = _read_rows(tensors[rule.bias].path, rule.bias, vocabulary_size)
-    scale, softcap = scale_and_softcap(config)
+    scale, softcap = family_of(config).scale_and_softcap(config)
     return OutputHead(weight_VH=weight_VH, bias_V=bias_V, logit_scale=scale, softcap=softcap)
 
 
@@ -123,7 +46,7 @@ def head_tensor(folder: Path, config: PretrainedConfig, tensors: Mapping[str, Te
 
     Raises ModelError where the checkpoint has none.
     """
-    rule = rule_of(config)
+    rule = family_of(config).head
     name = rule.weight
     if config.get_text_config().tie_word_embeddings:
         # Checkpoints of the bare model have no prefix.
@@ -137,7 +60,7 @@ def head_tensor(folder: Path, config: PretrainedConfig, tensors: Mapping[str, Te
 def live_head(model: PreTrainedModel, vocabulary_size: int) -> OutputHead:
     """The head of a model in memory (views of its parameters)."""
     linear = model.get_output_embeddings()
-    scale, softcap = scale_and_softcap(model.config)
+    scale, softcap = family_of(model.config).scale_and_softcap(model.config)
     bias_V = getattr(linear, "bias", None)
     return OutputHead(
         weight_VH=linear.weight[:vocabulary_size],

@@ -12,7 +12,8 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from kdflow_core.errors import ModelError
 from kdflow_core.models.checkpoints import Checkpoint, read_checkpoint
-from kdflow_core.models.heads import head_tensor, rule_of
+from kdflow_core.models.families import family_of
+from kdflow_core.models.heads import head_tensor
 from kdflow_core.models.loading import (
     check_attention,
     check_tied_head,
@@ -53,7 +54,7 @@ class Use:
 def check_model(folder: Path, use: Use) -> None:
     """Raises ModelError, which names what is wrong and what to do."""
     config = load_config(folder, trust_remote_code=use.trust_remote_code)
-    rule_of(config)
+    family_of(config)
     for attention in use.attentions:
         check_attention(config, attention)
         if use.trained and attention == "flex_attention" and not torch.cuda.is_available():
@@ -83,7 +84,7 @@ def _check_tensors(
         for name, header in checkpoint.tensors.items()
     }
     if config.get_text_config().tie_word_embeddings:
-        state.pop(rule_of(config).weight, None)  # equal to the embedding, as was checked
+        state.pop(family_of(config).head.weight, None)  # equal to the embedding, as was checked
     try:
         loaded: Any = type(model).from_pretrained(
             None,
@@ -113,9 +114,10 @@ def _check_head(folder: Path, config: PretrainedConfig, checkpoint: Checkpoint, 
 
 def _check_names(folder: Path, config: PretrainedConfig, checkpoint: Checkpoint) -> None:
     """SGLang passes over tensors whose names it does not know, without a word."""
-    if type(config).__name__ == "GPT2Config":
-        return  # SGLang knows both forms of its names
-    embedding = rule_of(config).embedding
+    family = family_of(config)
+    if family.loads_bare_names:
+        return
+    embedding = family.head.embedding
     if embedding not in checkpoint.tensors:
         example = next(iter(checkpoint.tensors))
         raise ModelError(

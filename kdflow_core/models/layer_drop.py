@@ -13,12 +13,15 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kdflow_core.errors import ModelError
+from kdflow_core.models.families.base import LAYER_FIELDS, LEADING_COUNTS
 from kdflow_core.models.loading import load_causal_lm, load_config, load_tokenizer
 from kdflow_core.models.saving import save_model_folder
-from kdflow_core.models.structure import decoder_layers, layers_prefix, meta_model
+from kdflow_core.models.structure import (
+    decoder_layers,
+    layers_prefix,
+    meta_model,
+)
 
-# How many of the first layers are dense.
-LEADING_COUNTS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 # Where each layer stands; equal in no two models.
 PLACES = frozenset({"layer_idx", "layer_id", "layer_number", "block_idx"})
 
@@ -91,7 +94,7 @@ def _rewritten(fields: dict[str, Any], model: PreTrainedModel, kept: list[int]) 
             new[name] = sum(i < value for i in kept)
         elif name.endswith("_layers") and _are_numbers(value, num_layers):  # numbers of layers
             new[name] = [place for place, i in enumerate(kept) if i in value]
-    name = next(n for n in ("num_hidden_layers", "n_layer") if n in fields)
+    name = next(n for n in LAYER_FIELDS if n in fields)
     new[name] = len(kept)
     if fields.get("decoder_sparse_step", 1) != 1:
         # Every so many layers have experts: a list of the dense ones says the same.

@@ -20,8 +20,9 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from kdflow_core.errors import ModelError
 from kdflow_core.models.checkpoints import TensorHeader, read_checkpoint
+from kdflow_core.models.families import architecture_of, known_family
 from kdflow_core.models.folders import text_config
-from kdflow_core.models.heads import RULES, head_tensor, rule_of
+from kdflow_core.models.heads import head_tensor
 
 # Tensors of older checkpoints that models now compute by themselves.
 DERIVED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|\.attention\.(masked_)?bias$")
@@ -77,11 +78,12 @@ def check_attention(config: PretrainedConfig, attention: str) -> None:
 
     Raises ModelError.
     """
-    if attention == "sdpa" and getattr(config, "attn_logit_softcapping", None):
+    family = known_family(config)
+    inexact = {} if family is None else family.inexact_attention(config)
+    if attention in inexact:
         raise ModelError(
-            f"{(config.architectures or ['the model'])[0]} caps its attention scores, which "
-            "attention=sdpa leaves out without a word; set attention=eager (or flash_attention_2) "
-            "for this model"
+            f"{architecture_of(config)} {inexact[attention]} without a word; set attention=eager "
+            "(or flash_attention_2) for this model"
         )
     if attention == "flash_attention_2" and not is_flash_attn_2_available():
         raise ModelError(
@@ -158,9 +160,10 @@ def check_tied_head(
 
     Raises ModelError.
     """
-    if (config.architectures or [""])[0] not in RULES:
+    family = known_family(config)
+    if family is None:
         return  # refused by whoever needs its head
-    rule = rule_of(config)
+    rule = family.head
     if not config.get_text_config().tie_word_embeddings or rule.weight not in tensors:
         return
     embedding = head_tensor(folder, config, tensors)

@@ -6,6 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from kdflow_core.errors import ModelError
+from kdflow_core.models.families import BY_ARCHITECTURE, known_family
+from kdflow_core.models.families.plain import PLAIN
 from kdflow_core.models.loading import LIBRARY_ERRORS
 
 
@@ -24,10 +26,10 @@ def meta_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> 
 
 def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
     """The decoder layers of a causal language model. Raises ModelError."""
-    for name in ("layers", "h"):  # `h` is GPT-2's
-        layers = getattr(model.base_model, name, None)
-        if isinstance(layers, torch.nn.ModuleList):
-            return layers
+    family = BY_ARCHITECTURE.get(type(model).__name__) or known_family(model.config)
+    layers = getattr(model.base_model, (family or PLAIN).layers, None)
+    if isinstance(layers, torch.nn.ModuleList):
+        return layers
     raise ModelError(f"{type(model).__name__} has no list of decoder layers")
 
 

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 import torch
 
-from configs.schema.generation import Engine
+from configs.schema.engines import Engine
 from kdflow_core.rollout.base import RolloutEngine
 
 # Lazy, so that a backend's libraries are loaded by those who use it.

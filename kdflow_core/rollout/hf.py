@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from configs.schema.generation import TransformersEngine
+from configs.schema.engines import TransformersEngine
 from kdflow_core.errors import ModelError
 from kdflow_core.models.loading import DTYPES, load_causal_lm
 from kdflow_core.models.offload import OffloadedModule
 from kdflow_core.rollout.base import Completion, Prompt, Sampling
-from kdflow_core.rollout.generation import generate_ids, log_probabilities
+from kdflow_core.rollout.decoding import generate_ids, log_probabilities
 from kdflow_core.weight_buckets import Bucket, missing_text
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from configs.schema.generation import SglangEngine
+from configs.schema.engines import SglangEngine
 from configs.schema.rollout import SglangRollout
 from kdflow_core.errors import ModelError
 from kdflow_core.models.folders import context_length

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from kdflow_core.contracts import OutputHead
 from kdflow_core.errors import ModelError
 from kdflow_core.losses.vocabulary import ShardedVocabulary
-from kdflow_core.models.heads import scale_and_softcap
+from kdflow_core.models.families import family_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ def teacher_part(head: OutputHead, part: HeadPart) -> OutputHead:
 def student_part(model: PreTrainedModel, part: HeadPart) -> OutputHead:
     """The student's head over this rank's tokens, differentiable."""
     linear = model.get_output_embeddings()
-    scale, softcap = scale_and_softcap(model.config)
+    scale, softcap = family_of(model.config).scale_and_softcap(model.config)
     bias = getattr(linear, "bias", None)
     return OutputHead(
         weight_VH=_local(linear.weight, part),

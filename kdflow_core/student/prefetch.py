@@ -3,14 +3,14 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from kdflow_core.contracts import HiddenStateSource, TeacherRows, TokenSequence
+from kdflow_core.contracts import SignalRows, SignalSource, TokenSequence
 
 STEPS_AHEAD = 2
 THREADS = 8  # enough requests in flight for an object store
 
 
 class PrefetchedStates:
-    """A `HiddenStateSource` whose rows are read by threads while earlier steps compute.
+    """A `SignalSource` whose rows are read by threads while earlier steps compute.
 
     `sequences_of(step)` are this rank's teacher sequences of an optimizer step. What is held is at
     most the rows of `STEPS_AHEAD` + 1 steps. An error of reading is raised where the rows are asked
@@ -19,7 +19,7 @@ class PrefetchedStates:
 
     def __init__(
         self,
-        source: HiddenStateSource,
+        source: SignalSource,
         *,
         sequences_of: Callable[[int], Sequence[TokenSequence]],
         num_steps: int,
@@ -29,8 +29,8 @@ class PrefetchedStates:
         self._sequences_of = sequences_of
         self._num_steps = num_steps
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="states")
-        self._steps: dict[int, dict[bytes, Future[TeacherRows]]] = {}
-        self._rows: dict[bytes, Future[TeacherRows]] = {}
+        self._steps: dict[int, dict[bytes, Future[SignalRows]]] = {}
+        self._rows: dict[bytes, Future[SignalRows]] = {}
 
     def begin_step(self, step: int) -> None:
         """Let go of earlier steps' rows and have the coming ones read."""
@@ -43,8 +43,8 @@ class PrefetchedStates:
         self._steps = {k: rows for k, rows in self._steps.items() if k >= step}
         self._rows = self._steps[step]
 
-    def rows(self, sequence: TokenSequence) -> TeacherRows:
-        """See `HiddenStateSource`."""
+    def rows(self, sequence: TokenSequence) -> SignalRows:
+        """See `SignalSource`."""
         ready = self._rows.get(sequence.digest)
         return self._source.rows(sequence) if ready is None else ready.result()
 

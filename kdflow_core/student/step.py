@@ -4,37 +4,34 @@ Dimensions: B sequences, T tokens, N supervised tokens, K those of one teacher.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from kdflow_core.algorithms.base import Algorithm, MicroBatch, TaughtRows, TokenBatch
+from kdflow_core.algorithms.base import Algorithm, MicroBatch, Teacher, TokenBatch, TokenSignal
 from kdflow_core.batching import pad_right, select_rows, teacher_rows
-from kdflow_core.contracts import Example, Examples, HiddenStateSource, TokenSequence
+from kdflow_core.contracts import Example, Examples, HiddenSignal, SignalSource, TokenSequence
 from kdflow_core.errors import TrainingError
-from kdflow_core.losses.elementwise import TERMS
 from kdflow_core.student.module import DistillationModule
 from kdflow_core.student.plan import StepBatches
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
-    """Means over the supervised tokens of a step, over all ranks; nats per token.
-
-    `kd` is the divergence that is trained, at its temperature; the rest is at temperature 1.
+    """Means over all ranks of the terms of the loss, by the names of `metrics`; and the norm of the
+    gradient before clipping.
     """
 
-    loss: float
-    kd: float
-    cross_entropy: float
-    forward_kl: float
-    student_entropy: float
-    teacher_entropy: float
-    agreement: float
+    terms: dict[str, float]
     grad_norm: float
+
+    @property
+    def plain(self) -> dict[str, float]:
+        """All of them by name."""
+        return self.terms | {"grad_norm": self.grad_norm}
 
 
 def training_step(
@@ -43,7 +40,7 @@ def training_step(
     optimizer: torch.optim.Optimizer,
     batches: StepBatches,
     examples: Examples,
-    states: Sequence[HiddenStateSource],
+    states: Sequence[SignalSource],
     rank: int,
     max_grad_norm: float,
     device: torch.device,
@@ -57,7 +54,7 @@ def training_step(
     # Every supervised token of the step counts the same, whatever rank and micro-batch it is in.
     # FSDP averages gradients over the ranks, hence the factor.
     weight = num_ranks / batches.num_tokens
-    sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)
+    totals: dict[str, torch.Tensor] = {}
     mine = batches.micro_batches[rank]
     for number, indices in enumerate(mine):
         last = number == len(mine) - 1
@@ -75,15 +72,17 @@ def training_step(
         )
         output = module(batch)
         output.loss.backward()
-        sums += torch.stack([term.double().sum() for term in output[1:]])
+        for name, values in output.terms.items():
+            total = torch.stack([values.double().sum(), _count(values)])
+            totals[name] = totals[name] + total if name in totals else total
     grad_norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
     if isinstance(grad_norm, DTensor):
         grad_norm = grad_norm.full_tensor()
-    dist.all_reduce(sums)
-    metrics = StepMetrics(**_means(sums, batches), grad_norm=float(grad_norm))
-    if not np.isfinite([metrics.loss, metrics.grad_norm]).all():
+    metrics = StepMetrics(terms=_means(totals), grad_norm=float(grad_norm))
+    loss = metrics.terms["loss"]
+    if not np.isfinite([loss, metrics.grad_norm]).all():
         raise TrainingError(
-            f"loss {metrics.loss} and gradient norm {metrics.grad_norm} are not both finite; "
+            f"loss {loss} and gradient norm {metrics.grad_norm} are not both finite; "
             "lower student.lr, or look at the newest samples. The last checkpoint is intact"
         )
     optimizer.step()
@@ -92,16 +91,23 @@ def training_step(
     return metrics
 
 
-def _means(sums: torch.Tensor, batches: StepBatches) -> dict[str, float]:
-    """The per-token terms of a loss, as means over the step; they are the metrics but the last."""
-    names = [field.name for field in fields(StepMetrics)][:-1]
-    return dict(zip(names, (sums / batches.num_tokens).tolist(), strict=True))
+def _count(values: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(len(values), dtype=torch.float64, device=values.device)
+
+
+def _means(totals: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The mean of each term, from its sum and count on this rank: over all ranks, each by its own
+    count.
+    """
+    both = torch.stack(list(totals.values()))
+    dist.all_reduce(both)
+    return dict(zip(totals, (both[:, 0] / both[:, 1]).tolist(), strict=True))
 
 
 def collate(
     examples: Sequence[Example],
     algorithm: Algorithm,
-    states: Sequence[HiddenStateSource],
+    states: Sequence[SignalSource],
     *,
     weight: float,
     empty: bool,
@@ -120,8 +126,8 @@ def collate(
         student=_tokens([e.student for e in examples], empty=empty, device=device),
         target_ids_N=torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(device),
         weight=weight,
-        teachers=tuple(
-            _taught_rows(supervised, source, teacher.sources, device)
+        signals=tuple(
+            _token_signal(supervised, source, teacher, device)
             for teacher, source in zip(algorithm.teachers, states, strict=True)
         ),
         teacher_tokens=_tokens([e.teacher for e in examples], empty=empty, device=device)
@@ -166,24 +172,23 @@ def _tokens(sequences: Sequence[TokenSequence], *, empty: bool, device: torch.de
     )
 
 
-def _taught_rows(
-    examples: Sequence[Example],
-    states: HiddenStateSource,
-    sources: frozenset[str] | None,
-    device: torch.device,
-) -> TaughtRows:
-    """A teacher's rows for the examples of its data sources."""
+def _token_signal(
+    examples: Sequence[Example], signals: SignalSource, teacher: Teacher, device: torch.device
+) -> TokenSignal:
+    """What a teacher says of the examples of its data sources."""
+    sources = teacher.sources
     taught = [e for e in examples if sources is None or e.source in sources]
     mine = [
         np.full(len(e.student.target_positions_N), sources is None or e.source in sources)
         for e in examples
     ]
     index_K = np.flatnonzero(np.concatenate([np.zeros(0, bool), *mine]))
-    return TaughtRows(
+    hidden_KG = select_rows(
+        [teacher_rows(example, signals, teacher.view) for example in taught],
+        hidden_size=signals.hidden_size,
+        device=device,
+    )
+    return TokenSignal(
         index_K=torch.from_numpy(index_K).to(device),
-        hidden_KG=select_rows(
-            [teacher_rows(example, states) for example in taught],
-            hidden_size=states.hidden_size,
-            device=device,
-        ),
+        signal=HiddenSignal(hidden_KG, teacher.head),
     )

@@ -11,7 +11,7 @@ import torch
 
 from configs.schema.teacher import TransformersTeacher
 from kdflow_core.batching import batch_by_tokens, pad_right
-from kdflow_core.contracts import OutputHead, TeacherRows, TokenSequence
+from kdflow_core.contracts import HiddenRows, OutputHead, TokenSequence
 from kdflow_core.errors import ModelError
 from kdflow_core.models.heads import verify_head
 from kdflow_core.models.loading import DTYPES, load_causal_lm
@@ -52,7 +52,7 @@ class TransformersTeacherEngine:
         return batch_by_tokens(lengths, self._tokens_per_batch)
 
     @torch.no_grad()
-    def forward(self, sequences: Sequence[TokenSequence]) -> list[TeacherRows]:
+    def forward(self, sequences: Sequence[TokenSequence]) -> list[HiddenRows]:
         """See `TeacherEngine`."""
         if self._model is None:
             raise ModelError("the teacher engine is closed")
@@ -61,7 +61,7 @@ class TransformersTeacherEngine:
         buffer_RH = hidden_BTH.to(torch.bfloat16).flatten(0, 1)
         width = ids_BT.shape[1]
         return [
-            TeacherRows(
+            HiddenRows(
                 buffer_RH=buffer_RH,
                 # The state before a supervised token predicts it.
                 index_N=torch.from_numpy(row * width + s.target_positions_N - 1).to(self._device),

@@ -5,13 +5,13 @@ Dimensions: N supervised tokens, R rows of an output, H hidden size.
 
 from collections.abc import Callable, Sequence
 
-from kdflow_core.contracts import TeacherEngine, TeacherRows, TokenSequence
+from kdflow_core.contracts import HiddenRows, TeacherEngine, TokenSequence
 from kdflow_core.errors import AlignmentError
 from kdflow_core.teacher.streaming import check_lengths
 
 
 class LiveStates:
-    """A `HiddenStateSource` that scores the sequences of the coming steps and keeps their states.
+    """A `SignalSource` that scores the sequences of the coming steps and keeps their states.
 
     `sequences_of(step, rank)` are a rank's teacher sequences of an optimizer step. `ranks` are
     those that share one copy of the teacher: they run every batch of all of them together, and each
@@ -39,7 +39,7 @@ class LiveStates:
         self._steps_at_once = steps_at_once
         self._sleep = sleep
         self._scored = range(0)
-        self._rows: dict[bytes, TeacherRows] = {}
+        self._rows: dict[bytes, HiddenRows] = {}
 
     def begin_step(self, step: int) -> None:
         """Score this step and the ones after it, unless that is done."""
@@ -69,8 +69,8 @@ class LiveStates:
                 if sequence.digest in own:
                     self._rows[sequence.digest] = rows
 
-    def rows(self, sequence: TokenSequence) -> TeacherRows:
-        """See `HiddenStateSource`."""
+    def rows(self, sequence: TokenSequence) -> HiddenRows:
+        """See `SignalSource`."""
         if sequence.digest not in self._rows:
             raise AlignmentError(
                 f"the live teacher scored no sequence with digest {sequence.digest.hex()} for "

@@ -17,7 +17,7 @@ from configs.patience import STATUSES, patient
 from configs.schema.teacher import SglangServerTeacher
 from configs.secrets import public
 from kdflow_core.batching import pack_by_tokens
-from kdflow_core.contracts import OutputHead, TeacherRows, TokenSequence
+from kdflow_core.contracts import HiddenRows, OutputHead, TokenSequence
 from kdflow_core.errors import ModelError
 from kdflow_core.models.heads import apply_head
 from kdflow_core.models.loading import DTYPES, load_config
@@ -143,7 +143,7 @@ class SglangServerEngine:
         """See `TeacherEngine`: the sequences of one request."""
         return pack_by_tokens(lengths, self._tokens_per_batch, max_sequences=MAX_SEQUENCES)
 
-    def forward(self, sequences: Sequence[TokenSequence]) -> list[TeacherRows]:
+    def forward(self, sequences: Sequence[TokenSequence]) -> list[HiddenRows]:
         """See `TeacherEngine`."""
         answers = self._prefill([s.ids_T for s in sequences])
         result = []
@@ -152,7 +152,7 @@ class SglangServerEngine:
             # The state before a supervised token predicts it.
             states_NH = torch.from_numpy(states_TH[sequence.target_positions_N - 1])
             result.append(
-                TeacherRows(
+                HiddenRows(
                     buffer_RH=states_NH.to(self._device, torch.bfloat16),
                     index_N=torch.arange(len(states_NH), device=self._device),
                 )

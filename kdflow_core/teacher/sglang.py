@@ -13,7 +13,7 @@ import torch
 
 from configs.schema.teacher import SglangTeacher
 from kdflow_core.batching import pack_by_tokens
-from kdflow_core.contracts import OutputHead, TeacherRows, TokenSequence
+from kdflow_core.contracts import HiddenRows, OutputHead, TokenSequence
 from kdflow_core.errors import ModelError
 from kdflow_core.models.heads import apply_head
 from kdflow_core.models.offload import OffloadedModule
@@ -77,14 +77,14 @@ class SglangTeacherEngine:
         """See `TeacherEngine`; sequences lie back to back, nothing is padded."""
         return pack_by_tokens(lengths, self._tokens_per_batch, max_sequences=MAX_SEQUENCES)
 
-    def forward(self, sequences: Sequence[TokenSequence]) -> list[TeacherRows]:
+    def forward(self, sequences: Sequence[TokenSequence]) -> list[HiddenRows]:
         """See `TeacherEngine`."""
         if self._runner is None:
             raise ModelError("the teacher engine is closed")
         buffer_RH = self._runner.states([s.ids_T for s in sequences]).to(torch.bfloat16)
         begins = np.cumsum([0, *(len(s.ids_T) for s in sequences[:-1])])
         return [
-            TeacherRows(
+            HiddenRows(
                 buffer_RH=buffer_RH,
                 # The state before a supervised token predicts it.
                 index_N=torch.from_numpy(begin + s.target_positions_N - 1).to(buffer_RH.device),

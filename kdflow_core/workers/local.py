@@ -11,26 +11,36 @@ import json
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any, Self
 
 import psutil
+from pydantic import BaseModel
 
 from kdflow_core.anonymous_file import AnonymousFile
 from kdflow_core.errors import WorkerError
+from kdflow_core.workers.base import (
+    STALL_S,
+    Events,
+    Launcher,
+    Placement,
+    RankContext,
+    Request,
+    Start,
+    WorkerGroup,
+)
 from kdflow_core.workers.rank_side import BEAT_S, EVENT_PREFIX
 
 GRACE_S = 2.0
 KEPT_LINES = 40
 SILENT_S = 60.0  # a rank that has not beaten for so long is stopped, or starved
-STALL_S = 1800.0
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass
@@ -43,117 +53,121 @@ class _Rank:
     still_s: float | None = 0.0  # None: it waits for a request
     place: str = "its start"
     at_work: bool = True
-    answers: deque[Any] = field(default_factory=deque)
+    replies: dict[int, Any] = field(default_factory=dict)
 
 
-def run_ranks(
-    *,
-    module: str,
-    request: str,
-    num_ranks: int,
-    on_event: Callable[[dict[str, Any]], None],
-    on_line: Callable[[int, str], None],
-    env: Mapping[str, str] | None = None,
-    name: str = "",
-    stall_s: float = STALL_S,
-    on_beat: Callable[[], None] | None = None,
-) -> None:
-    """Run `python -m module` as ranks, each with `request`, and wait for all of them to end.
+@dataclass(frozen=True)
+class _Pending:
+    """A call that was made. See `Pending`."""
 
-    See `RankGroup`. Raises WorkerError.
-    """
-    with RankGroup(
-        module=module,
-        num_ranks=num_ranks,
-        on_event=on_event,
-        on_line=on_line,
-        env=env,
-        name=name or module,
-        stall_s=stall_s,
-        on_beat=on_beat,
-    ) as group:
-        group.send(request)
-        group.wait()
+    group: "LocalGroup"
+    number: int
+
+    def replies(self) -> list[Any]:
+        """See `Pending`."""
+        return self.group.replies(self.number)
 
 
-class RankGroup:
-    """`python -m module` as `num_ranks` ranks, which take requests, each a line of standard input.
+class LocalLauncher:
+    """Ranks as processes of this machine, each in a session of its own."""
 
-    `on_event` gets the events that ranks emit, `on_line` every other line that a rank prints; both
-    are called in the thread that waits. `env` adds to the environment what is not set there;
-    `arguments` stand on the command line, for people who look at their processes; `name` is what
-    messages call the group. When all ranks at work stand still for `stall_s` seconds, or one was
-    stopped, the group ends; `on_beat` is called while ranks live. Used as a context manager, or
-    closed. What raises WorkerError has ended all ranks.
-    """
+    one_machine = True
+
+    def start(
+        self,
+        job: str,
+        spec: str,
+        placement: Placement,
+        events: Events,
+        *,
+        stall_s: float = STALL_S,
+    ) -> "LocalGroup":
+        """See `Launcher`."""
+        return LocalGroup(job, spec, placement, events, stall_s=stall_s)
+
+
+class LocalGroup:
+    """See `WorkerGroup`. Ranks take their calls as lines of standard input."""
 
     def __init__(
-        self,
-        *,
-        module: str,
-        num_ranks: int,
-        on_event: Callable[[dict[str, Any]], None],
-        on_line: Callable[[int, str], None],
-        env: Mapping[str, str] | None = None,
-        arguments: Sequence[str] = (),
-        name: str = "",
-        stall_s: float = STALL_S,
-        on_beat: Callable[[], None] | None = None,
+        self, job: str, spec: str, placement: Placement, events: Events, *, stall_s: float
     ) -> None:
-        self._name = name or module
+        self._name = placement.name
+        self._events = events
         self._stall_s = stall_s
-        self._on_beat = on_beat
         self._checked = self._moved = time.monotonic()
-        self._on_event = on_event
-        self._on_line = on_line
         self._lines: queue.Queue[tuple[int, str | None]] = queue.Queue()
         self._rendezvous = AnonymousFile("kdflow-rendezvous")
         self._ranks: list[_Rank] = []
+        self._calls = 0
         try:
-            for number in range(num_ranks):
-                command = [sys.executable, "-m", "kdflow_core.workers.rank", module, *arguments]
-                rank = _start(command, number, num_ranks, self._rendezvous.path, env or {})
-                self._ranks.append(rank)
-                rank.reader = threading.Thread(
-                    target=_read, args=(number, rank, self._lines), daemon=True
+            for number in range(placement.num_ranks):
+                self._ranks.append(_start(job, number, placement))
+                _watch(number, self._ranks[number], self._lines)
+                context = RankContext(
+                    rank=number,
+                    local_rank=number,
+                    num_ranks=placement.num_ranks,
+                    rendezvous=f"file://{self._rendezvous.path}",
+                    address=LOOPBACK,
                 )
-                rank.reader.start()
+                _feed(self._ranks[number], Start(context=context, job=job, spec=spec))
         except BaseException:
-            self.close()
+            self.end()
             raise
 
-    def send(self, request: str) -> None:
-        """Give a request to every rank; they take them in order."""
+    def call(self, method: str, **arguments: Any) -> "_Pending":
+        """See `WorkerGroup`."""
+        self._require_ranks()
+        self._calls += 1
+        request = Request(number=self._calls, method=method, arguments=arguments)
         for rank in self._ranks:
-            _feed(rank.process, request)
+            _feed(rank, request)
+        return _Pending(self, self._calls)
 
-    def answers(self) -> list[Any]:
-        """Wait for every rank's answer to the oldest request that has none yet, in their order.
-
-        Raises WorkerError: a rank failed.
-        """
-        while not all(rank.answers for rank in self._ranks):
+    def replies(self, number: int) -> list[Any]:
+        """Wait for all ranks' replies to a call. Raises WorkerError."""
+        self._require_ranks()
+        while not all(number in rank.replies for rank in self._ranks):
             if not self._take():
-                self.close()
-                raise WorkerError("a rank ended without an answer")
-        return [rank.answers.popleft() for rank in self._ranks]
+                self.end()
+                raise WorkerError(f"a rank of {self._name} left without a reply")
+        return [rank.replies.pop(number) for rank in self._ranks]
 
-    def wait(self) -> None:
-        """Wait for the ranks to end. Raises WorkerError: a rank failed."""
-        running = len(self._ranks)
-        while running:
-            running -= not self._take()
+    def _require_ranks(self) -> None:
+        if not self._ranks:
+            raise WorkerError(f"{self._name} has ended; it takes no more calls")
 
     def close(self) -> None:
-        """End the ranks. May be called twice."""
+        """See `WorkerGroup`. Raises WorkerError when a rank fails on its way out."""
+        if not self._ranks:
+            return
+        running = len(self._ranks)
+        for rank in self._ranks:
+            _feed(rank, Request(role="leave"))
+        while running:
+            running -= not self._take()
+        self.end()
+
+    def end(self) -> None:
+        """See `WorkerGroup`."""
         _end(self._ranks)
+        self._ranks = []
         self._rendezvous.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.end()
 
     def _take(self) -> bool:
         """Take a line that a rank has printed; False when it has ended well instead."""
@@ -162,20 +176,20 @@ class RankGroup:
         if line is None:
             code = rank.process.wait()
             if code != 0:
-                self.close()
+                self.end()
                 raise _failure(f"rank {number} of {self._name}", rank, code)
             return False
         if not line.startswith(EVENT_PREFIX):
             rank.tail.append(line)
-            self._on_line(number, line)
+            self._events.line(number, line)
             return True
         event = _event(line)
         if event["event"] == "error":
             rank.error = event
-        elif event["event"] == "answer":
-            rank.answers.append(event["value"])
+        elif event["event"] == "reply":
+            rank.replies[event["number"]] = event["value"]
         else:
-            self._on_event(event)
+            self._events.event(event)
         return True
 
     def _next_line(self) -> tuple[int, str | None]:
@@ -215,12 +229,11 @@ class RankGroup:
             number = max(still, key=still.__getitem__)  # the others have come as far as they could
             what = f"has made no progress for {still[number]:,.0f} s; it stands at"
             self._give_up(number, f"{what} {self._ranks[number].place}")
-        if self._on_beat is not None:
-            self._on_beat()
+        self._events.beat()
 
     def _give_up(self, number: int, what: str) -> None:
         places = [f"rank {k}: {rank.place}" for k, rank in enumerate(self._ranks)]
-        self.close()
+        self.end()
         raise WorkerError(
             f"rank {number} of {self._name} {what}; all ranks were ended. What is done stays: run "
             "again, or raise stall_limit_s where so long a step is right",
@@ -248,19 +261,20 @@ def _event(line: str) -> dict[str, Any]:
     return event
 
 
-def _start(
-    command: list[str], rank: int, num_ranks: int, rendezvous: str, defaults: Mapping[str, str]
-) -> _Rank:
-    env = {**defaults, **os.environ} | {
-        "KDFLOW_RANK": str(rank),
-        "KDFLOW_NUM_RANKS": str(num_ranks),
-        "KDFLOW_RENDEZVOUS": rendezvous,
+def _start(job: str, number: int, placement: Placement) -> _Rank:
+    threads = max(1, (os.cpu_count() or 1) // placement.num_ranks)
+    env = {**placement.env, **os.environ} | {
+        "OMP_NUM_THREADS": str(threads),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "TQDM_DISABLE": "1",  # progress is reported as events
+        # Progress is reported as events, and what is amiss as errors.
+        "TQDM_DISABLE": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
     }
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-m", "kdflow_core.workers.rank", job, placement.name, str(number)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -272,12 +286,17 @@ def _start(
     return _Rank(process)
 
 
-def _feed(process: "subprocess.Popen[str]", request: str) -> None:
-    stdin = process.stdin
+def _feed(rank: _Rank, request: BaseModel) -> None:
+    stdin = rank.process.stdin
     assert stdin is not None
     with contextlib.suppress(BrokenPipeError):  # it died at once; its exit is reported later
-        stdin.write(request.replace("\n", " ") + "\n")
+        stdin.write(request.model_dump_json() + "\n")
         stdin.flush()
+
+
+def _watch(number: int, rank: _Rank, lines: "queue.Queue[tuple[int, str | None]]") -> None:
+    rank.reader = threading.Thread(target=_read, args=(number, rank, lines), daemon=True)
+    rank.reader.start()
 
 
 def _read(number: int, rank: _Rank, lines: "queue.Queue[tuple[int, str | None]]") -> None:
@@ -335,8 +354,7 @@ def _signal(process: "subprocess.Popen[str]", number: signal.Signals) -> None:
         os.killpg(process.pid, number)
 
 
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _contract(launcher: LocalLauncher, group: LocalGroup) -> None:
+    """Checked by mypy: what is here fits the contract."""
+    _launcher: Launcher = launcher
+    _group: WorkerGroup = group

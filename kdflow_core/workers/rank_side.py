@@ -1,8 +1,8 @@
 """The side of a rank: requests in, events out, and signs of life.
 
-`python -m kdflow_core.workers.rank MODULE` runs a module as a rank. From its first moment, before
-anything heavy is imported, it ends when the launcher does, and the rest of its process group with
-it; and it beats: every few seconds it says where its main thread stands and, at work, for how long.
+From its first moment, before anything heavy is imported, a rank ends when the launcher does, and
+the rest of its process group with it; and it beats: every few seconds it says where its main thread
+stands and, at work, for how long.
 """
 
 import json
@@ -60,9 +60,9 @@ def receive_requests() -> Iterator[str]:
         yield request
 
 
-def answer(value: Any) -> None:
-    """Answer the request at hand."""
-    emit({"event": "answer", "value": value})
+def reply(number: int, value: Any) -> None:
+    """Reply to a call."""
+    emit({"event": "reply", "number": number, "value": value})
 
 
 def made_progress() -> None:

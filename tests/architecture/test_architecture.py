@@ -5,6 +5,9 @@ import dataclasses
 import importlib
 import subprocess
 import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -16,7 +19,11 @@ from kdflow_core.losses import LOSSES
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("configs", "storage", "kdflow_core", "tasks", "flows")
 SOURCES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
-MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+HABITUAL_FILE_LINES, HABITUAL_FUNCTION_LINES = 400, 60
+MOST_FILE_LINES, MOST_FUNCTION_LINES = 600, 100
+# Wherever it stands: what the members of a package have in common; its errors; the adapter to a
+# library.
+ONE_MEANING = {"__init__.py", "__main__.py", "base.py", "errors.py", "hf.py", "sglang.py"}
 
 
 def test_import_contracts() -> None:
@@ -30,14 +37,37 @@ def test_import_contracts() -> None:
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_sizes(path: Path) -> None:
-    text = path.read_text()
-    assert len(text.splitlines()) <= MAX_FILE_LINES
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = (node.end_lineno or 0) - node.lineno + 1
-            assert length <= MAX_FUNCTION_LINES, f"{node.name} has {length} lines"
+@pytest.mark.filterwarnings("default:over the habit")
+def test_sizes() -> None:
+    """About 400 lines a file and 60 a function are a habit, which is told; what has clearly
+    outgrown a reader fails.
+    """
+    sizes = [(str(path.relative_to(ROOT)), lines) for path, lines in _file_lines()]
+    functions = [(f"{path.relative_to(ROOT)}:{name}", lines) for path, name, lines in _functions()]
+    over = [entry for entry in sizes if entry[1] > HABITUAL_FILE_LINES]
+    over += [entry for entry in functions if entry[1] > HABITUAL_FUNCTION_LINES]
+    for name, lines in over:
+        warnings.warn(f"over the habit: {name} has {lines} lines", stacklevel=1)
+    assert [entry for entry in sizes if entry[1] > MOST_FILE_LINES] == []
+    assert [entry for entry in functions if entry[1] > MOST_FUNCTION_LINES] == []
+
+
+def _file_lines() -> Iterator[tuple[Path, int]]:
+    for path in SOURCES:
+        yield path, len(path.read_text().splitlines())
+
+
+def _functions() -> Iterator[tuple[Path, str, int]]:
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield path, node.name, (node.end_lineno or 0) - node.lineno + 1
+
+
+def test_no_file_name_has_two_meanings() -> None:
+    names = Counter(path.name for path in SOURCES)
+    twice = {name for name, count in names.items() if count > 1}
+    assert twice <= ONE_MEANING, "name a file after its subject"
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -59,7 +89,9 @@ def test_every_package_says_what_it_owns(package: str) -> None:
     ("module", "absent"),
     [
         ("configs.load", ("torch", "prefect", "zarr", "transformers")),
-        ("tasks.stages", ("torch", "prefect", "transformers")),
+        ("tasks.stages.planning", ("torch", "prefect", "transformers")),
+        ("tasks.rounds.rounds_at_work", ("torch", "prefect", "transformers")),
+        ("tasks.jobs.reporting", ("torch", "prefect", "transformers", "datasets")),
         ("flows.cli", ("torch", "prefect", "transformers")),
         ("flows.kd", ("torch", "transformers")),
         ("storage.store", ("torch", "prefect")),

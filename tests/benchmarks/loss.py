@@ -22,11 +22,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from kdflow_core.contracts import OutputHead
+from kdflow_core.contracts import HiddenSignal, OutputHead
 from kdflow_core.losses import LOSSES
-from kdflow_core.losses.chunked import TeacherStates, chunk_rows, distillation_loss
+from kdflow_core.losses.chunked import chunk_rows, distillation_loss
 from kdflow_core.losses.elementwise import LossSpec
-from tasks.launch import KEEP_BUFFERS
+from tasks.execution.launch import KEEP_BUFFERS
 
 ROOT = Path(__file__).parents[2]
 # How many tensors of full logits a subject holds at a time, roughly; others hold chunks.
@@ -82,7 +82,7 @@ class Problem:
         output = distillation_loss(
             student_hidden_TH=self.hidden_TH,
             student_head=OutputHead(weight_VH=self.weight_VH),
-            teacher=TeacherStates(self.teacher_TG, OutputHead(weight_VH=self.teacher_VG)),
+            teacher=HiddenSignal(self.teacher_TG, OutputHead(weight_VH=self.teacher_VG)),
             target_ids_T=self.targets_T,
             weights_T=self.weights_T,
             spec=self.spec(name),

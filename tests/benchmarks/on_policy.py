@@ -24,9 +24,10 @@ import torch
 
 from configs.load import validate_run
 from configs.schema.run import RunConfig
-from tasks.on_policy import OnPolicyRun
-from tasks.rounds import RoundRecord
-from tasks.stages import plan_stages, stage_spec
+from tasks.rounds.round_record import RoundRecord
+from tasks.rounds.rounds_at_work import RoundsAtWork
+from tasks.stages.identity import stage_spec
+from tasks.stages.planning import plan_stages
 from tests.conftest import run_inline
 
 PACKAGES = ("torch", "transformers", "trl", "sglang")
@@ -78,7 +79,7 @@ def ours(args: argparse.Namespace, engine: str) -> list[RoundRecord]:
         done = run_inline(run, until="extract")
         spec = stage_spec(plan_stages(run)["train"], run, done)
         records = []
-        with OnPolicyRun(spec, logging.getLogger("benchmark")) as work:
+        with RoundsAtWork(spec, logging.getLogger("benchmark")) as work:
             for number in range(1, args.rounds + 1):
                 work.roll_out(number)
                 work.score(number)
@@ -184,7 +185,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--micro-batch-tokens", type=int, default=2048)
     args = parser.parse_args()
-    from tasks.memory_plan import num_parameters
+    from tasks.forecast.memory_plan import num_parameters
 
     subjects = {"trl": trl(args)}
     for engine in ("sglang", "transformers"):

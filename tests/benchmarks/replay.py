@@ -21,13 +21,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kdflow_core.contracts import (
-    Example,
-    HiddenStateSource,
-    OutputHead,
-    TeacherRows,
-    TokenSequence,
-)
+from kdflow_core.contracts import Example, HiddenRows, OutputHead, SignalSource, TokenSequence
 from kdflow_core.losses.chunked import LossSpec
 from kdflow_core.losses.forward_kl import ForwardKL
 from kdflow_core.student.module import DistillationModule, shard
@@ -35,7 +29,7 @@ from kdflow_core.student.optim import build_optimizer
 from kdflow_core.student.plan import TrainingPlan
 from kdflow_core.student.prefetch import PrefetchedStates
 from kdflow_core.student.step import training_step
-from tasks.adapters import StoredStates, bfloat16_tensor
+from tasks.jobs.stored import StoredStates, bfloat16_tensor
 from tests.benchmarks.store import CODECS, Kdflow, Rows
 
 VOCABULARY = 8192
@@ -51,9 +45,9 @@ class InMemory:
     def begin_step(self, step: int) -> None:
         pass
 
-    def rows(self, sequence: TokenSequence) -> TeacherRows:
+    def rows(self, sequence: TokenSequence) -> HiddenRows:
         states_NH = self._rows[sequence.digest]
-        return TeacherRows(buffer_RH=states_NH, index_N=torch.arange(len(states_NH)))
+        return HiddenRows(buffer_RH=states_NH, index_N=torch.arange(len(states_NH)))
 
 
 class AsExamples:
@@ -67,7 +61,7 @@ class AsExamples:
 
     def __getitem__(self, index: int) -> Example:
         sequence = self._rows.sequences[index]
-        return Example(source="random", student=sequence, teacher=sequence)
+        return Example(source="random", views=dict.fromkeys(("student", "teacher"), sequence))
 
     def lengths(self, side: str) -> np.ndarray:
         return self._rows.lengths + 1
@@ -117,7 +111,7 @@ def main() -> None:
         epochs=2,
         max_steps=None,
     )
-    sources: dict[str, HiddenStateSource] = {"memory": InMemory(rows)}
+    sources: dict[str, SignalSource] = {"memory": InMemory(rows)}
     for codec in CODECS:
         subject = Kdflow(rows, args.folder / codec, codec)
         subject.write()
@@ -143,7 +137,7 @@ def train(
     module: DistillationModule,
     plan: TrainingPlan,
     rows: Rows,
-    sources: dict[str, HiddenStateSource],
+    sources: dict[str, SignalSource],
 ) -> dict[str, list[float]]:
     """Seconds of the second epoch's steps, by source; every step is made once with each."""
     optimizer = build_optimizer(module, lr=1e-4, weight_decay=0.0, betas=(0.9, 0.95))

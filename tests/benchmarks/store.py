@@ -33,7 +33,7 @@ from storage.states.layout import Sequences, plan_layout
 from storage.states.reader import HiddenStateReader
 from storage.states.writer import HiddenStateWriter
 from storage.store import ArtifactStore
-from tasks.adapters import StoredStates
+from tasks.jobs.stored import StoredStates
 
 CODECS = ("raw", "planes", "int8")
 SEQUENCES_OF_STEP = 32

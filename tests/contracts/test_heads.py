@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdflow_core.contracts import OutputHead
 from kdflow_core.errors import ModelError
+from kdflow_core.models.families import BY_ARCHITECTURE
 from kdflow_core.models.heads import (
-    RULES,
     apply_head,
     live_head,
     load_head,
@@ -80,7 +80,7 @@ def tiny_model(architecture: str, folder: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("architecture", sorted(RULES))
+@pytest.mark.parametrize("architecture", sorted(BY_ARCHITECTURE))
 def test_rebuilt_logits_are_the_models_own(architecture: str, tmp_path: Path) -> None:
     model = tiny_model(architecture, tmp_path)
     ids_BT = torch.arange(3, 15).unsqueeze(0)

@@ -17,8 +17,9 @@ from kdflow_core.models.heads import load_head
 from kdflow_core.models.loading import load_config
 from kdflow_core.teacher import build_engine
 from storage.artifact import ArtifactRef
-from tasks.launch import launch_stage
-from tasks.stages import StageSpec, plan_stages
+from tasks.execution.launch import launch_stage
+from tasks.stages.identity import StageSpec
+from tasks.stages.planning import plan_stages
 from tests.conftest import VOCABULARY, make_tokenizer, run_inline
 from tests.contracts.test_teacher import CPU, MODELS, relative_error
 

@@ -21,9 +21,10 @@ from kdflow_core.models.heads import load_head
 from kdflow_core.models.loading import load_config
 from kdflow_core.teacher.server import FLAGS, SglangServerEngine, check_flags
 from kdflow_core.teacher.streaming import stream_states
-from kdflow_core.workers.local import free_port
-from tasks.launch import launch_stage
-from tasks.stages import StageSpec, plan_stages
+from kdflow_core.workers.ports import free_port
+from tasks.execution.launch import launch_stage
+from tasks.stages.identity import StageSpec
+from tasks.stages.planning import plan_stages
 from tests.conftest import VOCABULARY, run_inline
 from tests.contracts.test_teacher import (
     CPU,

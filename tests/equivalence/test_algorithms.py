@@ -16,8 +16,8 @@ from configs.schema.run import RunConfig
 from kdflow_core.errors import ModelError
 from storage.artifact import ArtifactRef
 from storage.tokens import TokenTable
-from tasks.stages import plan_stages
-from tasks.tracking import read_metrics
+from tasks.presentation.tracking import read_metrics
+from tasks.stages.planning import plan_stages
 from tests import naive
 from tests.conftest import CHATML, make_llama, make_tokenizer, run_inline
 

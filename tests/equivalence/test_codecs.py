@@ -12,9 +12,10 @@ from configs.load import load_run
 from configs.schema.run import RunConfig
 from kdflow_core.errors import WorkerError
 from storage.artifact import ArtifactRef
-from tasks.launch import launch_stage
-from tasks.stages import StageSpec, open_store, plan_stages
-from tasks.tracking import read_metrics
+from tasks.execution.launch import launch_stage
+from tasks.presentation.tracking import read_metrics
+from tasks.stages.identity import StageSpec, open_store
+from tasks.stages.planning import plan_stages
 from tests.conftest import run_inline
 from tests.faults.test_kill import kill_a_rank_after
 

@@ -20,9 +20,10 @@ from kdflow_core.models.loading import load_config
 from kdflow_core.teacher.live import LiveStates
 from kdflow_core.teacher.sglang import SglangTeacherEngine
 from storage.artifact import ArtifactRef
-from tasks.launch import launch_stage
-from tasks.stages import StageSpec, plan_stages
-from tasks.tracking import read_metrics
+from tasks.execution.launch import launch_stage
+from tasks.presentation.tracking import read_metrics
+from tasks.stages.identity import StageSpec
+from tasks.stages.planning import plan_stages
 from tests.conftest import VOCABULARY
 
 pytestmark = pytest.mark.ranks

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from configs.load import load_run
 from kdflow_core.errors import ModelError, WorkerError
 from kdflow_core.student.lora import add_adapters, merged_state
-from tasks.tracking import read_metrics
+from tasks.presentation.tracking import read_metrics
 from tests.conftest import run_inline
 
 pytestmark = pytest.mark.ranks

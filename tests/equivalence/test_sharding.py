@@ -63,7 +63,7 @@ def gathers(rank: int, folders: tuple[str, str], num_micro_batches: int) -> int:
     shard(module, mesh=init_device_mesh("cpu", (RANKS,)), compute_dtype=torch.float32)
     optimizer = build_optimizer(module, lr=1e-3, weight_decay=0.0, betas=(0.9, 0.95))
     examples = [
-        Example(source="random", student=sequence(k), teacher=sequence(k))
+        Example(source="random", views=dict.fromkeys(("student", "teacher"), sequence(k)))
         for k in range(RANKS * num_micro_batches)
     ]
     for _ in range(2):

@@ -18,9 +18,10 @@ from configs.schema.run import RunConfig
 from kdflow_core.contracts import TokenSequence
 from storage.artifact import ArtifactRef
 from storage.tokens import TokenTable
-from tasks.launch import launch_stage
-from tasks.stages import StageSpec, plan_stages
-from tasks.tracking import read_metrics
+from tasks.execution.launch import launch_stage
+from tasks.presentation.tracking import read_metrics
+from tasks.stages.identity import StageSpec
+from tasks.stages.planning import plan_stages
 from tests import naive
 from tests.conftest import run_inline
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from configs.load import load_run
 from storage.errors import StoreFullError
-from tasks.stages import StageSpec, open_store, plan_stages
-from tasks.wiring.extraction import extract_states
-from tasks.wiring.stage_run import StageRun
+from tasks.jobs.extraction import extract_states
+from tasks.jobs.stage_run import StageRun
+from tasks.stages.identity import StageSpec, open_store
+from tasks.stages.planning import plan_stages
 from tests.conftest import SilentReporter, run_inline
 
 

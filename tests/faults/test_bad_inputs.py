@@ -27,10 +27,11 @@ from kdflow_core.models.loading import load_causal_lm, load_config
 from kdflow_core.sglang_runtime.versions import require_sglang
 from storage.errors import RowsMismatchError
 from storage.tokens import TokenTable, TokenWriter
-from tasks.adapters import StoredStates, TeacherSequences
-from tasks.engines import check_engines
-from tasks.launch import launch_stage
-from tasks.stages import StageSpec, open_store, plan_stages
+from tasks.checks.engine_check import check_engines
+from tasks.execution.launch import launch_stage
+from tasks.jobs.stored import StoredStates, TeacherSequences
+from tasks.stages.identity import StageSpec, open_store
+from tasks.stages.planning import plan_stages
 from tests.conftest import VOCABULARY, make_llama, make_tokenizer, run_inline
 
 SGLANG = {"type": "sglang"}
@@ -150,7 +151,7 @@ def test_tokens_changed_behind_the_stores_back_are_refused(
         stage = StageSpec(identity=plan_stages(run)["train"], run=run, inputs=refs)
         from kdflow_core.student.step import collate
         from storage.states.reader import HiddenStateReader
-        from tasks.adapters import TokenExamples
+        from tasks.jobs.stored import TokenExamples
 
         states = StoredStates(HiddenStateReader(store=open_store(run), ref=stage.inputs["states"]))
         with pytest.raises((RowsMismatchError, AlignmentError)):

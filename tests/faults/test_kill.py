@@ -15,9 +15,10 @@ import pytest
 from configs.load import load_run
 from kdflow_core.errors import WorkerError
 from kdflow_core.student.checkpoint import completed_steps
-from tasks.launch import launch_stage
-from tasks.stages import StageSpec, plan_stages
-from tasks.tracking import read_metrics
+from tasks.execution.launch import launch_stage
+from tasks.presentation.tracking import read_metrics
+from tasks.stages.identity import StageSpec
+from tasks.stages.planning import plan_stages
 from tests.conftest import run_inline
 from tests.processes import stage_ranks
 

@@ -17,13 +17,14 @@ import yaml
 
 from configs.load import load_run
 from storage.store import ArtifactStore
-from tasks.stages import plan_stages, round_identities
-from tasks.tracking import read_metrics
+from tasks.presentation.tracking import read_metrics
+from tasks.stages.planning import plan_stages, round_identities
 from tests.prefect_server import Server, start_server
 from tests.readme import ROOT
 
 pytestmark = [pytest.mark.prefect, pytest.mark.ranks]
 ROUNDS, STEPS = 6, 4
+RANK = "kdflow_core.workers.rank"
 STARTUP_S = 14.0  # a kill comes at any time of the start or the rounds
 
 
@@ -51,9 +52,7 @@ def victims(flow: psutil.Process, kind: str) -> list[psutil.Process]:
     if kind == "flow":
         return [flow]
     hosts = [
-        child
-        for child in flow.children()
-        if child.cmdline()[-2:] == ["tasks.on_policy_worker", kind]
+        child for child in flow.children() if RANK in child.cmdline() and kind in child.cmdline()
     ]
     own = [child for host in hosts for child in host.children(recursive=True)]
     return [p for p in (*hosts, *own) if "resource_tracker" not in " ".join(p.cmdline())]
@@ -102,8 +101,7 @@ def orphans(recipe: Path) -> list[psutil.Process]:
         found = [
             p
             for p in psutil.process_iter(["cmdline"])
-            if "tasks.on_policy_worker" in (p.info["cmdline"] or [])
-            and p.ppid() in {1, os.getpid()}
+            if RANK in (p.info["cmdline"] or []) and p.ppid() in {1, os.getpid()}
         ]
         if not found or time.monotonic() > deadline:
             return found

@@ -22,8 +22,9 @@ from storage.lease import exclusive, is_held
 from storage.maintenance import damages, entries, remove_artifact
 from storage.runs import list_runs, record_run
 from storage.store import ArtifactStore
-from tasks.launch import launch_stage
-from tasks.stages import StageSpec, plan_stages
+from tasks.execution.launch import launch_stage
+from tasks.stages.identity import StageSpec
+from tasks.stages.planning import plan_stages
 from tests.stored import Stored
 
 processes = multiprocessing.get_context("forkserver")

@@ -10,7 +10,7 @@ import pytest
 
 from configs.load import load_run
 from kdflow_core.errors import ModelError
-from tasks.checks import checked_plan
+from tasks.checks.run_check import checked_plan
 
 FIELDS: list[dict[str, Any]] = [
     {"num_hidden_layers": -1},

@@ -14,7 +14,7 @@ from configs.errors import KdflowError
 from configs.load import load_run
 from storage.errors import StoreError
 from storage.memo import Memo
-from tasks.checks import checked_plan
+from tasks.checks.run_check import checked_plan
 from tests.conftest import run_inline
 from tests.readme import ROOT
 
@@ -212,7 +212,7 @@ def test_names_that_sglang_does_not_know(
     recipe = str(make_recipe())
     code = (
         "from configs.load import load_run\n"
-        "from tasks.checks import checked_plan\n"
+        "from tasks.checks.run_check import checked_plan\n"
         f"checked_plan(load_run({recipe!r}, {overrides | {'teacher.type': 'sglang'}!r}),"
         " download=False)"
     )

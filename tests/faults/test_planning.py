@@ -20,8 +20,8 @@ from kdflow_core.errors import ModelError
 from kdflow_core.models.folders import context_length
 from kdflow_core.models.structure import meta_model
 from storage.artifact import ArtifactRef
-from tasks.checks import checked_plan
-from tasks.slices import tokens_slice
+from tasks.checks.run_check import checked_plan
+from tasks.stages.slices import tokens_slice
 from tests.conftest import CHATML, VOCABULARY, make_llama, make_tokenizer, run_inline
 
 Make = Callable[..., RunConfig]
@@ -63,7 +63,7 @@ def test_a_run_in_order_is_planned_twice_and_looked_at_once(
     run = make()
     checked_plan(run, download=False)
     looked = []
-    monkeypatch.setattr("tasks.model_checks.check_model", lambda *_: looked.append(1))
+    monkeypatch.setattr("tasks.checks.model_check.check_model", lambda *_: looked.append(1))
     checked_plan(run, download=False)
     assert not looked
     checked_plan(make({"student.lora": {"rank": 4}}), download=False)

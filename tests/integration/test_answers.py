@@ -17,11 +17,12 @@ from kdflow_core.contracts import Example
 from kdflow_core.data.chat import ChatFormat
 from storage.artifact import ArtifactRef
 from storage.tokens import TokenTable
-from tasks.adapters import TokenExamples
-from tasks.engines import check_engines
-from tasks.launch import launch_stage
-from tasks.stages import plan_stages, stage_spec
-from tasks.tracking import read_metrics
+from tasks.checks.engine_check import check_engines
+from tasks.execution.launch import launch_stage
+from tasks.jobs.stored import TokenExamples
+from tasks.presentation.tracking import read_metrics
+from tasks.stages.identity import stage_spec
+from tasks.stages.planning import plan_stages
 from tests.conftest import VOCABULARY, run_inline
 
 pytestmark = pytest.mark.ranks
@@ -150,7 +151,7 @@ def keep_first_part(run: RunConfig, done: dict[str, ArtifactRef], parts: Path) -
     """Put a first part with answers of sevens where the stage looks for it."""
     from storage.sealed import seal
     from storage.tokens import TokenWriter
-    from tasks.adapters import token_row
+    from tasks.jobs.stored import token_row
 
     parts.mkdir(parents=True)
     kept = examples(done["answers"])[:24]

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from configs.load import load_run
-from tasks.estimate import prospect, read_estimate
-from tasks.stages import decided, open_store, plan_stages, stage_status
+from tasks.forecast.estimate import prospect, read_estimate
+from tasks.stages.explanation import decided, stage_status
+from tasks.stages.identity import open_store
+from tasks.stages.planning import plan_stages
 from tests.conftest import run_inline
 from tests.integration.test_flow import run
 
@@ -44,8 +46,9 @@ def test_auto_takes_the_cheaper_source_and_says_so(make_recipe: Callable[..., Pa
     recipe = str(make_recipe())
     output = run("run", recipe, "source=auto")
     assert "source: auto is live here" in output
-    assert all(s.cached for s in stage_status(load_run(recipe, {"source": "auto"})))
-    assert all(s.cached for s in stage_status(load_run(recipe, {"source": "live"})))
+    for source in ("auto", "live"):
+        again = load_run(recipe, {"source": source})
+        assert all(s.cached for s in stage_status(again, plan_stages(again)))
     often = load_run(recipe, {"source": "auto", "planned_runs": 50})
     estimate = plan_stages(often)["estimate"]  # the same one
     ref = open_store(often).find(estimate.kind, estimate.digest)

@@ -14,7 +14,7 @@ import pytest
 
 from configs.load import load_run
 from kdflow_core.student.checkpoint import completed_steps
-from tasks.stages import plan_stages
+from tasks.stages.planning import plan_stages
 from tests.conftest import run_inline
 from tests.processes import stage_ranks
 

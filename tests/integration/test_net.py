@@ -11,14 +11,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.load import load_run
-from kdflow_core.contracts import TeacherRows, TokenSequence
+from kdflow_core.contracts import HiddenRows, TokenSequence
 from kdflow_core.errors import AlignmentError, ModelError
 from storage.tokens import TokenTable
-from tasks.adapters import TeacherSequences
-from tasks.stages import plan_stages, stage_spec
-from tasks.wiring.evaluation import evaluate_student
-from tasks.wiring.reference import Reference
-from tasks.wiring.stage_run import StageRun
+from tasks.jobs.evaluation import evaluate_student
+from tasks.jobs.reference import Reference
+from tasks.jobs.stage_run import StageRun
+from tasks.jobs.stored import TeacherSequences
+from tasks.stages.identity import stage_spec
+from tasks.stages.planning import plan_stages
 from tests.conftest import CHATML, SilentReporter, make_llama, run_inline
 
 pytestmark = pytest.mark.ranks
@@ -48,14 +49,14 @@ class Engine:
     def __init__(self, folder: Path) -> None:
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model
 
-    def forward(self, sequences: list[TokenSequence]) -> list[TeacherRows]:
+    def forward(self, sequences: list[TokenSequence]) -> list[HiddenRows]:
         rows = []
         for sequence in sequences:
             ids = torch.from_numpy(sequence.ids_T.astype("int64"))[None]
             with torch.no_grad():
                 states = self._model(input_ids=ids).last_hidden_state[0]
             index = torch.from_numpy(sequence.target_positions_N - 1)
-            rows.append(TeacherRows(buffer_RH=states.to(torch.bfloat16), index_N=index))
+            rows.append(HiddenRows(buffer_RH=states.to(torch.bfloat16), index_N=index))
         return rows
 
 
@@ -87,7 +88,7 @@ def test_a_model_too_large_to_compare_is_told_and_not_loaded(
     done = run_inline(run, until="tokenize")
     reporter = SilentReporter()
     stage = StageRun(stage_spec(plan_stages(run)["extract"], run, done), reporter)
-    monkeypatch.setattr("tasks.wiring.reference.MEMORY_SHARE", 1e-12)
+    monkeypatch.setattr("tasks.jobs.reference.MEMORY_SHARE", 1e-12)
     Reference(stage, []).compute()
     assert "are not compared with transformers' own: it takes" in reporter.messages[0]
 

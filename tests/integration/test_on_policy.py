@@ -20,15 +20,18 @@ from configs.load import load_run
 from configs.schema.run import RunConfig
 from kdflow_core.data.chat import ChatFormat
 from kdflow_core.errors import WorkerError
-from kdflow_core.workers.local import RankGroup
+from kdflow_core.workers.base import WorkerGroup
+from kdflow_core.workers.local import LocalGroup
 from storage.rollouts import read_rollouts
-from tasks.adapters import TokenExamples
-from tasks.on_policy import OnPolicyRun
-from tasks.rounds import RoundRecord, RoundRequest
-from tasks.stages import plan_stages, stage_spec
-from tasks.tracking import read_metrics
-from tasks.wiring.rounds import round_examples
-from tasks.wiring.stage_run import StageRun
+from tasks.jobs.round_examples import round_examples
+from tasks.jobs.stage_run import StageRun
+from tasks.jobs.stored import TokenExamples
+from tasks.presentation.tracking import read_metrics
+from tasks.rounds.round_record import RoundRecord, RoundRequest
+from tasks.rounds.rounds_at_work import RoundsAtWork
+from tasks.stages.catalogue import ROLLOUTS
+from tasks.stages.identity import stage_spec
+from tasks.stages.planning import plan_stages
 from tests.conftest import VOCABULARY, SilentReporter, run_inline
 
 pytestmark = pytest.mark.ranks
@@ -51,13 +54,13 @@ def load(make_recipe: Callable[..., Path], more: dict[str, Any], **on_policy: An
 
 
 @contextmanager
-def at_work(run: RunConfig) -> Iterator[OnPolicyRun]:
+def at_work(run: RunConfig) -> Iterator[RoundsAtWork]:
     done = run_inline(run, until="extract")
-    with OnPolicyRun(stage_spec(plan_stages(run)["train"], run, done), LOG) as at_work:
+    with RoundsAtWork(stage_spec(plan_stages(run)["train"], run, done), LOG) as at_work:
         yield at_work
 
 
-def train(work: OnPolicyRun, rounds: int) -> list[RoundRecord]:
+def train(work: RoundsAtWork, rounds: int) -> list[RoundRecord]:
     records = []
     for number in range(1, rounds + 1):
         work.roll_out(number)
@@ -66,8 +69,8 @@ def train(work: OnPolicyRun, rounds: int) -> list[RoundRecord]:
     return records
 
 
-def rows_of(work: OnPolicyRun, number: int) -> list[dict[str, Any]]:
-    ref = work.find("rollouts", number)
+def rows_of(work: RoundsAtWork, number: int) -> list[dict[str, Any]]:
+    ref = work.find(ROLLOUTS, number)
     assert ref is not None
     return read_rollouts(Path(ref.uri))
 
@@ -109,7 +112,7 @@ def test_five_rounds_with_sglang(make_recipe: Callable[..., Path]) -> None:
     assert student.counts == {"steps": 20, "rounds": 5}
 
 
-def metrics_of(work: OnPolicyRun) -> Path:
+def metrics_of(work: RoundsAtWork) -> Path:
     scratch = Path(work.spec.run.storage.scratch)
     return scratch / "student" / work.spec.identity.digest / "artifact/metrics.jsonl"
 
@@ -279,9 +282,8 @@ def test_rolling_out_ahead(make_recipe: Callable[..., Path]) -> None:
         work.roll_out(1)
         work.score(1)
         work.train(1)
-        work._answers(work._rollout_group())  # the second round's, asked for before training
-        work._begun.clear()
-        assert work.find("rollouts", 2) is not None
+        work._finish_rollouts(2)  # asked for before training
+        assert work.find(ROLLOUTS, 2) is not None
         records = train(work, 4)[1:]
     assert [record.version for record in records] == [0, 1, 2]
     assert [record.staleness for record in records] == [1, 1, 1]
@@ -334,8 +336,8 @@ def test_rounds_that_are_done_stay_done(make_recipe: Callable[..., Path]) -> Non
         assert not work.is_trained(1)
 
 
-def kill(group: RankGroup | None) -> None:
-    assert group is not None
+def kill(group: WorkerGroup | None) -> None:
+    assert isinstance(group, LocalGroup)
     os.kill(group._ranks[0].process.pid, signal.SIGKILL)
 
 
@@ -351,7 +353,7 @@ def test_what_a_dead_trainer_had_not_saved_is_trained_again(
         expected = train(work, 3)
     with at_work(load(make_recipe, where, rounds=3, checkpoint_rounds=5)) as work:
         train(work, 2)
-        kill(work._trainer)
+        kill(work._processes._trainer)
         with pytest.raises(WorkerError, match="SIGKILL"):
             work.roll_out(3)
         work.roll_out(3)
@@ -369,7 +371,7 @@ def test_an_engine_killed_at_work_is_asked_again(make_recipe: Callable[..., Path
     run = load(make_recipe, {"student.num_ranks": 1}, **settings)
     with at_work(run) as work:
         work._begin_rollout(1)
-        kill(work._rollout)
+        kill(work._processes._rollout)
         with pytest.raises(WorkerError, match="SIGKILL"):
             work.roll_out(1)
         assert work.roll_out(1).counts["answers"] == 16

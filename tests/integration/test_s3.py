@@ -12,9 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from configs.load import load_run
 from storage.artifact import ArtifactRef
-from tasks.launch import launch_stage
-from tasks.results import evaluation_rows, report_path, student_path
-from tasks.stages import StageSpec, plan_stages, stage_status
+from tasks.execution.launch import launch_stage
+from tasks.presentation.results import evaluation_rows, report_path, student_path
+from tasks.stages.explanation import stage_status
+from tasks.stages.identity import StageSpec
+from tasks.stages.planning import plan_stages
 
 pytestmark = pytest.mark.ranks
 
@@ -58,7 +60,7 @@ def test_store_and_data_on_s3(
     }
     refs = run_all(recipe, overrides)
     run = load_run(recipe, overrides)
-    assert all(status.cached for status in stage_status(run))
+    assert all(status.cached for status in stage_status(run, plan_stages(run)))
     assert refs["states"].uri.startswith(f"{bucket}/store/artifacts/states/")
     assert evaluation_rows(run, refs["evaluation"])[0]["source"] == "all"
     assert "Held-out evaluation" in report_path(run, refs["report"]).read_text()

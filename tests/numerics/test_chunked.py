@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kdflow_core.contracts import OutputHead
+from kdflow_core.contracts import HiddenSignal, OutputHead
 from kdflow_core.losses import LOSSES, chunked
-from kdflow_core.losses.chunked import LossOutput, TeacherStates, distillation_loss
+from kdflow_core.losses.chunked import LossOutput, distillation_loss
 from kdflow_core.losses.elementwise import LossSpec
 from tests.numerics.definitions import CASES, generalized_jsd, kl
 
@@ -58,7 +58,7 @@ class Problem:
         return distillation_loss(
             student_hidden_TH=self.hidden_TH,
             student_head=head,
-            teacher=TeacherStates(self.teacher_hidden_TG, self.teacher_head),
+            teacher=HiddenSignal(self.teacher_hidden_TG, self.teacher_head),
             target_ids_T=self.targets_T,
             weights_T=self.weights_T,
             spec=spec,
@@ -198,7 +198,7 @@ def test_student_equal_to_teacher_has_no_divergence() -> None:
     output = distillation_loss(
         student_hidden_TH=problem.hidden_TH,
         student_head=head,
-        teacher=TeacherStates(
+        teacher=HiddenSignal(
             problem.hidden_TH.detach(), OutputHead(weight_VH=problem.weight_VH.detach())
         ),
         target_ids_T=problem.targets_T,
@@ -207,7 +207,7 @@ def test_student_equal_to_teacher_has_no_divergence() -> None:
     )
     output.loss.backward()
     assert abs(output.loss.item()) < 1e-12
-    assert (output.agreement_T == 1).all()
+    assert (output.terms["agreement"] == 1).all()
     assert problem.hidden_TH.grad is not None
     assert problem.hidden_TH.grad.abs().max() < 1e-12
 
@@ -246,7 +246,7 @@ def test_never_more_than_a_chunk_of_logits() -> None:
         output = distillation_loss(
             student_hidden_TH=hidden_TH,
             student_head=OutputHead(weight_VH=weight_VH),
-            teacher=TeacherStates(
+            teacher=HiddenSignal(
                 torch.randn(tokens, hidden), OutputHead(weight_VH=torch.randn(vocabulary, hidden))
             ),
             target_ids_T=torch.zeros(tokens, dtype=torch.long),

@@ -9,13 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from configs.load import load_run
-from kdflow_core.eval.distribution import TeacherSignal, score_distributions
+from kdflow_core.contracts import TeacherAtHand
+from kdflow_core.eval.distribution import score_distributions
 from kdflow_core.models.heads import load_head
 from kdflow_core.models.loading import load_causal_lm, load_config
 from storage.states.reader import HiddenStateReader
 from storage.tokens import TokenTable
-from tasks.adapters import StoredStates, TokenExamples
-from tasks.stages import open_store
+from tasks.jobs.stored import StoredStates, TokenExamples
+from tasks.stages.identity import open_store
 from tests.conftest import VOCABULARY, SilentReporter, run_inline
 
 
@@ -31,8 +32,8 @@ def test_scores_are_those_of_full_logits(
         model=load_causal_lm(folder, dtype=torch.float32, attention="sdpa"),
         examples=examples,
         teachers={
-            "all": TeacherSignal(
-                states=StoredStates(HiddenStateReader(store=open_store(run), ref=refs["states"])),
+            "all": TeacherAtHand(
+                signals=StoredStates(HiddenStateReader(store=open_store(run), ref=refs["states"])),
                 head=load_head(teacher_folder, load_config(teacher_folder), VOCABULARY),
             )
         },

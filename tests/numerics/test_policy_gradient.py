@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kdflow_core.contracts import OutputHead
-from kdflow_core.losses.chunked import TeacherStates, distillation_loss
+from kdflow_core.contracts import HiddenSignal, OutputHead
+from kdflow_core.losses.chunked import distillation_loss
 from kdflow_core.losses.elementwise import LossSpec
 from kdflow_core.losses.reverse_kl import ReverseKL
 from kdflow_core.losses.surrogate import PolicyGradient
@@ -47,7 +47,7 @@ def test_the_clipped_surrogate(kd_ratio: float) -> None:
     output = distillation_loss(
         student_hidden_TH=hidden_TH,
         student_head=OutputHead(weight_VH=weight_VH),
-        teacher=TeacherStates(teacher_TH, OutputHead(weight_VH=weight_VH.detach())),
+        teacher=HiddenSignal(teacher_TH, OutputHead(weight_VH=weight_VH.detach())),
         target_ids_T=targets_T,
         weights_T=weights_T,
         sampled_log_prob_T=sampled_T,

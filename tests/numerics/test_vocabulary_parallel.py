@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from kdflow_core.contracts import OutputHead
+from kdflow_core.contracts import HiddenSignal, OutputHead
 from kdflow_core.losses import LOSSES
-from kdflow_core.losses.chunked import LossOutput, TeacherStates, distillation_loss
+from kdflow_core.losses.chunked import LossOutput, distillation_loss
 from kdflow_core.losses.elementwise import LossSpec
 from kdflow_core.losses.token_weights import TeacherConfidence
 from kdflow_core.losses.vocabulary import ShardedVocabulary, WholeVocabulary
@@ -50,7 +50,7 @@ def loss_of(
     output = distillation_loss(
         student_hidden_TH=hidden_TH,
         student_head=OutputHead(weight_VH=weight_VH, bias_V=bias_V, softcap=3.0),
-        teacher=TeacherStates(
+        teacher=HiddenSignal(
             given["teacher"][rows], OutputHead(weight_VH=given["teacher_weight"][tokens])
         ),
         target_ids_T=given["targets"][rows],
@@ -79,7 +79,7 @@ def rank_main(rank: int, folder: str) -> None:
     results = {}
     for name in sorted(LOSSES.keys() - WHOLE_ONLY):
         output, gradients = loss_of(name, rows, tokens, vocabulary)
-        results[name] = ([term.detach() for term in output], gradients)
+        results[name] = (output.loss.detach(), output.terms, gradients)
     for name in WHOLE_ONLY:
         with pytest.raises(ValueError, match="needs the whole vocabulary on one rank"):
             loss_of(name, rows, tokens, vocabulary)
@@ -96,10 +96,10 @@ def test_it_is_the_loss_of_the_whole_head(tmp_path: Path) -> None:
     ranks = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(RANKS)]
     for name in sorted(LOSSES.keys() - WHOLE_ONLY):
         whole, gradients = loss_of(name, slice(None), slice(None), WholeVocabulary())
-        torch.testing.assert_close(sum(result[name][0][0] for result in ranks), whole.loss.detach())
-        for number, term_T in enumerate(whole[1:], 1):
-            joined_T = torch.cat([result[name][0][number] for result in ranks])
-            torch.testing.assert_close(joined_T, term_T, msg=f"{name}, term {number}")
+        torch.testing.assert_close(sum(result[name][0] for result in ranks), whole.loss.detach())
+        for term, term_T in whole.terms.items():
+            joined_T = torch.cat([result[name][1][term] for result in ranks])
+            torch.testing.assert_close(joined_T, term_T, msg=f"{name}, {term}")
         for key, expected in gradients.items():
-            joined = torch.cat([result[name][1][key] for result in ranks])
+            joined = torch.cat([result[name][2][key] for result in ranks])
             torch.testing.assert_close(joined, expected, msg=f"{name}, gradient of {key}")

@@ -5,9 +5,9 @@ import warnings
 import pytest
 import torch
 
-from kdflow_core.contracts import OutputHead
+from kdflow_core.contracts import HiddenSignal, OutputHead
 from kdflow_core.losses import LOSSES
-from kdflow_core.losses.chunked import TeacherStates, distillation_loss
+from kdflow_core.losses.chunked import distillation_loss
 from kdflow_core.losses.elementwise import LossSpec
 
 with warnings.catch_warnings():
@@ -39,7 +39,7 @@ class Case:
         output = distillation_loss(
             student_hidden_TH=self.hidden_TH,
             student_head=OutputHead(weight_VH=self.weight_VH),
-            teacher=TeacherStates(self.teacher_TG, OutputHead(weight_VH=self.teacher_VG)),
+            teacher=HiddenSignal(self.teacher_TG, OutputHead(weight_VH=self.teacher_VG)),
             target_ids_T=self.targets_T,
             weights_T=torch.full((TOKENS,), 1 / TOKENS),
             spec=LossSpec(divergence=divergence, kd_ratio=kd_ratio, logits_bytes=2 * 5 * 4 * 211),
@@ -105,7 +105,7 @@ def test_kl_is_torchs(name: str, swapped: bool) -> None:
     output = distillation_loss(
         student_hidden_TH=case.hidden_TH,
         student_head=OutputHead(weight_VH=case.weight_VH),
-        teacher=TeacherStates(case.teacher_TG, OutputHead(weight_VH=case.teacher_VG)),
+        teacher=HiddenSignal(case.teacher_TG, OutputHead(weight_VH=case.teacher_VG)),
         target_ids_T=case.targets_T,
         weights_T=torch.full((TOKENS,), 1 / TOKENS),
         spec=LossSpec(divergence=LOSSES[name](), kd_ratio=1.0, logits_bytes=10**4),

@@ -7,8 +7,8 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from kdflow_core.contracts import OutputHead
-from kdflow_core.losses.chunked import TeacherStates, distillation_loss
+from kdflow_core.contracts import HiddenSignal, OutputHead
+from kdflow_core.losses.chunked import distillation_loss
 from kdflow_core.losses.elementwise import LossSpec
 from tests.readme import ROOT
 
@@ -34,7 +34,7 @@ def test_the_divergence_trains() -> None:
     loss = distillation_loss(
         student_hidden_TH=hidden_TH,
         student_head=OutputHead(weight_VH=weight_VH),
-        teacher=TeacherStates(teacher_TG, OutputHead(weight_VH=teacher_VG)),
+        teacher=HiddenSignal(teacher_TG, OutputHead(weight_VH=teacher_VG)),
         target_ids_T=torch.zeros(7, dtype=torch.long),
         weights_T=torch.ones(7),
         spec=LossSpec(divergence=divergence, kd_ratio=1.0, logits_bytes=2 * 3 * 19 * 8),

@@ -15,7 +15,7 @@ from kdflow_core.models.checkpoints import INDEX, SINGLE, read_checkpoint
 from kdflow_core.models.inspection import Use, check_model
 from kdflow_core.models.loading import load_causal_lm
 from storage.fingerprint import Fingerprints
-from tasks.slices import model_identity
+from tasks.stages.slices import model_identity
 from tests.conftest import make_llama, make_tokenizer
 
 Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli import app
-from tasks.doctor import examine
+from tasks.forecast.doctor import examine
 
 
 def test_it_tells_versions_devices_and_backends() -> None:

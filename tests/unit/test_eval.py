@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from configs.schema.data import DataConfig
 from kdflow_core.eval.answers import answer_matches
 from kdflow_core.eval.distribution import _scores
-from kdflow_core.eval.generation import exact_match
-from tasks.progress import ProgressLog, clock
+from kdflow_core.eval.greedy import exact_match
+from tasks.execution.progress import ProgressLog, clock
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_progress_has_rate_and_time_left(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
-    monkeypatch.setattr("tasks.progress.time.monotonic", lambda: now)
+    monkeypatch.setattr("tasks.execution.progress.time.monotonic", lambda: now)
     log = ProgressLog(logging.getLogger("progress"))
     with caplog.at_level(logging.INFO):
         for done in (0, 10, 20):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdflow_core.contracts import TeacherRows, TokenSequence
+from kdflow_core.contracts import HiddenRows, TokenSequence
 from kdflow_core.student.prefetch import STEPS_AHEAD, PrefetchedStates
 
 
@@ -27,13 +27,13 @@ class Source:
     def begin_step(self, step: int) -> None:
         pass
 
-    def rows(self, sequence: TokenSequence) -> TeacherRows:
+    def rows(self, sequence: TokenSequence) -> HiddenRows:
         number = int(sequence.ids_T[1])
         if number == self._broken:
             raise OSError("the disk is broken")
         self.read.append(number)
         self.threads.add(threading.current_thread().name)
-        return TeacherRows(buffer_RH=torch.full((1, 1), float(number)), index_N=torch.arange(1))
+        return HiddenRows(buffer_RH=torch.full((1, 1), float(number)), index_N=torch.arange(1))
 
 
 def prefetched(source: Source, steps: int = 10) -> PrefetchedStates:

@@ -8,7 +8,7 @@ import pytest
 from configs.load import load_run
 from configs.schema.run import RunConfig
 from kdflow_core.errors import DataError
-from tasks.estimate import Estimate, check_room, prospect, with_source
+from tasks.forecast.estimate import Estimate, check_room, prospect, with_source
 
 GB = 10**9
 

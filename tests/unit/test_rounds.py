@@ -14,9 +14,10 @@ from configs.schema.on_policy import AdaptiveFraction, Fraction, LinearFraction,
 from kdflow_core.errors import DataError
 from kdflow_core.rollout.prompts import round_prompts
 from kdflow_core.rollout.rewards import advantages, load_reward, reward_of
-from tasks.memory_plan import memory_plan, num_parameters, plan_lines
-from tasks.rounds import RoundRecord, next_fraction
-from tasks.stages import StageSpec, plan_stages
+from tasks.forecast.memory_plan import memory_plan, num_parameters, plan_lines
+from tasks.rounds.round_record import RoundRecord, next_fraction
+from tasks.stages.identity import StageSpec
+from tasks.stages.planning import plan_stages
 
 SOURCE = np.array([0] * 20 + [1] * 5)
 

@@ -11,7 +11,8 @@ from configs.load import load_run
 from configs.schema.run import RunConfig
 from kdflow_core.errors import ModelError
 from storage.errors import StoreError
-from tasks.stages import plan_stages, stage_status
+from tasks.stages.explanation import stage_status
+from tasks.stages.planning import plan_stages
 from tests.conftest import run_inline
 
 ALL = ("tokenize", "extract", "train", "evaluate", "report")
@@ -88,15 +89,16 @@ def test_new_weights_or_data_change_the_stages_that_read_them(
 def test_plan_says_what_is_cached_and_what_changed(make_recipe: Callable[..., Path]) -> None:
     recipe = str(make_recipe())
     run = load_run(recipe)
-    first = {s.identity.stage: s for s in stage_status(run)}
+    first = {s.identity.stage: s for s in stage_status(run, plan_stages(run))}
     assert not any(s.cached for s in first.values())
     assert first["tokenize"].reasons == ("no artifact of this kind yet",)
     run_inline(run, until="extract")
-    now = {s.identity.stage: s for s in stage_status(run)}
+    now = {s.identity.stage: s for s in stage_status(run, plan_stages(run))}
     assert now["tokenize"].cached
     assert now["extract"].cached
     assert not now["train"].cached
-    longer = stage_status(load_run(recipe, {"data.max_length": 100, "teacher.attention": "eager"}))
+    changed = load_run(recipe, {"data.max_length": 100, "teacher.attention": "eager"})
+    longer = stage_status(changed, plan_stages(changed))
     reasons = {s.identity.stage: s.reasons for s in longer}
     assert "student_limit: 128 -> 100" in reasons["tokenize"]
     assert "teacher.attention: sdpa -> eager" in reasons["extract"]
@@ -106,7 +108,9 @@ def test_plan_says_what_is_cached_and_what_changed(make_recipe: Callable[..., Pa
 def test_plan_notices_damage(tiny_run: RunConfig) -> None:
     refs = run_inline(tiny_run, until="tokenize")
     (Path(refs["tokens"].uri) / "train.arrow").write_bytes(b"short")
-    status = next(s for s in stage_status(tiny_run) if s.identity.stage == "tokenize")
+    status = next(
+        s for s in stage_status(tiny_run, plan_stages(tiny_run)) if s.identity.stage == "tokenize"
+    )
     assert not status.cached
     assert "train.arrow has 5 bytes" in status.reasons[0]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kdflow_core.batching import pack_by_tokens
 from kdflow_core.bounded import BoundedWorker
-from kdflow_core.contracts import TeacherEngine, TeacherRows, TokenSequence
+from kdflow_core.contracts import HiddenRows, TeacherEngine, TokenSequence
 from kdflow_core.errors import AlignmentError
 from kdflow_core.models.offload import OffloadedModule
 from kdflow_core.teacher.live import LiveStates
@@ -86,10 +86,10 @@ class CountingEngine(TeacherEngine):
     def pack(self, lengths: Sequence[int]) -> list[list[int]]:
         return [[i] for i in range(len(lengths))]
 
-    def forward(self, sequences: Sequence[TokenSequence]) -> list[TeacherRows]:
+    def forward(self, sequences: Sequence[TokenSequence]) -> list[HiddenRows]:
         self.calls.append(f"forward {len(sequences[0].ids_T)}")
         state = torch.full((1, 1), float(len(sequences[0].ids_T)), dtype=torch.bfloat16)
-        return [TeacherRows(buffer_RH=state, index_N=torch.zeros(1, dtype=torch.long))]
+        return [HiddenRows(buffer_RH=state, index_N=torch.zeros(1, dtype=torch.long))]
 
     def sleep(self) -> None:
         self.calls.append("sleep")

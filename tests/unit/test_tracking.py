@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from configs.load import ConfigError, load_run
-from tasks.tracking import PLOTTED, MetricsLog, check_tracking, read_metrics
+from tasks.presentation.tracking import PLOTTED, MetricsLog, check_tracking, read_metrics
 
 
 def record(step: int) -> dict[str, Any]:

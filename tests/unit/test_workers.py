@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,46 +13,84 @@ from typing import Any
 import pytest
 
 from kdflow_core.errors import WorkerError
-from kdflow_core.workers.local import run_ranks
+from kdflow_core.workers.base import Placement
+from kdflow_core.workers.local import LocalLauncher
+from tests.readme import ROOT
 
 pytestmark = pytest.mark.ranks
 
 RANK = """
 import os, sys, time
 from pathlib import Path
-from kdflow_core.workers.rank_side import emit, receive_requests
-folder = Path(next(receive_requests()).strip())
-rank = int(os.environ["KDFLOW_RANK"])
-(folder / f"pid-{rank}").write_text(str(os.getpid()))
+from kdflow_core.workers.base import offered
+from kdflow_core.workers.rank_side import emit
+
+class Host:
+    def __init__(self, context, spec):
+        self.folder, self.rank = Path(spec), context.rank
+
+    @offered
+    def work(self):
+        folder, rank = self.folder, self.rank
+        (folder / f"pid-{rank}").write_text(str(os.getpid()))
+"""
+CLOSE = """
+    def close(self):
+        (self.folder / f"closed-{self.rank}").touch()
 """
 
 
 @pytest.fixture
 def rank_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Writes a module for ranks and puts it on their path."""
+    """Writes a module whose hosts do something, and puts it on the ranks' path."""
 
     def write(body: str) -> str:
-        (tmp_path / "rank_under_test.py").write_text(RANK + body)
+        text = RANK + textwrap.indent(body, " " * 8) + "\n" + CLOSE
+        (tmp_path / "rank_under_test.py").write_text(text)
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
         return "rank_under_test"
 
     return write
 
 
+class Heard:
+    """What a group tells. See `Events`."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.lines: list[str] = []
+        self.beats = 0
+
+    def event(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+
+    def line(self, rank: int, text: str) -> None:
+        self.lines.append(text)
+
+    def beat(self) -> None:
+        self.beats += 1
+
+
 def run(
-    module: str, folder: Path, num_ranks: int = 2, **options: Any
-) -> tuple[list[dict[str, Any]], list[str]]:
-    events: list[dict[str, Any]] = []
-    lines: list[str] = []
-    run_ranks(
-        module=module,
-        request=str(folder),
-        num_ranks=num_ranks,
-        on_event=events.append,
-        on_line=lambda _rank, line: lines.append(line),
-        **options,
-    )
-    return events, lines
+    module: str, folder: Path, num_ranks: int = 2, *, name: str = "", stall_s: float = 1800.0
+) -> Heard:
+    heard = Heard()
+    with LocalLauncher().start(
+        f"{module}:Host",
+        str(folder),
+        Placement(name=name or module, num_ranks=num_ranks),
+        heard,
+        stall_s=stall_s,
+    ) as group:
+        group.call("work").replies()
+    return heard
+
+
+LAUNCH = """
+from tests.unit.test_workers import run
+from pathlib import Path
+run({module!r}, Path({folder!r}))
+"""
 
 
 def alive(pid: int) -> bool:
@@ -80,9 +119,9 @@ def pids_in(folder: Path, count: int) -> list[int]:
 
 def test_events_and_lines_arrive(rank_module, tmp_path: Path) -> None:
     module = rank_module("emit({'event': 'x', 'rank': rank}); print('plain')")
-    events, lines = run(module, tmp_path)
-    assert sorted(e["rank"] for e in events) == [0, 1]
-    assert lines == ["plain", "plain"]
+    heard = run(module, tmp_path)
+    assert sorted(e["rank"] for e in heard.events) == [0, 1]
+    assert heard.lines == ["plain", "plain"]
 
 
 def test_a_rank_that_dies_ends_the_others_and_is_named(rank_module, tmp_path: Path) -> None:
@@ -128,12 +167,8 @@ child = subprocess.Popen(["sleep", "120"])
 time.sleep(120)
 """
     module = rank_module(body)
-    code = (
-        "from kdflow_core.workers.local import run_ranks\n"
-        f"run_ranks(module={module!r}, request={str(tmp_path)!r}, num_ranks=2,"
-        " on_event=print, on_line=print)"
-    )
-    launcher = subprocess.Popen([sys.executable, "-c", code])
+    code = LAUNCH.format(module=module, folder=str(tmp_path))
+    launcher = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     pids = pids_in(tmp_path, 4)
     os.kill(launcher.pid, signal.SIGKILL)
     launcher.wait()
@@ -223,9 +258,7 @@ thread = threading.Thread(target=work)
 thread.start()
 thread.join()
 """
-    beats: list[float] = []
-    run(rank_module(body), tmp_path, 1, stall_s=5.0, on_beat=lambda: beats.append(time.monotonic()))
-    assert len(beats) >= 3
+    assert run(rank_module(body), tmp_path, 1, stall_s=5.0).beats >= 3
 
 
 def test_ranks_that_are_still_importing_end_with_their_launcher(
@@ -238,11 +271,8 @@ def test_ranks_that_are_still_importing_end_with_their_launcher(
         "time.sleep(120)\n"
     )
     rank_module("")  # puts the folder on the path
-    code = (
-        "from kdflow_core.workers.local import run_ranks\n"
-        "run_ranks(module='slow_import', request='x', num_ranks=2, on_event=print, on_line=print)"
-    )
-    launcher = subprocess.Popen([sys.executable, "-c", code])
+    code = LAUNCH.format(module="slow_import", folder=str(tmp_path))
+    launcher = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     pids = pids_in(tmp_path, 2)
     launcher.kill()
     launcher.wait()
@@ -261,6 +291,6 @@ for number in range(50):
     emit({"event": "x", "number": number})
     os.write(1, b"\\xff\\xfe and bytes that are no text\\n")
 """
-    events, lines = run(rank_module(body), tmp_path, num_ranks=1)
-    assert [event["number"] for event in events] == list(range(50))
-    assert sum("half a line" in line for line in lines) == 50
+    heard = run(rank_module(body), tmp_path, num_ranks=1)
+    assert [event["number"] for event in heard.events] == list(range(50))
+    assert sum("half a line" in line for line in heard.lines) == 50

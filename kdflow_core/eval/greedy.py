@@ -1,0 +1,58 @@
+"""Greedy answers to held-out prompts, and how many end with the gold answer."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel
+
+from kdflow_core.contracts import TokenSequence
+from kdflow_core.data.chat import ChatFormat
+from kdflow_core.eval.answers import answer_matches
+from kdflow_core.models.loading import true_vocabulary_size
+from kdflow_core.rollout.base import Prompt, Sampling
+from kdflow_core.rollout.decoding import generate_ids
+from kdflow_core.sinks import Reporter
+
+PROMPTS_PER_BATCH = 16
+
+
+def generate_greedily(
+    *,
+    model: PreTrainedModel,
+    chat: ChatFormat,
+    sequences: Sequence[TokenSequence],
+    max_new_tokens: int,
+    reporter: Reporter,
+    label: str,
+) -> list[str]:
+    """The model's answers, as text, to the prompts of the sequences (in order)."""
+    texts: list[str] = []
+    sampling = Sampling(temperature=0.0, stop_ids=chat.end_ids)
+    vocabulary_size = true_vocabulary_size(chat.tokenizer)
+    for begin in range(0, len(sequences), PROMPTS_PER_BATCH):
+        answers = generate_ids(
+            model=model,
+            vocabulary_size=vocabulary_size,
+            prompts=[
+                Prompt(ids_T=s.prompt_ids_T, max_new_tokens=max_new_tokens)
+                for s in sequences[begin : begin + PROMPTS_PER_BATCH]
+            ],
+            sampling=sampling,
+        )
+        texts += chat.tokenizer.batch_decode(
+            [ids.tolist() for ids in answers], skip_special_tokens=True
+        )
+        reporter.progress(done=len(texts), total=len(sequences), unit="answers", detail=label)
+    return [text.strip() for text in texts]
+
+
+def exact_match(
+    texts: Sequence[str], answers: Sequence[str | None], sources: Sequence[str]
+) -> dict[str, float]:
+    """Share of matching answers by source, and under `all`; only where there is a gold answer."""
+    hits: dict[str, list[bool]] = defaultdict(list)
+    for text, answer, source in zip(texts, answers, sources, strict=True):
+        if answer is not None:
+            for name in ("all", source):
+                hits[name].append(answer_matches(text, answer))
+    return {name: sum(values) / len(values) for name, values in hits.items()}

@@ -1,0 +1,34 @@
+"""The metrics of a training step: the one list that training, sinks, report and plots go by."""
+
+from typing import NamedTuple
+
+
+class Metric(NamedTuple):
+    """A metric by its `name` in the records of steps; the title of the figure that it is plotted
+    in, and its label there.
+    """
+
+    name: str
+    figure: str
+    label: str
+
+
+LOSS = "loss (nats/token)"
+# Means over the supervised tokens of a step. `kd` is the divergence that is trained, at its
+# temperature; all others are at temperature 1.
+TOKEN_TERMS = (
+    Metric("loss", LOSS, "total"),
+    Metric("kd", LOSS, "divergence"),
+    Metric("cross_entropy", LOSS, "cross-entropy"),
+    Metric("forward_kl", "KL to the teacher (nats/token)", "forward KL"),
+    Metric("student_entropy", "entropy (nats/token)", "student"),
+    Metric("teacher_entropy", "entropy (nats/token)", "teacher"),
+    Metric("agreement", "same top-1 token", "share of tokens"),
+)
+TERM_NAMES = tuple(term.name for term in TOKEN_TERMS)
+STEP_METRICS = (
+    *TOKEN_TERMS,
+    Metric("grad_norm", "gradient norm (before clipping)", "gradient norm"),
+    Metric("lr", "learning rate", "lr"),
+    Metric("tokens_per_s", "throughput (tokens/s)", "tokens/s"),
+)

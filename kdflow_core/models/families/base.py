@@ -1,0 +1,102 @@
+"""What kdflow knows of a family of models: one record, read by all that handle models.
+
+Loads no model library: configs come as objects of transformers or as the plain values of a file.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Under which names configs have the context length; the first one counts.
+CONTEXT_FIELDS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_sequence_length",
+    "max_seq_len",
+    "max_seq_length",
+    "seq_length",
+    "n_ctx",
+    "model_max_length",
+)
+# Under which names configs have the number of decoder layers.
+LAYER_FIELDS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+# Under which names configs say how many of the first layers are dense.
+LEADING_COUNTS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+# Rotary frequencies that go by the longest position of a batch, once that is beyond the length that
+# the model was first trained for: a short row then depends on the rows beside it.
+BATCH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadRule:
+    """Names of a family's head tensors, and of the config fields that change logits."""
+
+    weight: str = "lm_head.weight"
+    bias: str = "lm_head.bias"
+    embedding: str = "model.embed_tokens.weight"
+    multiplier: str | None = None
+    divisor: str | None = None
+    softcap: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family of decoders, by the `architectures` that its configs name.
+
+    `layers` is the attribute of the base model that holds the decoder layers. With
+    `capped_attention`, a config field, attention scores are capped, which `sdpa` leaves out. SGLang
+    loads the tensors under the names that `head` has, or also without their prefix where it
+    `loads_bare_names`. What no model of the family has is left at its default.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    head: HeadRule = HeadRule()
+    layers: str = "layers"
+    capped_attention: str | None = None
+    loads_bare_names: bool = False
+
+    def inexact_attention(self, config: Any) -> dict[str, str]:
+        """The implementations of attention that are not exact for a model, and what they miss."""
+        if self.capped_attention and getattr(config, self.capped_attention, None):
+            return {"sdpa": "caps its attention scores, which attention=sdpa leaves out"}
+        return {}
+
+    def scale_and_softcap(self, config: Any) -> tuple[float, float | None]:
+        """The factor on the logits and their soft-cap, as the family applies them."""
+        rule = self.head
+        scale = float(getattr(config, rule.multiplier)) if rule.multiplier else 1.0
+        if rule.divisor:
+            scale /= float(getattr(config, rule.divisor))
+        softcap = getattr(config, rule.softcap) if rule.softcap else None
+        return scale, None if softcap is None else float(softcap)
+
+
+def context_field(config: Mapping[str, Any]) -> str | None:
+    """The field of a config that has the model's context length, if one has."""
+    return next((name for name in CONTEXT_FIELDS if config.get(name) is not None), None)
+
+
+def cached_values(config: Mapping[str, Any]) -> int:
+    """The keys and values that a model keeps of a token, if it has attention in all layers."""
+    heads = config.get("num_attention_heads") or config.get("n_head")
+    width = config.get("hidden_size") or config.get("n_embd")
+    layers = next((config[name] for name in LAYER_FIELDS if config.get(name)), None)
+    if heads is None or width is None or layers is None:
+        return 0
+    head = config.get("head_dim") or width // heads
+    return int(2 * layers * (config.get("num_key_value_heads") or heads) * head)
+
+
+def padding_is_exact(config: Mapping[str, Any], longest: int) -> bool:
+    """Whether padding a batch on the right to `longest` tokens leaves the states of its shorter
+    rows as they are alone.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type")
+    if kind not in BATCH_DEPENDENT_ROPE:
+        return True
+    original = rope.get("original_max_position_embeddings") or config.get(
+        "original_max_position_embeddings"
+    )
+    return longest <= (original or config.get("max_position_embeddings") or 0)

@@ -1,0 +1,23 @@
+"""Where progress, messages and metrics of running work go."""
+
+from typing import Any, Protocol
+
+
+class Reporter(Protocol):
+    """Where progress and messages of a running stage go."""
+
+    def progress(self, *, done: int, total: int, unit: str, detail: str = "") -> None:
+        """Say how far the stage is; the receiver derives rate and time left."""
+        ...
+
+    def message(self, text: str) -> None:
+        """One line for the log."""
+        ...
+
+
+class MetricsSink(Protocol):
+    """Receives one record of scalars per optimizer step."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Take one step's record."""
+        ...

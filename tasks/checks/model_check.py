@@ -1,0 +1,117 @@
+"""What a run wants of its models, and whether they can be used so: seconds, no GPU, no weights.
+
+Loads torch; `checks.py` says when that is needed.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import transformers
+
+from configs.schema.models import ChatTemplate, LayerDropModel
+from configs.schema.run import RunConfig
+from configs.schema.teacher import TransformersTeacher
+from kdflow_core.data.chat import ChatFormat
+from kdflow_core.errors import ModelError
+from kdflow_core.models.folders import declared_end_ids
+from kdflow_core.models.inspection import Use, check_model, check_trainable
+from kdflow_core.models.layer_drop import kept_config
+from kdflow_core.models.loading import check_same_vocabulary, load_tokenizer
+from kdflow_core.models.structure import meta_model
+from tasks.stages.identity import made_of, run_of_teacher
+
+RANKS_PER_CORE = 4
+
+
+def use_of(run: RunConfig, side: str) -> Use:
+    """How a run uses the model of a side; `run` has the teacher as its own."""
+    answers, trained = run.data.answers, side == "student"
+    engines = [answers.engine] if answers is not None and answers.by == side else []
+    if run.on_policy is not None and trained:
+        engines.append(run.on_policy.rollout)
+    # Evaluation loads both models with the student's kind of attention.
+    attentions = {run.student.attention}
+    if isinstance(run.teacher, TransformersTeacher) and not trained:
+        attentions.add(run.teacher.attention)
+    attentions |= {engine.attention for engine in engines if engine.type == "transformers"}
+    teaches_in_sglang = not trained and run.teacher.type == "sglang"
+    lora = run.student.lora if trained else None
+    return Use(
+        attentions=tuple(sorted(attentions)),
+        in_sglang=teaches_in_sglang or any(engine.type == "sglang" for engine in engines),
+        trained=trained,
+        lora_targets=None if lora is None else lora.targets or (),
+        vocabulary_parallel=trained and run.student.vocabulary_parallel,
+        trust_remote_code=made_of(run, side).trust_remote_code,
+    )
+
+
+def check_folders(run: RunConfig, folders: Mapping[str, Path]) -> None:
+    """Check the models that are there: the student's and teachers' by name (`student`, `teacher`).
+
+    Raises ModelError, which names the field.
+    """
+    check_ranks(run)
+    # Its reports of what is missing would come beside ours.
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for name, folder in folders.items():
+        side = "student" if name == "student" else "teacher"
+        own = run if side == "student" else run_of_teacher(run, name)
+        try:
+            check_model(folder, use_of(own, side))
+        except ModelError as error:
+            field = name if name in ("student", "teacher") else f"algorithm.teachers.{name}.teacher"
+            raise ModelError(f"{field}.model: {error}") from error
+    dropped = run.student.model
+    if isinstance(dropped, LayerDropModel) and "student" not in folders and "teacher" in folders:
+        trust = made_of(run, "teacher").trust_remote_code
+        config = kept_config(folders["teacher"], dropped.drop_layers, trust_remote_code=trust)
+        check_trainable(meta_model(config, trust_remote_code=trust), use_of(run, "student"))
+    if folders.keys() >= {"student", "teacher"}:
+        check_pair(
+            chat_format(run, "student", folders["student"]),
+            chat_format(run, "teacher", folders["teacher"]),
+        )
+
+
+def check_ranks(run: RunConfig) -> None:
+    """Refuse more ranks than this machine can hold. Raises ModelError, which names the field."""
+    gpus = torch.cuda.device_count()
+    most = gpus or max(8, RANKS_PER_CORE * (os.cpu_count() or 1))
+    cores = f"{os.cpu_count()} cores and no GPU, for {most} ranks at most"
+    what = f"{gpus} GPUs" if gpus else cores
+    wanted = {"student.num_ranks": run.student.num_ranks}
+    if run.teacher.type != "sglang_server":  # whose ranks only ask
+        wanted["teacher.num_ranks"] = run.teacher.num_ranks
+    for field, ranks in wanted.items():
+        if ranks > most:
+            raise ModelError(f"{field}={ranks}: this machine has {what}; lower it")
+
+
+def chat_format(run: RunConfig, side: str, folder: Path) -> ChatFormat:
+    """How a side's model is spoken to, and how it ends its turns."""
+    template: ChatTemplate = (run.teacher if side == "teacher" else run.student).chat_template
+    trust = made_of(run, side).trust_remote_code
+    return ChatFormat(
+        tokenizer=load_tokenizer(folder, trust_remote_code=trust),
+        template=template.template,
+        args=template.args,
+        date=template.date,
+        declared_ends=declared_end_ids(folder),
+    )
+
+
+def check_pair(student: ChatFormat, teacher: ChatFormat) -> None:
+    """Refuse models that read the same text as different tokens. Raises ModelError."""
+    check_same_vocabulary(student.tokenizer, teacher.tokenizer)
+    if student.has_template == teacher.has_template:
+        return
+    lacking, other = ("teacher", "student") if student.has_template else ("student", "teacher")
+    raise ModelError(
+        f"the {lacking}'s tokenizer has no chat template, and the {other}'s has one: the same "
+        f"conversation would be two different texts. Set {lacking}.chat_template.template, for "
+        f"instance to the {other}'s"
+    )

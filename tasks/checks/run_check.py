@@ -1,0 +1,127 @@
+"""What can be known before a run starts, checked before it starts.
+
+A model that was found in order is not looked at again for the same use, so that a run that comes
+from cache loads no model library.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from configs.load import load_run
+from configs.schema.models import PretrainedModel
+from configs.schema.run import RunConfig
+from configs.secrets import public
+from kdflow_core.models.folders import resolve_folder
+from storage.digest import digest
+from storage.fingerprint import file_state
+from storage.memo import Memo
+from storage.places import check_places, check_writable
+from tasks.checks.engine_check import check_engines
+from tasks.presentation.tracking import check_tracking
+from tasks.stages.identity import StageIdentity, find, open_store, run_of_teacher
+from tasks.stages.planning import plan_stages
+
+CHECKED = "checked-models.sqlite"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    """A run that was checked, and its stages by name: made once, and handed on."""
+
+    run: RunConfig
+    stages: dict[str, StageIdentity]
+
+
+def planned_run(recipe: str, overrides: dict[str, Any], *, download: bool) -> PlannedRun:
+    """A recipe with overrides, checked and planned; see `checked_plan`."""
+    run = checked_run(recipe, overrides)
+    return PlannedRun(run=run, stages=checked_plan(run, download=download))
+
+
+def checked_run(recipe: str, overrides: dict[str, Any]) -> RunConfig:
+    """Load and validate a run. Raises ConfigError.
+
+    Whether its data and models are there is seen by planning its stages.
+    """
+    run = load_run(recipe, overrides)
+    check_tracking(run)
+    return run
+
+
+def checked_plan(run: RunConfig, *, download: bool) -> dict[str, StageIdentity]:
+    """The stages of a run (see `plan_stages`), after its models and engines have been checked.
+
+    Without `download`, the weights of a hub model that is not here yet are left out, and servers
+    are not asked for.
+
+    Raises ConfigError, DataError, ModelError or StoreError.
+    """
+    store = open_store(run)
+    check_places(store)
+    given = _given(run, download=download)
+    _check(run, given)
+    plan = plan_stages(run)
+    check_engines(run, plan, ask_servers=download)
+    if any(find(run, identity) is None for identity in plan.values()):
+        check_writable(store)
+    if prepared := _prepared(run, plan):
+        _check(run, given | prepared)
+    return plan
+
+
+def _given(run: RunConfig, *, download: bool) -> dict[str, Path]:
+    """The folders of the models that are Hugging Face folders."""
+    models = {n: run_of_teacher(run, n).teacher.model for n in run.teacher_names}
+    folders = {}
+    for name, model in (models | {"student": run.student.model}).items():
+        if not isinstance(model, PretrainedModel):
+            continue
+        folder = resolve_folder(model.path, model.revision, weights=download)
+        if Path(model.path).is_dir() or any(folder.glob("*.safetensors")):
+            folders[name] = folder
+    return folders
+
+
+def _prepared(run: RunConfig, plan: Mapping[str, StageIdentity]) -> dict[str, Path]:
+    """The folders of models that stages have made already."""
+    store, folders = open_store(run), {}
+    for identity in plan.values():
+        if identity.kind != "model":
+            continue
+        ref = store.find(identity.kind, identity.digest)
+        if ref is not None:
+            name = "student" if identity.stage == "prepare-student" else identity.teacher
+            folders[name] = store.local_copy(ref)
+    return folders
+
+
+def _check(run: RunConfig, folders: Mapping[str, Path]) -> None:
+    """Check the models, unless these very files were in order for this very run."""
+    memo = Memo(Path(run.storage.scratch) / CHECKED)
+    key = digest(
+        {
+            "versions": [version("transformers"), version("kdflow")],
+            "files": {name: _states(folder) for name, folder in sorted(folders.items())},
+            "run": public(run.model_dump(mode="json", include={"data", "teacher", "student"}))
+            | {"algorithm": run.algorithm.model_dump(mode="json")}
+            | {"on_policy": run.on_policy and run.on_policy.model_dump(mode="json")},
+        }
+    )
+    if not folders or memo.get(key) is not None:
+        return
+    from tasks.checks.model_check import check_folders  # noqa: PLC0415 - loads torch
+
+    check_folders(run, folders)
+    memo.put(key, "in order")
+
+
+def _states(folder: Path) -> dict[str, str]:
+    """What changes when a file of a model's folder does; of another folder, nothing is asked."""
+    if not (folder / "config.json").is_file():
+        return {}
+    paths = [*folder.glob("*"), *folder.glob("*/*")]
+    files = sorted(path for path in paths if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_state(path) for path in files}

@@ -1,0 +1,1 @@
+"""How a stage is run: its Prefect task and cache, the lease, the ranks, their progress."""

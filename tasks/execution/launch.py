@@ -1,0 +1,121 @@
+"""Run one stage in ranks, unless its artifact is there already."""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from configs.printable import printable
+from configs.secrets import public
+from kdflow_core.errors import WorkerError
+from kdflow_core.workers.base import Launcher, Placement
+from kdflow_core.workers.local import LocalLauncher
+from storage.artifact import ArtifactRef
+from storage.lease import Pulse, exclusive, lease_name
+from tasks.execution.progress import ProgressLog
+from tasks.stages.catalogue import CATALOGUE
+from tasks.stages.identity import StageSpec, find, open_store
+
+ENDING_S = 300.0  # more than ranks that stand still take to be ended
+
+Logger = logging.Logger | logging.LoggerAdapter[Any]
+
+
+class Listener:
+    """What a group of ranks tells, for a log. See `Events`."""
+
+    def __init__(self, logger: Logger, name: str, pulse: Callable[[], None]) -> None:
+        self._logger = logger
+        self._name = name
+        self._pulse = pulse
+        self._progress = ProgressLog(logger)
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Progress and messages."""
+        self._progress.event(event)
+
+    def line(self, rank: int, text: str) -> None:
+        """What a library has printed."""
+        self._logger.warning("[%s rank %d] %s", self._name, rank, printable(public(text)))
+
+    def beat(self) -> None:
+        """The lease goes on."""
+        self._pulse()
+
+
+def launcher_of(spec: StageSpec) -> Launcher:
+    """What starts the ranks of a run."""
+    del spec  # there is one way so far
+    return LocalLauncher()
+
+
+def launch_stage(spec: StageSpec, logger: Logger) -> ArtifactRef:
+    """The stage's artifact, computed when it is not there or not intact.
+
+    Raises WorkerError when a rank fails; what it had finished stays for the next attempt.
+    """
+    identity = spec.identity
+    logger.info("stage %s, artifact %s/%s", identity.stage, identity.kind, identity.digest)
+
+    ref = find(spec.run, identity)  # needs no lease: the store may be read-only
+    if ref is not None:
+        logger.info("the artifact is there and intact")
+        return ref
+    with stage_lease(spec, logger) as pulse:
+        ref = find(spec.run, identity)
+        if ref is not None:
+            logger.info("the artifact is there by now")
+            return ref
+        open_store(spec.run).retract(identity.kind, identity.digest)
+        _run_ranks(spec, logger, pulse)
+        ref = find(spec.run, identity)
+    if ref is None:
+        raise WorkerError(f"stage {identity.stage} ended without its artifact")
+    return ref
+
+
+def launch_share(spec: StageSpec, logger: Logger) -> None:
+    """Do one share of a stage's work; `launch_stage` then finds it done. Raises WorkerError."""
+    share = spec.share
+    assert share is not None
+    logger.info("stage %s, share %d of %d", spec.identity.stage, share.number + 1, share.of)
+    with stage_lease(spec, logger) as pulse:
+        _run_ranks(spec, logger, pulse)
+
+
+def stage_lease(spec: StageSpec, logger: Logger) -> AbstractContextManager[Pulse]:
+    """The lease of a stage, or of a share of it; without progress it runs out after its ranks."""
+    name = lease_name(spec.identity.kind, spec.identity.digest)
+    if spec.share is not None:
+        name += f"-share-{spec.share.number}-of-{spec.share.of}"
+
+    def tell(holder: str) -> None:
+        logger.info("%s is computing this artifact; waiting for it", holder)
+
+    idle_s = spec.run.stall_limit_s + ENDING_S
+    return exclusive(open_store(spec.run), name, tell, idle_s=idle_s)
+
+
+def tell_failure(logger: Logger, error: WorkerError) -> None:
+    """Log what stands behind an error's message."""
+    if error.details:
+        logger.error("%s; its traceback or last output:\n%s", error, error.details)
+
+
+def _run_ranks(spec: StageSpec, logger: Logger, pulse: Pulse) -> None:
+    stage = CATALOGUE[spec.identity.stage]
+    placement = Placement(
+        name=f"stage {spec.identity.name}", num_ranks=stage.ranks(spec.run), env=stage.env
+    )
+    try:
+        with launcher_of(spec).start(
+            "tasks.jobs.stage_host:StageHost",
+            spec.model_dump_json(),
+            placement,
+            Listener(logger, stage.name, pulse.touch),
+            stall_s=spec.run.stall_limit_s,
+        ) as group:
+            group.call("work").replies()
+    except WorkerError as error:
+        tell_failure(logger, error)
+        raise

@@ -1,0 +1,73 @@
+"""One thin Prefect task per stage: a spec in, an artifact reference out."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, ParamSpec
+
+from prefect import Task, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.logging import get_run_logger
+
+from kdflow_core.errors import WorkerError
+from storage.artifact import ArtifactRef
+from tasks.execution.caching import StageCachePolicy
+from tasks.execution.launch import launch_share, launch_stage
+from tasks.stages.catalogue import CATALOGUE
+from tasks.stages.identity import Share, StageSpec, find
+
+P = ParamSpec("P")
+
+
+def died_unexpectedly(_task: "Task[..., Any]", _run: TaskRun, state: State[Any]) -> bool:
+    """Retry what a second attempt can mend: a worker that died, not an input that is wrong."""
+    return isinstance(state.data, WorkerError) and not state.data.expected
+
+
+def _run(spec: StageSpec) -> ArtifactRef:
+    return launch_stage(spec, get_run_logger())
+
+
+def cached_task(
+    name: str, description: str, *, retries: int = 1
+) -> Callable[[Callable[P, ArtifactRef]], "Task[P, ArtifactRef]"]:
+    """A task whose first argument is the spec that its cache goes by."""
+    return task(
+        name=name,
+        description=description,
+        cache_policy=StageCachePolicy(),
+        persist_result=True,
+        result_serializer="json",
+        retries=retries,
+        retry_condition_fn=died_unexpectedly,
+        tags=["kdflow"],
+    )
+
+
+@task(
+    name="extract-share",
+    description="A share of the teacher's hidden states",
+    cache_policy=NO_CACHE,  # what it has stored is the cache
+    retries=1,
+    retry_condition_fn=died_unexpectedly,
+    tags=["kdflow"],
+)
+def extract_share(spec: StageSpec) -> None:
+    """Compute the shards of one share; the stage itself commits them."""
+    launch_share(spec, get_run_logger())
+
+
+def share_out(spec: StageSpec) -> None:
+    """Map a stage's work over as many tasks as the catalogue says, unless its artifact is there."""
+    shares = CATALOGUE[spec.identity.stage].shares(spec.run)
+    if shares == 1 or find(spec.run, spec.identity) is not None:
+        return
+    specs = [spec.model_copy(update={"share": Share(number=k, of=shares)}) for k in range(shares)]
+    futures = extract_share.map(specs)
+    futures.wait()  # all of them: what one has computed is kept when another fails
+    futures.result()
+
+
+STAGE_TASKS: Mapping[str, "Task[[StageSpec], ArtifactRef]"] = MappingProxyType(
+    {name: cached_task(name, stage.description)(_run) for name, stage in CATALOGUE.items()}
+)

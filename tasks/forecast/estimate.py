@@ -1,0 +1,151 @@
+"""What a run will take, and whether live or replay is cheaper: from a short probe."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from configs.schema.run import RunConfig
+from configs.schema.teacher import InProcessTeacher
+from kdflow_core.errors import DataError
+from storage.artifact import ArtifactRef
+from storage.store import ArtifactStore
+from tasks.stages.identity import open_store
+
+ESTIMATE_FILE = "estimate.json"
+
+
+class Estimate(BaseModel):
+    """Counts of a run, and what a probe has measured on this machine.
+
+    `replay_tokens` are the teacher's tokens when every distinct sequence is run once, `live_tokens`
+    when training asks for its own at every step; `rows` are the supervised ones among the former.
+    Rates are tokens per second, of one copy of the teacher and of all training ranks. `row_bytes`
+    is by codec; `int8_kl` the mean KL of that codec in nats.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sequences: int
+    replay_tokens: int
+    live_tokens: int
+    rows: int
+    student_tokens: int
+    steps: int
+    teacher_rate: float
+    student_rate: float
+    row_bytes: dict[str, float]
+    int8_kl: float
+    device_bytes: int | None
+    teacher_peak_bytes: int | None
+    student_peak_bytes: int | None
+
+
+class Prospect(BaseModel):
+    """What `planned_runs` runs take in all, by source, and which one is the choice and why."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stored_bytes: dict[str, int]
+    extract_s: float
+    live_teacher_s: float
+    train_s: float
+    replay_s: float
+    live_s: float
+    free_bytes: int | None
+    fits: bool
+    source: Literal["replay", "live"]
+    reason: str
+
+
+def read_estimate(store: ArtifactStore, ref: ArtifactRef) -> Estimate:
+    """The estimate of an artifact."""
+    text = (store.local_copy(ref) / ESTIMATE_FILE).read_text(encoding="utf-8")
+    return Estimate.model_validate_json(text)
+
+
+def prospect(run: RunConfig, estimate: Estimate, free_bytes: int | None) -> Prospect:
+    """The times and sizes of a run with this config, and the cheaper source."""
+    width = run.teacher.ranks_per_replica
+    copies = run.teacher.num_ranks // width * run.teacher.num_workers
+    stored = {name: int(size * estimate.rows) for name, size in estimate.row_bytes.items()}
+    extract_s = estimate.replay_tokens / estimate.teacher_rate / copies
+    live_copies = max(run.student.num_ranks // width, 1)
+    live_teacher_s = estimate.live_tokens / estimate.teacher_rate / live_copies
+    train_s = estimate.student_tokens / estimate.student_rate
+    replay_s = extract_s + run.planned_runs * train_s
+    live_s = run.planned_runs * (train_s + live_teacher_s)
+    fits = free_bytes is None or stored[run.storage.codec] <= free_bytes
+    problem = why_not_live(run, estimate)
+    source: Literal["replay", "live"] = "replay"
+    if problem:
+        reason = problem
+    elif not fits:
+        source, reason = "live", "the states do not fit the disk"
+    elif live_s <= replay_s:
+        source, reason = "live", "the teacher has no more to do than for storing its states"
+    else:
+        reason = f"live takes {live_s / replay_s:.1f} times as long"
+    return Prospect(
+        stored_bytes=stored,
+        extract_s=extract_s,
+        live_teacher_s=live_teacher_s,
+        train_s=train_s,
+        replay_s=replay_s,
+        live_s=live_s,
+        free_bytes=free_bytes,
+        fits=fits,
+        source=source,
+        reason=reason,
+    )
+
+
+def why_not_live(run: RunConfig, estimate: Estimate) -> str:
+    """Why the teacher cannot run in the training ranks; empty when it can."""
+    width = run.teacher.ranks_per_replica
+    if not isinstance(run.teacher, InProcessTeacher):
+        return f"teacher.type={run.teacher.type} does not run in the training ranks"
+    if len(run.teacher_names) > 1:
+        return "several teachers are replayed, not run in the training ranks"
+    if run.student.num_ranks % width:
+        return f"{run.student.num_ranks} training ranks cannot hold a teacher over {width}"
+    if run.student.shuffle_window_shards is not None:
+        return "student.shuffle_window_shards asks for stored states"
+    total, teacher, student = (
+        estimate.device_bytes,
+        estimate.teacher_peak_bytes,
+        estimate.student_peak_bytes,
+    )
+    if total is not None and teacher is not None and student is not None:
+        together = max(teacher, student) if run.teacher.sleep else teacher + student
+        if together > total:
+            return "teacher and student do not fit the device together"
+    return ""
+
+
+def with_source(run: RunConfig, source: Literal["replay", "live"]) -> RunConfig:
+    """The run with `source: auto` decided; what a replay has no use for is left at its default."""
+    fields: Mapping[str, Any] = run.model_dump(mode="json")
+    changed = dict(fields) | {"source": source}
+    if source == "replay" and isinstance(run.teacher, InProcessTeacher):
+        changed["teacher"] = dict(fields["teacher"]) | {"sleep": False, "forward_batches": None}
+    return RunConfig.model_validate(changed)
+
+
+def decided(run: RunConfig, estimate: ArtifactRef) -> RunConfig:
+    """The run with the source that its estimate chooses."""
+    store = open_store(run)
+    outcome = prospect(run, read_estimate(store, estimate), store.free_bytes())
+    return with_source(run, outcome.source)
+
+
+def check_room(run: RunConfig, outcome: Prospect) -> None:
+    """Refuse a replay that will not fit. Raises DataError."""
+    if outcome.fits or run.source == "live" or not run.storage.check_room:
+        return
+    size, free = outcome.stored_bytes[run.storage.codec], outcome.free_bytes or 0
+    raise DataError(
+        f"the states take {size / 1e9:.3f} GB as {run.storage.codec}, and {run.storage.root} has "
+        f"{free / 1e9:.3f} GB free; set storage.codec to a smaller one, storage.root to a larger "
+        "disk, source=live, or storage.check_room=false to go on all the same"
+    )

@@ -1,0 +1,172 @@
+"""What the parts of an on-policy run hold in each phase of a round, before anything is loaded."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.schema.models import PretrainedModel
+from configs.schema.on_policy import OnPolicyConfig
+from configs.schema.rollout import Rollout, TransformersRollout
+from configs.schema.teacher import InProcessTeacher
+from kdflow_core.models.checkpoints import read_checkpoint
+from kdflow_core.models.families.base import cached_values
+from kdflow_core.models.folders import context_length, resolve_folder, text_config
+from storage.artifact import ArtifactRef
+from tasks.stages.identity import StageSpec, open_store
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+WEIGHTS, MOMENTS, GRADIENTS = 4, 8, 4  # bytes of a parameter in training: float32, AdamW
+PHASES = ("roll out", "swap weights", "score", "train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """The bytes that each part holds on one device, or of one rank's process."""
+
+    name: str
+    parts: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """What takes `size` bytes in the phases that need it, and in the others unless it `leaves`."""
+
+    size: int
+    needed: frozenset[str]
+    leaves: bool = True
+
+
+def memory_plan(spec: StageSpec) -> list[Phase]:
+    """The phases of a round, on the device of a rank that also has the rollout engine, if one has.
+
+    The teacher's states and the engine's cache are those of texts of the full length. Activations
+    come on top, and the cache of SGLang on a GPU, unless rollout.cache_tokens is set.
+    """
+    run = spec.run
+    assert run.on_policy is not None
+    ranks = run.student.num_ranks
+    student = num_parameters(_folder(spec, "student"))
+    trained = 0 if run.student.lora else student  # adapters are small
+    parts = {
+        "student": _Part(
+            size=(student * WEIGHTS + trained * MOMENTS) // ranks,
+            needed=frozenset({"swap weights", "train"}),
+            leaves=run.student.sleep,
+        ),
+        "teacher": _Part(
+            size=_teacher_bytes(spec),
+            needed=frozenset({"score"}),
+            leaves=isinstance(run.teacher, InProcessTeacher) and run.teacher.sleep,
+        ),
+        **_engine_parts(spec, run.on_policy.rollout, student),
+        "states": _Part(
+            size=_state_bytes(spec, run.on_policy), needed=frozenset({"score", "train"})
+        ),
+        "gradients": _Part(size=trained * GRADIENTS // ranks, needed=frozenset({"train"})),
+        "logits": _Part(size=run.loss.logits_memory_mb * 10**6, needed=frozenset({"train"})),
+    }
+    return [
+        Phase(
+            name=phase,
+            parts={
+                name: part.size
+                for name, part in parts.items()
+                if part.size and (phase in part.needed or not part.leaves)
+            },
+        )
+        for phase in PHASES
+    ]
+
+
+def _engine_parts(spec: StageSpec, rollout: Rollout, student: int) -> dict[str, _Part]:
+    """Of the rollout engine's share on a rank's device; nothing where it is on another one."""
+    folder, run = _folder(spec, "student"), spec.run
+    buckets = _Part(size=2 * rollout.bucket_mb * 10**6, needed=frozenset({"swap weights"}))
+    if isinstance(rollout, TransformersRollout):
+        width, sleeps, answering = 1, False, frozenset({"roll out"})
+        tokens = rollout.prompts_per_batch * _longest(spec)
+    else:
+        if rollout.first_gpu >= run.student.num_ranks:
+            return {"buckets": buckets}
+        width, sleeps = rollout.tensor_parallel, rollout.sleep
+        answering = frozenset({"roll out", "swap weights"})  # it wakes with its cache
+        tokens = rollout.cache_tokens or 0
+    size = DTYPE_BYTES[rollout.dtype]
+    return {
+        "engine": _Part(
+            size=student * size // width,
+            needed=frozenset({"roll out", "swap weights"}),
+            leaves=sleeps,
+        ),
+        "cache": _Part(
+            size=tokens * cached_values(text_config(folder)) * size // width,
+            needed=answering,
+            leaves=sleeps or isinstance(rollout, TransformersRollout),
+        ),
+        "buckets": buckets,
+    }
+
+
+def plan_lines(phases: list[Phase]) -> list[str]:
+    """The plan for people."""
+    lines = [
+        f"memory to {phase.name}: {phase.total / 1e9:.2f} GB ("
+        + ", ".join(f"{part} {size / 1e9:.2f}" for part, size in phase.parts.items())
+        + ")"
+        for phase in phases
+    ]
+    peak = max(phases, key=lambda phase: phase.total)
+    cache = any("cache" in phase.parts for phase in phases)
+    lines.append(
+        f"peak memory of a device: {peak.total / 1e9:.2f} GB, to {peak.name}; activations "
+        + ("come" if cache else "and the engine's cache come")
+        + " on top"
+    )
+    return lines
+
+
+def num_parameters(folder: Path) -> int:
+    """The parameters of a model, by the headers of its files."""
+    return read_checkpoint(folder).num_parameters
+
+
+def _folder(spec: StageSpec, side: str) -> Path:
+    made: ArtifactRef | None = spec.inputs.get(f"{side}_model")
+    if made is not None:
+        return open_store(spec.run).local_copy(made)
+    model = spec.run.teacher.model if side == "teacher" else spec.run.student.model
+    assert isinstance(model, PretrainedModel)
+    return resolve_folder(model.path, model.revision)
+
+
+def _teacher_bytes(spec: StageSpec) -> int:
+    """Of one rank's part of the teacher; none where the student teaches itself."""
+    run = spec.run
+    if not run.algorithm.reads_signals:
+        return 0
+    parameters = num_parameters(_folder(spec, "teacher"))
+    return parameters * DTYPE_BYTES[run.teacher.dtype] // run.teacher.ranks_per_replica
+
+
+def _state_bytes(spec: StageSpec, config: OnPolicyConfig) -> int:
+    """Of the states that wait on one rank for the loss."""
+    run = spec.run
+    if not run.algorithm.reads_signals:
+        return 0
+    assert isinstance(run.teacher, InProcessTeacher)
+    steps = config.steps(run.student.global_batch_size)
+    examples = min(run.teacher.forward_batches or steps, steps) * run.student.global_batch_size
+    width = int(text_config(_folder(spec, "teacher"))["hidden_size"])
+    size = width * DTYPE_BYTES[run.teacher.dtype]
+    return examples * _longest(spec) * size // run.student.num_ranks
+
+
+def _longest(spec: StageSpec) -> int:
+    """The longest text of a round, in tokens."""
+    contexts = [context_length(_folder(spec, side)) for side in ("student", "teacher")]
+    return min(spec.run.data.max_length, *contexts)

@@ -1,0 +1,141 @@
+"""The job that scores teacher and student."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from kdflow_core.contracts import Example, TeacherAtHand
+from kdflow_core.errors import AlignmentError
+from kdflow_core.eval.distribution import score_distributions, state_difference
+from kdflow_core.eval.greedy import exact_match, generate_greedily
+from kdflow_core.models.loading import DTYPES, load_causal_lm
+from storage.artifact import ArtifactRef
+from tasks.jobs import parts
+from tasks.jobs.reference import state_limit
+from tasks.jobs.stage_run import StageRun, job
+from tasks.jobs.stored import StoredStates, TokenExamples
+
+CHECKED_SEQUENCES = 4
+
+
+@job("evaluate")
+def evaluate_student(stage: StageRun) -> ArtifactRef:
+    """Held-out scores of the teacher and of the student before and after training."""
+    examples = TokenExamples(stage.tables()["heldout"])
+    chosen = _generation_indices(examples, stage.run.eval.max_generations)
+    shown = [examples[i] for i in chosen]
+    folders = {
+        "teacher": stage.model_folder("teacher"),
+        "student before": stage.model_folder("student"),
+        "student after": stage.store.local_copy(stage.spec.inputs["student"]) / "model",
+    }
+    teachers = _teachers(stage)
+    models, answers = {}, {}
+    for label, folder in folders.items():
+        models[label], answers[label] = _judge(stage, label, folder, examples, shown, teachers)
+    tokenizer = parts.tokenizer(stage, "teacher")
+    samples = [
+        {
+            "source": example.source,
+            "prompt": tokenizer.decode(example.teacher.prompt_ids_T),
+            "answer": example.answer,
+            **{label: texts[number] for label, texts in answers.items()},
+        }
+        for number, example in enumerate(shown)
+    ]
+    path = stage.workdir / "evaluation.json"
+    result = {"models": models, "samples": samples}
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+    return stage.publish(
+        counts={"heldout_sequences": len(examples), "generations": len(shown)}, info={}
+    )
+
+
+def _teachers(stage: StageRun) -> dict[str, TeacherAtHand[StoredStates]]:
+    """Whom the models are compared with, by data source; `all` is the run's own teacher."""
+    signals = {}
+    for name in stage.run.teacher_names:
+        signals[name] = parts.stored_teacher(stage.of_teacher(name))
+    teachers = {"all": signals["teacher"]}
+    for name, signal in signals.items():
+        teachers |= dict.fromkeys(stage.run.sources_of(name) or (), signal)
+    return teachers
+
+
+def _judge(
+    stage: StageRun,
+    label: str,
+    folder: Path,
+    examples: TokenExamples,
+    shown: list[Example],
+    teachers: Mapping[str, TeacherAtHand[StoredStates]],
+) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """A model's scores by source, and its greedy answers to the shown examples' prompts."""
+    side: Literal["teacher", "student"] = "teacher" if label == "teacher" else "student"
+    teacher, student = stage.run.teacher, stage.run.student
+    model = load_causal_lm(
+        folder,
+        dtype=DTYPES[teacher.dtype if side == "teacher" else student.compute_dtype],
+        attention=student.attention,
+        device=parts.device(stage),
+        trust_remote_code=stage.trusts(side),
+    )
+    if side == "teacher":
+        _check_own_states(stage, model, examples, teachers["all"])
+    scores = score_distributions(
+        model=model,
+        examples=examples,
+        teachers=teachers,
+        tokens_per_batch=stage.run.eval.tokens_per_batch,
+        reporter=stage.reporter,
+        label=label,
+        side=side,
+    )
+    by_source: dict[str, dict[str, float]] = {name: asdict(s) for name, s in scores.items()}
+    texts = generate_greedily(
+        model=model,
+        chat=parts.chat(stage, side),
+        sequences=[e.teacher if side == "teacher" else e.student for e in shown],
+        max_new_tokens=stage.run.eval.max_new_tokens,
+        reporter=stage.reporter,
+        label=label,
+    )
+    shares = exact_match(texts, [e.answer for e in shown], [e.source for e in shown])
+    for name, share in shares.items():
+        by_source[name]["exact_match"] = share
+    return by_source, texts
+
+
+def _check_own_states(
+    stage: StageRun,
+    model: PreTrainedModel,
+    examples: TokenExamples,
+    teacher: TeacherAtHand[StoredStates],
+) -> None:
+    """Refuse a teacher whose states are not those that were stored. Raises AlignmentError."""
+    own = stage.run.sources_of("teacher") if "teacher" in stage.run.teacher_names else None
+    chosen = [i for i in range(len(examples)) if own is None or examples[i].source in own]
+    sequences = [examples[i].teacher for i in chosen[:CHECKED_SEQUENCES]]
+    if not sequences:
+        return  # none of the held-out ones is this teacher's
+    difference = state_difference(model, sequences, teacher.signals)
+    limit = state_limit(stage.run.teacher)
+    if not difference < limit:
+        raise AlignmentError(
+            f"the teacher's states as transformers computes them are far from those that "
+            f"teacher.type={stage.run.teacher.type} has stored (median relative difference "
+            f"{difference:.2f}, limit {limit}): one of the two has not read the weights in "
+            f"{stage.model_folder('teacher')} as they are. Check the checkpoint; then delete "
+            f"{stage.spec.inputs['states'].uri} and run again"
+        )
+
+
+def _generation_indices(examples: TokenExamples, limit: int) -> list[int]:
+    """Up to `limit` examples, spread evenly over the split."""
+    count = min(limit, len(examples))
+    return [int(i) for i in np.linspace(0, len(examples) - 1, count)] if count else []

@@ -1,0 +1,88 @@
+"""The parts of a run as the core takes them: models' tokenizers, heads, stored signals, prompts."""
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from kdflow_core.contracts import Example, OutputHead, TeacherAtHand
+from kdflow_core.data.chat import ChatFormat
+from kdflow_core.errors import AlignmentError
+from kdflow_core.models.heads import head_digest, load_head
+from kdflow_core.models.loading import load_config, load_tokenizer, true_vocabulary_size
+from kdflow_core.rollout.base import Prompt
+from kdflow_core.workers.devices import device_of, join_group
+from storage.states.reader import HiddenStateReader
+from tasks.checks.model_check import chat_format
+from tasks.jobs.stage_run import StageRun
+from tasks.jobs.stored import StoredStates
+from tasks.stages.slices import Side
+
+
+def device(stage: StageRun) -> torch.device:
+    """This rank's accelerator, or the CPU where there is none."""
+    return device_of(stage.context)
+
+
+def join(stage: StageRun) -> None:
+    """Meet the other ranks of the stage, where it was launched as such."""
+    if stage.context.rendezvous and not dist.is_initialized():
+        join_group(stage.context)
+
+
+def tokenizer(stage: StageRun, side: Side) -> PreTrainedTokenizerBase:
+    """The tokenizer of a side's model."""
+    return load_tokenizer(stage.model_folder(side), trust_remote_code=stage.trusts(side))
+
+
+def chat(stage: StageRun, side: Side) -> ChatFormat:
+    """How a side's model is spoken to, and how it ends its turns."""
+    return chat_format(stage.run, side, stage.model_folder(side))
+
+
+def prompt(stage: StageRun, example: Example, side: Side, most: int) -> Prompt:
+    """What a side's model is asked, with room for up to `most` tokens that both sides can hold.
+
+    The data's own answer fits, so there is room for one at least.
+    """
+    longest = max(len(one.context_ids_T) for one in (example.student, example.teacher))
+    sequence = example.teacher if side == "teacher" else example.student
+    room = stage.length_limit - longest
+    return Prompt(ids_T=sequence.context_ids_T, max_new_tokens=min(most, room))
+
+
+def stored_teacher(stage: StageRun) -> TeacherAtHand[StoredStates]:
+    """The teacher by its stored states.
+
+    Raises AlignmentError when its checkpoint has another head by now.
+    """
+    ref = stage.spec.inputs["states"]
+    head = teacher_head(stage, device(stage))
+    recorded = stage.store.manifest(ref.kind, ref.digest).info["head"]["digest"]
+    if head_digest(head) != recorded:
+        raise AlignmentError(
+            "the teacher's output head is not the one that its stored states were made for; "
+            f"delete {ref.uri} and run again"
+        )
+    limit = int(stage.run.storage.read_cache_gb * 1e9)
+    reader = HiddenStateReader(store=stage.store, ref=ref, cache_bytes=limit)
+    return TeacherAtHand(StoredStates(reader), head)
+
+
+def teacher_head(stage: StageRun, where: torch.device) -> OutputHead:
+    """The teacher's output head over the true vocabulary."""
+    folder = stage.model_folder("teacher")
+    config = load_config(folder, trust_remote_code=stage.trusts("teacher"))
+    head = load_head(folder, config, true_vocabulary_size(tokenizer(stage, "teacher")))
+    return OutputHead(
+        weight_VH=head.weight_VH.to(where),
+        bias_V=None if head.bias_V is None else head.bias_V.to(where),
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+    )
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's rank and the number of ranks; (0, 1) outside a process group."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()

@@ -1,0 +1,63 @@
+"""The host of a stage's ranks: it does the stage's job once, and reports."""
+
+import importlib
+import time
+from collections.abc import Callable
+
+from configs.secrets import public
+from kdflow_core.workers.base import RankContext, offered
+from kdflow_core.workers.rank_side import emit, made_progress
+from storage.artifact import ArtifactRef
+from tasks.jobs.stage_run import StageRun
+from tasks.stages.catalogue import CATALOGUE
+from tasks.stages.identity import StageSpec
+
+PROGRESS_INTERVAL_S = 1.0
+
+
+class EventReporter:
+    """Progress and messages as events. Messages are rank 0's; progress is every rank's own share,
+    which the receiver adds up.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._last = 0.0
+
+    def progress(self, *, done: int, total: int, unit: str, detail: str = "") -> None:
+        """See `Reporter`; at most one event a second, and the last one always."""
+        made_progress()
+        now = time.monotonic()
+        if now - self._last < PROGRESS_INTERVAL_S and done != total:
+            return
+        self._last = now
+        event = {"event": "progress", "rank": self._rank, "done": done, "total": total}
+        emit(event | {"unit": unit, "detail": detail})
+
+    def message(self, text: str) -> None:
+        """See `Reporter`."""
+        if self._rank == 0:
+            emit({"event": "message", "text": public(text)})
+
+
+class StageHost:
+    """A rank of a stage."""
+
+    def __init__(self, context: RankContext, spec: str) -> None:
+        own = StageSpec.model_validate_json(spec)
+        self._stage = StageRun(own, EventReporter(context.rank), context)
+
+    @offered
+    def work(self) -> None:
+        """Do the job. What it has made is in the store."""
+        job_of(self._stage.spec.identity.stage)(self._stage)
+
+    def close(self) -> None:
+        """Nothing is left to be done."""
+
+
+def job_of(stage: str) -> Callable[[StageRun], ArtifactRef | None]:
+    """The job of a stage; loaded when it is asked for, with no more than it needs."""
+    module, _, name = CATALOGUE[stage].job.partition(":")
+    found: Callable[[StageRun], ArtifactRef | None] = getattr(importlib.import_module(module), name)
+    return found

@@ -1,0 +1,161 @@
+"""The store's files as the protocols of the core.
+
+Dimensions: N rows of a sequence, H hidden size.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdflow_core.contracts import (
+    Alignment,
+    Example,
+    Examples,
+    HiddenRows,
+    SignalSource,
+    TokenSequence,
+)
+from storage.errors import RowsMismatchError
+from storage.states.reader import HiddenStateReader
+from storage.tokens import TokenTable
+
+
+def _sequence(row: Mapping[str, Any], view: str) -> TokenSequence:
+    """One view of a token row."""
+    return TokenSequence(
+        ids_T=row[f"{view}_ids"],
+        supervised_T=row[f"{view}_supervised"].astype(bool),
+        media=tuple(row[f"{view}_media"]),
+    )
+
+
+def _alignments(row: Mapping[str, Any], views: Sequence[str]) -> dict[str, Alignment]:
+    """Those that a token row has."""
+    return {
+        view: Alignment(
+            pairs_P2=row[f"{view}_pairs"].reshape(-1, 2),
+            spans_S4=row[f"{view}_spans"].reshape(-1, 4),
+        )
+        for view in views
+        if row[f"{view}_pairs"] is not None
+    }
+
+
+class TokenExamples:
+    """A token table as `Examples`."""
+
+    def __init__(self, table: TokenTable) -> None:
+        self._table = table
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> Example:
+        row = self._table[index]
+        return Example(
+            source=row["source"],
+            views={view: _sequence(row, view) for view in self._table.views},
+            alignments=_alignments(row, self._table.views[1:]),
+            answer=row["answer"],
+            sampled_log_prob_N=row.get("sampled_log_prob"),
+        )
+
+    def sources(self) -> list[str]:
+        """The data source of every example."""
+        number, names = self._table.sources()
+        return [names[k] for k in number]
+
+    def lengths(self, view: str) -> np.ndarray:
+        """See `Examples`."""
+        return self._table.lengths(view)
+
+    def supervised_counts(self, view: str) -> np.ndarray:
+        """See `Examples`."""
+        return self._table.supervised_counts(view)
+
+
+def token_row(example: Example) -> dict[str, Any]:
+    """An example as a row of a token table."""
+    row: dict[str, Any] = {
+        "source": example.source,
+        "answer": example.answer,
+        "sampled_log_prob": example.sampled_log_prob_N,
+    }
+    for view, sequence in example.views.items():
+        row |= {
+            f"{view}_ids": sequence.ids_T,
+            f"{view}_supervised": sequence.supervised_T,
+            f"{view}_media": list(sequence.media),
+            f"{view}_digest": sequence.digest,
+        }
+    for view, alignment in example.alignments.items():
+        row |= {
+            f"{view}_pairs": alignment.pairs_P2.ravel(),
+            f"{view}_spans": alignment.spans_S4.ravel(),
+        }
+    return row
+
+
+class TeacherSequences:
+    """The teacher's sequences of some rows of some tables, read when they are asked for.
+
+    Raises RowsMismatchError for a row whose digest is not that of its ids.
+    """
+
+    def __init__(self, tables: Sequence[TokenTable], places: Sequence[tuple[int, int]]) -> None:
+        self._tables = tables
+        self._places = places
+
+    def __iter__(self) -> Iterator[TokenSequence]:
+        for table, index in self._places:
+            row = self._tables[table][index]
+            sequence = _sequence(row, "teacher")
+            if sequence.digest != row["teacher_digest"]:
+                raise RowsMismatchError(
+                    f"the ids of token row {index} do not have the digest recorded for them; "
+                    "delete the tokens artifact and run again"
+                )
+            yield sequence
+
+
+class StoredStates:
+    """A hidden-state reader as `SignalSource`."""
+
+    def __init__(self, reader: HiddenStateReader) -> None:
+        self._reader = reader
+
+    @property
+    def hidden_size(self) -> int:
+        """See `SignalSource`."""
+        return self._reader.layout.hidden_size
+
+    def shard_of(self, digests: np.ndarray) -> np.ndarray:
+        """In which shard each sequence lies, by digests uint8 [N, 16]."""
+        return self._reader.shard_of(digests)
+
+    def begin_step(self, step: int) -> None:
+        """Nothing to get ready: rows are read when they are asked for."""
+
+    def rows(self, sequence: TokenSequence) -> HiddenRows:
+        """See `SignalSource`."""
+        bits_NH = self._reader.rows(sequence.digest, sequence.target_ids_N)
+        states_NH = bfloat16_tensor(bits_NH)
+        return HiddenRows(buffer_RH=states_NH, index_N=torch.arange(len(states_NH)))
+
+
+def bfloat16_bits(states_NH: torch.Tensor) -> np.ndarray:
+    """The bits of bfloat16 states as uint16 [N, H], sharing memory."""
+    return states_NH.contiguous().view(torch.int16).numpy().view(np.uint16)
+
+
+def bfloat16_tensor(bits_NH: np.ndarray) -> torch.Tensor:
+    """Bfloat16 states [N, H] from their bits, sharing memory."""
+    return torch.from_numpy(bits_NH.view(np.int16)).view(torch.bfloat16)
+
+
+def _protocols(examples: TokenExamples, states: StoredStates) -> None:
+    """Checked by mypy: the adapters satisfy the protocols."""
+    _examples: Examples = examples
+    _states: SignalSource = states

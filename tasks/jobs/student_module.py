@@ -1,0 +1,83 @@
+"""The student with its algorithm and loss, as a run's config has them."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from configs.schema.run import RunConfig
+from kdflow_core.algorithms import build_algorithm
+from kdflow_core.algorithms.base import Ingredients
+from kdflow_core.contracts import OutputHead
+from kdflow_core.losses import build_divergence
+from kdflow_core.losses.elementwise import LossSpec
+from kdflow_core.losses.surrogate import PolicyGradient
+from kdflow_core.losses.token_weights import build_token_weight
+from kdflow_core.losses.vocabulary import WholeVocabulary
+from kdflow_core.models.loading import DTYPES, load_causal_lm, true_vocabulary_size
+from kdflow_core.student.head_part import HeadPart, part_of, teacher_part
+from kdflow_core.student.lora import add_adapters
+from kdflow_core.student.module import DistillationModule, shard
+from tasks.jobs import parts
+from tasks.jobs.stage_run import StageRun
+
+
+def build_module(
+    stage: StageRun, heads: Mapping[str, OutputHead], device: torch.device
+) -> DistillationModule:
+    """The student with its algorithm, sharded over all ranks; `heads` are the teachers' by name."""
+    config = stage.run.student
+    model = load_causal_lm(
+        stage.model_folder("student"),
+        dtype=torch.float32,
+        attention=config.attention,
+        trust_remote_code=stage.trusts("student"),
+    )
+    if config.lora is not None:
+        # The adapters' first weights are random, on all ranks alike.
+        torch.manual_seed(stage.run.seed)
+        add_adapters(model, config.lora)
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    vocabulary_size = true_vocabulary_size(parts.tokenizer(stage, "student"))
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    compute_dtype = DTYPES[config.compute_dtype]
+    part = None
+    if config.vocabulary_parallel:
+        part = part_of(
+            model, vocabulary_size=vocabulary_size, mesh=mesh, compute_dtype=compute_dtype
+        )
+        heads = {name: teacher_part(head, part) for name, head in heads.items()}
+    ingredients = Ingredients(
+        spec=loss_spec(stage.run, part),
+        model=model,
+        heads=heads,
+        vocabulary_size=vocabulary_size,
+    )
+    module = DistillationModule(
+        model=model,
+        algorithm=build_algorithm(stage.run.algorithm, ingredients),
+        vocabulary_size=vocabulary_size,
+        head_part=part,
+    )
+    shard(module, mesh=mesh, compute_dtype=compute_dtype)
+    return module
+
+
+def loss_spec(run: RunConfig, part: HeadPart | None) -> LossSpec:
+    """The run's loss, over the whole vocabulary or this rank's part of it."""
+    loss, gradient = run.loss, None
+    if run.on_policy is not None and run.on_policy.reward is not None:
+        reward = run.on_policy.reward
+        gradient = PolicyGradient(
+            weight=reward.weight, clip_low=reward.clip_low, clip_high=reward.clip_high
+        )
+    return LossSpec(
+        divergence=build_divergence(loss.divergence),
+        kd_ratio=loss.kd_ratio,
+        logits_bytes=loss.logits_memory_mb * 10**6,
+        token_weight=build_token_weight(loss.token_weight),
+        policy_gradient=gradient,
+        vocabulary=WholeVocabulary() if part is None else part.vocabulary,
+    )

@@ -1,0 +1,235 @@
+"""The ranks that hold student and teacher of an on-policy run between calls."""
+
+import json
+import time
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from configs.schema.on_policy import OnPolicyConfig
+from configs.schema.teacher import InProcessTeacher
+from kdflow_core.contracts import Examples, SignalSource, TeacherAtHand, TokenSequence
+from kdflow_core.errors import TrainingError
+from kdflow_core.loops.rounds import RoundSettings, RoundTrainer
+from kdflow_core.models.folders import context_length
+from kdflow_core.models.loading import DTYPES
+from kdflow_core.student.plan import TrainingPlan
+from kdflow_core.student.publish import WeightPublisher
+from kdflow_core.student.sleeping import StudentOffload
+from kdflow_core.workers.base import RankContext, offered
+from kdflow_core.workers.ports import free_port
+from storage.sealed import is_whole, seal
+from tasks.jobs import parts
+from tasks.jobs.round_examples import round_examples
+from tasks.jobs.stage_host import EventReporter
+from tasks.jobs.stage_run import StageRun
+from tasks.jobs.stored import StoredStates
+from tasks.jobs.student_module import loss_spec
+from tasks.jobs.training_session import TrainingSession, live_states, teacher_engine
+from tasks.presentation.tracking import METRICS_FILE, read_metrics
+from tasks.rounds.round_record import ROUNDS_FILE, RoundRequest, round_figures
+from tasks.stages.identity import StageSpec
+
+
+class TrainerHost:
+    """Scores and trains rounds, and hands over weights, as every rank is asked to."""
+
+    def __init__(self, context: RankContext, spec: str) -> None:
+        own = StageSpec.model_validate_json(spec)
+        stage = StageRun(own, EventReporter(context.rank), context)
+        run = stage.run
+        assert run.on_policy is not None
+        parts.join(stage)
+        self._stage = stage
+        self._config: OnPolicyConfig = run.on_policy
+        self._steps = run.on_policy.steps(run.student.global_batch_size)
+        tables = stage.tables()
+        self._table = tables["train"]
+        teacher = parts.stored_teacher(stage)
+        self._session = TrainingSession(
+            stage,
+            heads={"teacher": teacher.head} if run.algorithm.reads_signals else {},
+            num_steps=self._steps * run.on_policy.rounds,
+            heldout=tables["heldout"],
+            judged_by=teacher,
+        )
+        self._rounds = self._round_trainer(teacher)
+        lora = run.student.lora
+        self._publisher = WeightPublisher(
+            self._session.module.model,
+            dtype=DTYPES[self._config.rollout.dtype],
+            bucket_bytes=self._config.rollout.bucket_mb * 10**6,
+            checkpoint_names=self._config.rollout.type == "sglang",
+            lora_scale=lora.scale if lora else 1.0,
+        )
+        self._group: Any = None
+
+    def _round_trainer(self, teacher: TeacherAtHand[StoredStates]) -> RoundTrainer:
+        session, run = self._session, self._stage.run
+        self._sleeper = StudentOffload(session.module, session.trainer.optimizer, session.device)
+        return RoundTrainer(
+            trainer=session.trainer,
+            measuring=session.measuring,
+            measure_heldout=session.measure_heldout,
+            make_signals=self._live_signals(teacher) if run.algorithm.reads_signals else None,
+            sleeper=self._sleeper,
+            sleeps=run.student.sleep,
+            spec=loss_spec(run, session.module.head_part),
+            settings=RoundSettings(
+                steps=self._steps,
+                global_batch_size=run.student.global_batch_size,
+                micro_batch_tokens=run.student.micro_batch_tokens,
+                seed=run.seed,
+                temperature=self._config.temperature,
+            ),
+        )
+
+    def _live_signals(self, teacher: TeacherAtHand[StoredStates]) -> "_LiveSignals":
+        run = self._stage.run
+        held = context_length(self._stage.model_folder("teacher"))
+        return _LiveSignals(self._stage, teacher, self._steps, min(run.data.max_length, held))
+
+    @offered
+    def ready(self) -> None:
+        """To be waited for: this far it has come when it is at hand."""
+
+    @offered
+    def progress(self) -> dict[str, int]:
+        """How many optimizer steps are done, and the size of the weights to hand over."""
+        publisher = self._publisher
+        return {
+            "step": self._rounds.step,
+            "buckets": publisher.num_buckets,
+            "bytes": publisher.num_bytes,
+        }
+
+    # The round.
+
+    @offered
+    def score(self, request: dict[str, Any]) -> dict[str, int]:
+        """The teacher's signals for all that the round trains on; they stay here."""
+        wanted = RoundRequest.model_validate(request)
+        return self._rounds.score(wanted.number, round_examples(self._stage, self._table, wanted))
+
+    @offered
+    def train(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The round's optimizer steps, as far as they are not done; what came of them."""
+        wanted = RoundRequest.model_validate(request)
+        number = wanted.number
+        done = self._stage.workdir / "rounds" / f"{number:06d}.json"
+        if self._rounds.is_trained(number):
+            if not is_whole(done):
+                raise TrainingError(
+                    f"the figures of round {number} in {done} are damaged; remove "
+                    f"{self._stage.workdir}, and the run trains its rounds again"
+                )
+            kept: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
+            return kept
+        examples = round_examples(self._stage, self._table, wanted)
+        figures = self._rounds.train(number, examples, self._session.metrics)
+        result = figures.plain() | self._means(figures.last_step)
+        if dist.get_rank() == 0:
+            done.parent.mkdir(exist_ok=True)
+            done.write_text(json.dumps(result), encoding="utf-8")
+            seal(done)
+        info = self._stage.store.manifest(wanted.rollouts.kind, wanted.rollouts.digest).info
+        self._session.metrics.write_round(round_figures(result, info), figures.last_step)
+        saving = time.perf_counter()
+        if number % self._config.checkpoint_rounds == 0 or number == self._config.rounds:
+            self._session.trainer.save()  # once it is on the disk, the round counts as trained
+        result["seconds"]["save"] = time.perf_counter() - saving
+        return result
+
+    def _means(self, last_step: int) -> dict[str, float]:
+        """Loss and divergence over the steps of the round that ends with a step."""
+        if dist.get_rank() != 0:
+            return {}
+        records = read_metrics(self._session.output / METRICS_FILE)
+        mine = [r for r in records if last_step - self._steps < r["step"] <= last_step]
+        return {name: float(np.mean([r[name] for r in mine])) for name in ("loss", "kd")}
+
+    # The weights.
+
+    @offered
+    def open_weights(self) -> None:
+        """Get ready to hand them over."""
+        self._sleeper.wake()
+
+    @offered
+    def bucket(self, number: int) -> dict[str, Any] | None:
+        """One bucket, in a file (rank 0's reply says which)."""
+        bucket = self._publisher.write(number)
+        return None if bucket is None else asdict(bucket)
+
+    @offered
+    def describe_bucket(self, number: int) -> list[dict[str, Any]]:
+        """What `send_bucket` will send."""
+        return self._publisher.describe(number)
+
+    @offered
+    def broadcast_place(self) -> dict[str, Any]:
+        """Where the engine's ranks can meet rank 0: its reply counts."""
+        return {"address": self._stage.context.address, "port": free_port()}
+
+    @offered
+    def join_broadcast(self, address: str, port: int, ranks: int) -> None:
+        """Meet the engine's ranks."""
+        if dist.get_rank() == 0:
+            from kdflow_core.sglang_runtime.engine import join_as_sender  # noqa: PLC0415 - 10 s
+
+            self._group = join_as_sender(address, port, ranks, self._session.device)
+
+    @offered
+    def send_bucket(self, number: int) -> None:
+        """Send one bucket to the engine's ranks."""
+        self._publisher.broadcast(number, self._group)
+
+    @offered
+    def close_weights(self) -> None:
+        """They are handed over."""
+        self._rounds.leave_device()
+
+    # The end.
+
+    @offered
+    def export(self, rounds: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """The trained student as an artifact, with the records of its rounds; rank 0 replies with
+        its reference.
+        """
+        self._sleeper.wake()
+        counts = {"steps": self._rounds.step, "rounds": self._config.rounds}
+        ref = self._session.finish(counts, files={ROUNDS_FILE: rounds})
+        return None if ref is None else ref.model_dump(mode="json")
+
+    def close(self) -> None:
+        """What is saved is on the disk."""
+        self._session.trainer.wait()
+
+
+class _LiveSignals:
+    """The signals of a round, by the teacher in these ranks."""
+
+    def __init__(
+        self, stage: StageRun, teacher: TeacherAtHand[StoredStates], steps: int, longest: int
+    ) -> None:
+        self._stage, self._head, self._steps = stage, teacher.head, steps
+        self._engine = teacher_engine(stage, teacher.head, longest)
+
+    def __call__(self, examples: Examples, plan: TrainingPlan) -> SignalSource:
+        teacher = self._stage.run.teacher
+        assert isinstance(teacher, InProcessTeacher)
+
+        def sequences_of(step: int, rank: int) -> list[TokenSequence]:
+            batches = plan.step(step).micro_batches[rank]
+            return [examples[i].teacher for batch in batches for i in batch]
+
+        return live_states(
+            self._stage,
+            engine=self._engine,
+            head=self._head,
+            sequences_of=sequences_of,
+            num_steps=self._steps,
+            steps_at_once=teacher.forward_batches or self._steps,
+        )

@@ -1,0 +1,156 @@
+"""The job that trains the student off-policy."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch.distributed as dist
+
+from configs.schema.teacher import InProcessTeacher
+from kdflow_core.contracts import OutputHead, TeacherAtHand, TokenSequence
+from kdflow_core.student.plan import TrainingPlan
+from kdflow_core.student.prefetch import PrefetchedStates
+from kdflow_core.teacher.live import LiveStates
+from storage.artifact import ArtifactRef
+from storage.tokens import TokenTable
+from tasks.jobs import parts
+from tasks.jobs.stage_run import StageRun, job
+from tasks.jobs.stored import StoredStates, TokenExamples
+from tasks.jobs.training_session import TrainingSession, live_states, teacher_engine
+
+States = PrefetchedStates | LiveStates
+
+
+@job("train")
+def train_student(stage: StageRun) -> ArtifactRef | None:
+    """Distill; every rank runs this, rank 0 returns the artifact's reference."""
+    parts.join(stage)
+    tables = stage.tables()
+    table = tables["train"]
+    plan, states, heads = _plan_and_teachers(stage, table)
+    session = TrainingSession(
+        stage,
+        heads=heads,
+        num_steps=plan.num_steps,
+        heldout=tables["heldout"],
+        judged_by=_judge(stage),
+    )
+    _train(session, plan, table, states)
+    for source in states:
+        source.close()
+    tokens = int(sum(plan.lengths[plan.sequences(s)].sum() for s in range(plan.num_steps)))
+    return session.finish({"steps": plan.num_steps, "tokens": tokens}, files={})
+
+
+def _judge(stage: StageRun) -> TeacherAtHand[StoredStates] | None:
+    """By whose held-out states the curve goes, where one is asked for."""
+    return parts.stored_teacher(stage) if stage.run.measures_heldout else None
+
+
+def _train(
+    session: TrainingSession, plan: TrainingPlan, table: TokenTable, states: Sequence[States]
+) -> None:
+    trainer, every = session.trainer, session.stage.run.eval.every_steps
+    if trainer.step == 0:
+        session.write_heldout()
+
+    def after_step(step: int) -> None:
+        if every is not None and (step % every == 0 or step == plan.num_steps):
+            session.write_heldout()
+
+    if trainer.step < plan.num_steps:
+        trainer.run(
+            plan.num_steps,
+            batches_of=plan.step,
+            examples=TokenExamples(table),
+            states=states,
+            metrics=session.metrics,
+            after_step=after_step,
+        )
+        trainer.save()
+
+
+def _plan_and_teachers(
+    stage: StageRun, table: TokenTable
+) -> tuple[TrainingPlan, Sequence[States], Mapping[str, OutputHead]]:
+    """The steps; the states of every teacher that is asked, stored or from an engine in these
+    ranks; and the teachers' heads by name.
+    """
+    run = stage.run
+    if not run.algorithm.reads_signals:
+        return training_plan(stage, table, groups=None), (), {}
+    if run.source == "live":
+        plan = training_plan(stage, table, groups=None)
+        live, head = _live(stage, table, plan)
+        return plan, (live,), {"teacher": head}
+    stored = {name: parts.stored_teacher(stage.of_teacher(name)) for name in run.teacher_names}
+    windowed = run.student.shuffle_window_shards is not None
+    first = next(iter(stored.values()))
+    groups = first.signals.shard_of(table.digests()) if windowed else None
+    plan = training_plan(stage, table, groups=groups)
+    examples = TokenExamples(table)
+    prefetched = [
+        _prefetched(teacher.signals, plan, examples, run.sources_of(name))
+        for name, teacher in stored.items()
+    ]
+    return plan, prefetched, {name: teacher.head for name, teacher in stored.items()}
+
+
+def _prefetched(
+    stored: StoredStates,
+    plan: TrainingPlan,
+    examples: TokenExamples,
+    sources: frozenset[str] | None,
+) -> PrefetchedStates:
+    rank = dist.get_rank()
+    return PrefetchedStates(
+        stored,
+        sequences_of=lambda step: _teacher_sequences(plan, examples, step, rank, sources),
+        num_steps=plan.num_steps,
+    )
+
+
+def _teacher_sequences(
+    plan: TrainingPlan,
+    examples: TokenExamples,
+    step: int,
+    rank: int,
+    sources: frozenset[str] | None = None,
+) -> list[TokenSequence]:
+    """What a teacher of some data sources (None: of all) saw of a rank's part of a step."""
+    batches = plan.step(step).micro_batches[rank]
+    chosen = [examples[i] for batch in batches for i in batch]
+    return [e.teacher for e in chosen if sources is None or e.source in sources]
+
+
+def _live(stage: StageRun, table: TokenTable, plan: TrainingPlan) -> tuple[LiveStates, OutputHead]:
+    """A teacher in these ranks."""
+    teacher = stage.run.teacher
+    assert isinstance(teacher, InProcessTeacher)  # RunConfig refuses others for a live run
+    head = parts.teacher_head(stage, parts.device(stage))
+    examples = TokenExamples(table)
+    states = live_states(
+        stage,
+        engine=teacher_engine(stage, head, int(table.lengths("teacher").max())),
+        head=head,
+        sequences_of=lambda step, rank: _teacher_sequences(plan, examples, step, rank),
+        num_steps=plan.num_steps,
+        steps_at_once=teacher.forward_batches or 1,
+    )
+    return states, head
+
+
+def training_plan(stage: StageRun, table: TokenTable, groups: np.ndarray | None) -> TrainingPlan:
+    """The steps of the run; `groups` are the shards of the sequences' stored states."""
+    config = stage.run.student
+    return TrainingPlan(
+        lengths=table.lengths("student"),
+        supervised_counts=table.supervised_counts("student"),
+        global_batch_size=config.global_batch_size,
+        micro_batch_tokens=config.micro_batch_tokens,
+        num_ranks=dist.get_world_size(),
+        seed=stage.run.seed,
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+        groups=groups,
+        window=config.shuffle_window_shards,
+    )

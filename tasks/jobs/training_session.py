@@ -1,0 +1,177 @@
+"""The one training session: student, algorithm, trainer, metrics, held-out curve, and the export.
+
+Off-policy training runs it once to its end, on-policy rounds run it round by round.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from configs.schema.teacher import InProcessTeacher
+from kdflow_core.contracts import Example, OutputHead, TeacherAtHand, TeacherEngine, TokenSequence
+from kdflow_core.loops.measure import HeldoutCurve, HeldoutScores, Measuring
+from kdflow_core.loops.trainer import Trainer
+from kdflow_core.models.loading import DTYPES
+from kdflow_core.student.export import export_student
+from kdflow_core.teacher import build_engine
+from kdflow_core.teacher.live import LiveStates
+from storage.artifact import ArtifactRef
+from storage.tokens import TokenTable
+from tasks.jobs import parts
+from tasks.jobs.stage_run import StageRun
+from tasks.jobs.stored import StoredStates, TokenExamples
+from tasks.jobs.student_module import build_module, loss_spec
+from tasks.presentation.model_card import model_card
+from tasks.presentation.tracking import MetricsLog, NoMetrics
+from tasks.stages.checkpoint_places import checkpoints_folder
+
+
+class TrainingSession:
+    """A student in training, on every rank; `heads` are those of the teachers it learns from.
+
+    Metrics and the exported student are rank 0's. `judged_by` is the teacher whose stored held-out
+    states the curve goes by.
+    """
+
+    def __init__(
+        self,
+        stage: StageRun,
+        *,
+        heads: Mapping[str, OutputHead],
+        num_steps: int,
+        heldout: TokenTable,
+        judged_by: TeacherAtHand[StoredStates] | None,
+    ) -> None:
+        run = stage.run
+        self.stage = stage
+        self.device = parts.device(stage)
+        self.module = build_module(stage, heads, self.device)
+        self.trainer = Trainer(
+            module=self.module,
+            num_steps=num_steps,
+            seed=run.seed,
+            config=run.student,
+            checkpoints=checkpoints_folder(stage.store, stage.spec.identity),
+            reporter=stage.reporter,
+            device=self.device,
+        )
+        self.measuring = Measuring(
+            module=self.module,
+            micro_batch_tokens=run.student.micro_batch_tokens,
+            device=self.device,
+        )
+        self.curve = None if judged_by is None else self._curve(heldout, judged_by)
+        self.metrics: MetricsLog | NoMetrics = NoMetrics()
+        if dist.get_rank() == 0:
+            self.metrics = MetricsLog(
+                run=run, folder=self.output, run_id=stage.digest, first_step=self.trainer.step
+            )
+
+    @property
+    def output(self) -> Path:
+        """Where the artifact's files are collected."""
+        return self.stage.workdir / "artifact"
+
+    def measure_heldout(self) -> HeldoutScores | None:
+        """The held-out scores of the student as it is; None where there is nothing to measure."""
+        return None if self.curve is None else self.curve.scores()
+
+    def write_heldout(self) -> None:
+        """A point of the held-out curve."""
+        scores = self.measure_heldout()
+        if scores is not None:
+            self.metrics.write_heldout(asdict(scores), self.trainer.step)
+
+    def finish(
+        self, counts: Mapping[str, int], files: Mapping[str, Sequence[Mapping[str, Any]]]
+    ) -> ArtifactRef | None:
+        """Export the student with its metrics and some `files` of JSON lines, as the stage's
+        artifact. Collective; rank 0 returns the reference.
+        """
+        stage, config = self.stage, self.stage.run.student
+        self.trainer.wait()
+        self.metrics.close()
+        export_student(
+            self.module,
+            chat=parts.chat(stage, "student"),
+            dtype=DTYPES[config.save_dtype],
+            model_card=model_card(stage.spec),
+            target=self.output / "model",
+            lora=config.lora,
+        )
+        if dist.get_rank() != 0:
+            return None
+        for name, records in files.items():
+            lines = "".join(json.dumps(record) + "\n" for record in records)
+            (self.output / name).write_text(lines, encoding="utf-8")
+        published = stage.store.publish(stage.kind, stage.digest, self.output)
+        info = {"num_ranks": dist.get_world_size()}
+        ref = stage.commit(files=published, counts=counts, info=info)
+        shutil.rmtree(stage.workdir)  # the checkpoints have served
+        return ref
+
+    def _curve(self, table: TokenTable, judge: TeacherAtHand[StoredStates]) -> HeldoutCurve | None:
+        chosen = self._heldout_examples(TokenExamples(table))
+        if not chosen:
+            return None
+        return HeldoutCurve(
+            self.measuring,
+            spec=loss_spec(self.stage.run, self.module.head_part),
+            head=judge.head,
+            states=judge.signals,
+            examples=chosen,
+        )
+
+    def _heldout_examples(self, examples: TokenExamples) -> list[Example]:
+        """Evenly spread over those that the run's own teacher has states of."""
+        run = self.stage.run
+        own = run.sources_of("teacher") if "teacher" in run.teacher_names else None
+        known = [i for i, name in enumerate(examples.sources()) if own is None or name in own]
+        count = min(run.heldout_sequences, len(known))
+        return [examples[known[int(k)]] for k in np.linspace(0, len(known) - 1, count)]
+
+
+def teacher_engine(stage: StageRun, head: OutputHead, longest: int) -> TeacherEngine:
+    """The teacher inside these ranks."""
+    return build_engine(
+        stage.run.teacher,
+        folder=stage.model_folder("teacher"),
+        head=head,
+        longest=longest,
+        device=parts.device(stage),
+    )
+
+
+def live_states(
+    stage: StageRun,
+    *,
+    engine: TeacherEngine,
+    head: OutputHead,
+    sequences_of: Callable[[int, int], Sequence[TokenSequence]],
+    num_steps: int,
+    steps_at_once: int,
+) -> LiveStates:
+    """The states of an engine in these ranks, `steps_at_once` steps at a time.
+
+    `sequences_of(step, rank)` are a rank's teacher sequences.
+    """
+    teacher, rank = stage.run.teacher, dist.get_rank()
+    assert isinstance(teacher, InProcessTeacher)  # RunConfig refuses others
+    width = teacher.ranks_per_replica
+    first = rank // width * width
+    return LiveStates(
+        engine=engine,
+        hidden_size=head.weight_VH.shape[1],
+        sequences_of=sequences_of,
+        rank=rank,
+        ranks=range(first, first + width),
+        num_steps=num_steps,
+        steps_at_once=steps_at_once,
+        sleep=teacher.sleep,
+    )

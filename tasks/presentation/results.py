@@ -1,0 +1,47 @@
+"""Small readable results of finished stages, for flows and the command line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from configs.schema.run import RunConfig
+from kdflow_core.errors import ModelError
+from storage.artifact import ArtifactRef
+from tasks.stages.identity import open_store
+
+SCORE_COLUMNS = ("forward_kl", "reverse_kl", "agreement", "perplexity", "exact_match")
+
+
+def artifact_key(name: str) -> str:
+    """A run's name as keys of Prefect artifacts allow it: lower case with dashes only."""
+    return name.replace("_", "-").replace(".", "-")
+
+
+def evaluation_rows(run: RunConfig, ref: ArtifactRef) -> list[dict[str, Any]]:
+    """One row per model and source (`all` first) with the scores that there are."""
+    path = open_store(run).local_copy(ref) / "evaluation.json"
+    models = json.loads(path.read_text(encoding="utf-8"))["models"]
+    sources = sorted(
+        {s for scores in models.values() for s in scores}, key=lambda s: (s != "all", s)
+    )
+    rows = []
+    for source in sources:
+        for model, scores in models.items():
+            if source in scores:
+                row: dict[str, Any] = {"source": source, "model": model}
+                row |= {name: scores[source].get(name) for name in SCORE_COLUMNS}
+                rows.append(row)
+    return rows
+
+
+def report_path(run: RunConfig, ref: ArtifactRef) -> Path:
+    """The HTML report as a local file."""
+    return open_store(run).local_copy(ref) / "report.html"
+
+
+def student_path(run: RunConfig, ref: ArtifactRef) -> Path:
+    """The trained student as a local Hugging Face folder. Raises ModelError when it is not one."""
+    path = open_store(run).local_copy(ref) / "model"
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path} is not a model folder")
+    return path

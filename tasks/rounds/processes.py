@@ -1,0 +1,210 @@
+"""The processes of an on-policy run, and what they can be asked for.
+
+They start when they are first needed, and again after one has died. No Prefect here, and no
+tensors: those stay in the processes.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from kdflow_core.errors import WorkerError
+from kdflow_core.workers.base import Launcher, Pending, Placement, WorkerGroup
+from tasks.execution.launch import Listener, Logger, tell_failure
+from tasks.stages.catalogue import KEEP_BUFFERS, QUIET
+from tasks.stages.identity import StageSpec
+
+
+class RoundProcesses:
+    """The ranks that train, and the rank that has the rollout engine. Raises WorkerError when one
+    of them fails; all of both have then ended.
+
+    A start is within `starting`; `on_end` is called when all have ended.
+    """
+
+    def __init__(
+        self,
+        spec: StageSpec,
+        launcher: Launcher,
+        logger: Logger,
+        *,
+        starting: Callable[[], AbstractContextManager[None]],
+        on_end: Callable[[], None],
+    ) -> None:
+        self._spec = spec
+        self._launcher = launcher
+        self._logger = logger
+        self._starting = starting
+        self._on_end = on_end
+        self._pulse: Callable[[], None] = _nothing
+        self._trainer: WorkerGroup | None = None
+        self._rollout: WorkerGroup | None = None
+
+    def beat_with(self, pulse: Callable[[], None]) -> None:
+        """Have `pulse` called while ranks are alive."""
+        self._pulse = pulse
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether trainer and engine see one another's files of memory."""
+        return self._launcher.one_machine
+
+    @property
+    def trainer(self) -> "TrainerRanks":
+        """The ranks that train."""
+        if self._trainer is None:
+            placement = Placement(
+                name="trainer", num_ranks=self._spec.run.student.num_ranks, env=KEEP_BUFFERS
+            )
+            self._trainer = self._start("tasks.jobs.trainer_host:TrainerHost", placement)
+            self._wait_until_ready(self._trainer)
+        return TrainerRanks(self, self._trainer)
+
+    @property
+    def rollout(self) -> "RolloutRank":
+        """The rank that has the rollout engine."""
+        if self._rollout is None:
+            placement = Placement(name="rollout", env=QUIET)
+            self._rollout = self._start("tasks.jobs.rollout_host:RolloutHost", placement)
+            self._wait_until_ready(self._rollout)
+        return RolloutRank(self, self._rollout)
+
+    def _start(self, job: str, placement: Placement) -> WorkerGroup:
+        return self._launcher.start(
+            job,
+            self._spec.model_dump_json(),
+            placement,
+            Listener(self._logger, placement.name, self._pulse),
+            stall_s=self._spec.run.stall_limit_s,
+        )
+
+    def _wait_until_ready(self, group: WorkerGroup) -> None:
+        with self._starting():
+            self.replies(group.call("ready"))
+
+    def replies(self, pending: Pending) -> list[Any]:
+        """Wait for a call."""
+        try:
+            return pending.replies()
+        except WorkerError as error:
+            tell_failure(self._logger, error)
+            self.end()
+            raise
+
+    def close(self, *, engine_is_busy: bool) -> None:
+        """Let the processes leave in good order; an engine at work is not waited for."""
+        try:
+            if self._trainer is not None:
+                self._trainer.close()
+            if self._rollout is not None and not engine_is_busy:
+                self._rollout.close()
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """End all processes. What is asked for next starts them anew."""
+        groups = [group for group in (self._trainer, self._rollout) if group is not None]
+        self._trainer = self._rollout = None
+        self._on_end()
+        for group in groups:
+            group.end()
+
+
+class _Ranks:
+    def __init__(self, processes: RoundProcesses, group: WorkerGroup) -> None:
+        self._processes = processes
+        self._group = group
+
+    def _first(self, pending: Pending) -> Any:
+        """Rank 0's reply."""
+        return self._processes.replies(pending)[0]
+
+
+class TrainerRanks(_Ranks):
+    """What `TrainerHost` offers."""
+
+    def progress(self) -> dict[str, int]:
+        """Optimizer steps that are done, and the buckets and bytes of the weights."""
+        done: dict[str, int] = self._first(self._group.call("progress"))
+        return done
+
+    def score(self, request: dict[str, Any]) -> dict[str, int]:
+        """Have a round scored."""
+        counts: dict[str, int] = self._first(self._group.call("score", request=request))
+        return counts
+
+    def train(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Have a round trained; what came of it."""
+        result: dict[str, Any] = self._first(self._group.call("train", request=request))
+        return result
+
+    def export(self, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+        """Have the student exported; the reference of its artifact."""
+        ref: dict[str, Any] = self._first(self._group.call("export", rounds=rounds))
+        return ref
+
+    def open_weights(self) -> None:
+        """Have the weights ready to be handed over."""
+        self._first(self._group.call("open_weights"))
+
+    def close_weights(self) -> None:
+        """They are handed over."""
+        self._first(self._group.call("close_weights"))
+
+    def bucket(self, number: int) -> dict[str, Any]:
+        """A bucket, in a file of memory."""
+        bucket: dict[str, Any] = self._first(self._group.call("bucket", number=number))
+        return bucket
+
+    def describe_bucket(self, number: int) -> list[dict[str, Any]]:
+        """What `send_bucket` will send."""
+        tensors: list[dict[str, Any]] = self._first(
+            self._group.call("describe_bucket", number=number)
+        )
+        return tensors
+
+    def broadcast_place(self) -> dict[str, Any]:
+        """Address and port at which rank 0 can be met."""
+        place: dict[str, Any] = self._first(self._group.call("broadcast_place"))
+        return place
+
+    def join_broadcast(self, *, address: str, port: int, ranks: int) -> None:
+        """Meet the engine's ranks."""
+        self._first(self._group.call("join_broadcast", address=address, port=port, ranks=ranks))
+
+    def send_bucket(self, number: int) -> None:
+        """Send a bucket to them."""
+        self._first(self._group.call("send_bucket", number=number))
+
+
+class RolloutRank(_Ranks):
+    """What `RolloutHost` offers. What is done beside the trainer gives a call to wait for."""
+
+    def roll_out(self, number: int, fraction: float) -> Pending:
+        """Answer a round's prompts; the reply is the reference of the artifact."""
+        return self._group.call("roll_out", number=number, fraction=fraction)
+
+    def begin_weights(self) -> None:
+        """New weights will come."""
+        self._first(self._group.call("begin_weights"))
+
+    def load_bucket(self, bucket: dict[str, Any]) -> Pending:
+        """Take a bucket from a file of memory."""
+        return self._group.call("load_bucket", bucket=bucket)
+
+    def join_broadcast(self, *, address: str, port: int) -> Pending:
+        """Meet the trainer's rank 0."""
+        return self._group.call("join_broadcast", address=address, port=port)
+
+    def receive_bucket(self, tensors: list[dict[str, Any]]) -> Pending:
+        """Take a bucket that it sends."""
+        return self._group.call("receive_bucket", tensors=tensors)
+
+    def end_weights(self, version: int) -> int:
+        """Serve the new weights; the version that the engine reports."""
+        served: int = self._first(self._group.call("end_weights", version=version))
+        return served
+
+
+def _nothing() -> None:
+    """For nobody to be told."""

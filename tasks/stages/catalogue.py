@@ -1,0 +1,199 @@
+"""The catalogue of stages: one record each, which flow, planner, launcher, ranks and tasks read.
+
+A new stage is a record here, a function in `slices.py` and a job in `tasks/jobs`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from configs.schema.run import RunConfig
+from tasks.stages import slices
+from tasks.stages.slices import Known, Slice
+
+# By default glibc gives every large buffer back to the kernel, and the page faults of taking it
+# again cost a good part of a training step on a CPU, where the loss takes chunks of logits.
+KEEP_BUFFERS = MappingProxyType(
+    {
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(10**11),
+        "MALLOC_TOP_PAD_": str(2**29),
+    }
+)
+# SGLang's processes warn of kernels that other hardware has.
+QUIET = MappingProxyType({"PYTHONWARNINGS": "ignore"})
+
+
+def one(run: RunConfig) -> int:
+    """One, of whatever a record counts."""
+    del run
+    return 1
+
+
+def no_engine(run: RunConfig) -> tuple[str, ...]:
+    """For a stage that runs no model in an engine."""
+    del run
+    return ()
+
+
+def never(run: RunConfig) -> bool:
+    """For what no run has a stage do."""
+    del run
+    return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage.
+
+    `kind` is that of its artifact, which later stages find under the name `output`. `code_version`
+    is raised whenever its code gives another output for the same config: that is what makes old
+    artifacts stale. `slice` yields what identifies its artifacts, none where a run has none; one
+    that stands `behind_source` is planned once `source: auto` is decided.
+
+    `job` is what its ranks do, as `"module:function"`; `ranks` how many they are, with `env` in
+    their environment where it is not set. `shares` is the number of tasks that its work is divided
+    among. `engines` are the sections of the config that say in which engine it runs a model.
+    `in_rounds` says that rounds make its artifact in a run, and no job.
+    """
+
+    name: str
+    kind: str
+    output: str
+    code_version: int
+    description: str
+    job: str
+    slice: Callable[[Known], Iterator[Slice]]
+    behind_source: bool = True
+    ranks: Callable[[RunConfig], int] = one
+    env: Mapping[str, str] = field(default_factory=dict)
+    shares: Callable[[RunConfig], int] = one
+    engines: Callable[[RunConfig], tuple[str, ...]] = no_engine
+    in_rounds: Callable[[RunConfig], bool] = never
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundArtifact:
+    """What each round of on-policy training leaves: its `kind`, as a `Stage` has it; the task that
+    makes it.
+    """
+
+    kind: str
+    code_version: int
+    task: str
+
+
+def _training_engines(run: RunConfig) -> tuple[str, ...]:
+    rollout = () if run.on_policy is None else ("on_policy.rollout",)
+    teaches = run.teacher_in_training and run.algorithm.reads_signals
+    return (*rollout, "teacher") if teaches else rollout
+
+
+_STAGES = (
+    Stage(
+        name="prepare-teacher",
+        kind="model",
+        output="teacher_model",
+        code_version=2,
+        description="Convert the teacher to a Hugging Face folder",
+        job="tasks.jobs.preparation:prepare_model",
+        slice=slices.teacher_models,
+        behind_source=False,
+    ),
+    Stage(
+        name="prepare-student",
+        kind="model",
+        output="student_model",
+        code_version=2,
+        description="Make the student's initial weights",
+        job="tasks.jobs.preparation:prepare_model",
+        slice=slices.student_model,
+        behind_source=False,
+    ),
+    Stage(
+        name="tokenize",
+        kind="tokens",
+        output="tokens",
+        code_version=3,
+        description="Text to supervised token ids",
+        job="tasks.jobs.preparation:tokenize_data",
+        slice=slices.tokens,
+        behind_source=False,
+    ),
+    Stage(
+        name="generate",
+        kind="answers",
+        output="answers",
+        code_version=3,
+        description="A model's answers to the training prompts",
+        job="tasks.jobs.answering:generate_answers",
+        slice=slices.answers,
+        behind_source=False,
+        ranks=lambda run: run.answering_ranks,
+        env=QUIET,
+        engines=lambda _run: ("data.answers.engine",),
+    ),
+    Stage(
+        name="estimate",
+        kind="estimate",
+        output="estimate",
+        code_version=2,
+        description="Probe teacher and student",
+        job="tasks.jobs.probing:estimate_run",
+        slice=slices.estimate,
+        behind_source=False,
+        ranks=lambda run: max(run.student.num_ranks, run.teacher.ranks_per_replica),
+        env=KEEP_BUFFERS,
+        engines=lambda _run: ("teacher",),
+    ),
+    Stage(
+        name="extract",
+        kind="states",
+        output="states",
+        code_version=4,
+        description="Teacher hidden states to the store",
+        job="tasks.jobs.extraction:extract_states",
+        slice=slices.states,
+        ranks=lambda run: run.teacher.num_ranks,
+        shares=lambda run: run.teacher.num_workers,
+        engines=lambda _run: ("teacher",),
+    ),
+    Stage(
+        name="train",
+        kind="student",
+        output="student",
+        code_version=4,
+        description="Distill the student under FSDP2",
+        job="tasks.jobs.training:train_student",
+        slice=slices.student,
+        ranks=lambda run: run.student.num_ranks,
+        env=KEEP_BUFFERS,
+        engines=_training_engines,
+        in_rounds=lambda run: run.on_policy is not None,
+    ),
+    Stage(
+        name="evaluate",
+        kind="evaluation",
+        output="evaluation",
+        code_version=3,
+        description="Held-out scores of teacher and student",
+        job="tasks.jobs.evaluation:evaluate_student",
+        slice=slices.evaluation,
+    ),
+    Stage(
+        name="report",
+        kind="report",
+        output="report",
+        code_version=2,
+        description="The HTML report",
+        job="tasks.jobs.reporting:write_page",
+        slice=slices.report,
+    ),
+)
+CATALOGUE: Mapping[str, Stage] = MappingProxyType({stage.name: stage for stage in _STAGES})
+
+ROLLOUTS = RoundArtifact(kind="rollouts", code_version=3, task="rollout")
+ROUND = RoundArtifact(kind="round", code_version=3, task="train")
+ROUND_ARTIFACTS: Mapping[str, RoundArtifact] = MappingProxyType(
+    {made.kind: made for made in (ROLLOUTS, ROUND)}
+)

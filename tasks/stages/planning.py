@@ -1,0 +1,62 @@
+"""The stages of a run, in order, each with what identifies its artifact.
+
+Computed from the config, headers and file fingerprints: no server, no model library.
+"""
+
+from configs.schema.run import RunConfig
+from configs.secrets import public
+from tasks.stages.catalogue import CATALOGUE, ROUND_ARTIFACTS, RoundArtifact, Stage
+from tasks.stages.identity import StageIdentity, of_teacher
+from tasks.stages.slices import Known, Slice
+
+
+def plan_stages(run: RunConfig) -> dict[str, StageIdentity]:
+    """The stages of a run by name, in the order in which they run.
+
+    Those of `source: auto` end with its estimate, which decides on what follows.
+
+    Raises DataError, ModelError or StoreError for data or models that are not there.
+    """
+    known, plan = Known(run), {}
+    for stage in CATALOGUE.values():
+        if run.source == "auto" and stage.behind_source:
+            continue
+        for own in stage.slice(known):
+            identity = _identity(stage, own)
+            known.add(identity)
+            plan[identity.name] = identity
+    return plan
+
+
+def _identity(stage: Stage, own: Slice) -> StageIdentity:
+    return StageIdentity(
+        stage=stage.name,
+        output=of_teacher(stage.output, own.teacher),
+        teacher=own.teacher,
+        kind=stage.kind,
+        code_version=stage.code_version,
+        config=public(dict(own.config)),
+        inputs=dict(own.inputs),
+    )
+
+
+def round_identity(train: StageIdentity, made: RoundArtifact, number: int) -> StageIdentity:
+    """What identifies an artifact of one round of on-policy training."""
+    return StageIdentity(
+        stage=train.stage,
+        output=f"{made.kind}-{number}",
+        kind=made.kind,
+        code_version=made.code_version,
+        config=train.config | {"round": number},
+        inputs=train.inputs,
+    )
+
+
+def round_identities(train: StageIdentity, run: RunConfig) -> dict[str, StageIdentity]:
+    """Those of all rounds of a run, by task and round."""
+    rounds = 0 if run.on_policy is None else run.on_policy.rounds
+    return {
+        f"{made.task}-{number}": round_identity(train, made, number)
+        for number in range(1, rounds + 1)
+        for made in ROUND_ARTIFACTS.values()
+    }
