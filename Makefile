@@ -2,8 +2,10 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+# Two test processes side by side; a file's tests stay together, as they share what they start.
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile
 
-.PHONY: install quickstart test test-all check audit format lock clean
+.PHONY: install quickstart test test-fast test-all check audit format lock clean
 
 install: $(VENV)/.installed
 
@@ -19,12 +21,16 @@ $(VENV)/.installed: requirements.lock requirements-nodeps.lock pyproject.toml
 quickstart: install
 	$(BIN)/kdflow run quickstart
 
-test: install
-	$(BIN)/pytest
+# Rules about the code and unit tests first: what fails there fails in two minutes.
+test: test-fast
+	$(PYTEST) --ignore tests/architecture --ignore tests/unit
 
-# With the slow tests: the whole quick start, as its README says it.
+test-fast: install
+	$(PYTEST) --exitfirst tests/architecture tests/unit
+
+# With the slow tests: the whole quick start, as its README says it, and what only a nightly run needs.
 test-all: install
-	$(BIN)/pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 check: install
 	$(BIN)/ruff format --check .

@@ -15,8 +15,9 @@ MAX_VALUES = 100_000
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as its version 1.2 reads numbers (`1e-4` is a float), without duplicate keys, and
-    without aliases that stand for themselves or for more than `MAX_VALUES` values.
+    """YAML as its version 1.2 reads numbers (`1e-4` is a float) and booleans (`true` and `false`;
+    `no`, `off` and `y` are text), without duplicate keys, and without aliases that stand for
+    themselves or for more than `MAX_VALUES` values.
     """
 
     def get_single_node(self) -> yaml.Node | None:
@@ -64,6 +65,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    _BOOL, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.errors import ConfigError, KdflowError
+from configs.explain import explain
 from configs.load import load_run, parse_overrides, recipe_names
 from configs.printable import printable
 from configs.schema.run import RunConfig
@@ -99,8 +100,21 @@ def estimate(recipe: RecipeArgument, overrides: OverrideArgument = None) -> None
 
 
 @app.command("config")
-def show_config(recipe: RecipeArgument, overrides: OverrideArgument = None) -> None:
-    """Print a recipe with overrides and defaults filled in."""
+def show_config(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")] = "",
+    overrides: OverrideArgument = None,
+    explain_fields: Annotated[
+        bool, typer.Option("--explain", help="Say what each field is for, instead.")
+    ] = False,
+) -> None:
+    """Print a recipe with overrides and defaults filled in; or with --explain what the fields are
+    for: all, or those whose names begin with what is given in place of a recipe.
+    """
+    if explain_fields:
+        console.print(field_table(recipe))
+        return
+    if not recipe:
+        raise ConfigError("give a recipe's name, or a YAML file; `kdflow recipes` lists those here")
     config = load_run(recipe, parse_overrides(overrides or []))
     typer.echo(yaml.safe_dump(public_config(config), sort_keys=False))
 
@@ -182,6 +196,19 @@ def estimate_table(run: RunConfig, found: Estimate, outcome: Prospect) -> Table:
     }
     for name, text in rows.items():
         table.add_row(name, text)
+    return table
+
+
+def field_table(prefix: str) -> Table:
+    """The fields of the config whose names begin with something."""
+    table = Table("field", "default", "meaning")
+    for field in explain():
+        if field.name.startswith(prefix):
+            table.add_row(field.name, field.default or "", field.text)
+    if not table.row_count:
+        raise ConfigError(
+            f"no field's name begins with '{prefix}'; `kdflow config --explain` has all"
+        )
     return table
 
 

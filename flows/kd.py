@@ -11,6 +11,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
+from configs.explain import explain
 from configs.schema.run import RunConfig
 from flows.crashed_runs import marked, set_crashed
 from flows.on_policy_round import train_on_policy
@@ -40,11 +41,23 @@ def given_run(planned: PlannedRun) -> Iterator[None]:
         _PLANNED.reset(token)
 
 
-@flow(name="kd", description="Distill a teacher into a student.", validate_parameters=True)
+def _description() -> str:
+    """What the UI shows of the flow: also what each field is for that can be overridden."""
+    rows = [f"| `{f.name}` | {f.default or ''} | {f.text} |" for f in explain()]
+    table = "\n".join(["| field | default | meaning |", "|---|---|---|", *rows])
+    return f"Distill a teacher into a student.\n\nWhat `overrides` can set:\n\n{table}\n"
+
+
+@flow(name="kd", description=_description(), validate_parameters=True)
 def kd(
     recipe: str = "quickstart", overrides: dict[str, Any] | None = None
 ) -> dict[str, ArtifactRef]:
     """Run a recipe with dotted overrides; finished stages come from cache.
+
+    Args:
+        recipe: A shipped recipe's name, or the path of a YAML file.
+        overrides: Values by dotted field names, for instance {"student.lr": 1e-4}; the flow's
+            description lists the fields.
 
     Returns the artifact references by name (teacher_model, tokens, states, student ...).
     """

@@ -37,24 +37,24 @@ class VanillaKDConfig(_Algorithm):
 
 
 class TeacherShare(StrictModel):
-    """What one of several teachers teaches: the examples of some data `sources`, or all of them,
-    its divergence weighted by `weight` over the sum of all weights.
-
-    `teacher` says how it is run; the one named `teacher` is the run's own and has none.
-    """
+    """What one of several teachers teaches."""
 
     teacher: Teacher | None = None
+    """How the teacher is run; the one named `teacher` is the run's own and has none here."""
     weight: float = Field(default=1.0, gt=0)
+    """The weight of its divergence, over the sum of all weights."""
     sources: tuple[str, ...] | None = Field(default=None, min_length=1, strict=False)
+    """The data sources whose samples it teaches; by default all."""
 
 
 class MultiTeacherConfig(_Algorithm):
-    """Several teachers with one tokenizer and chat template: all with `sources`, or none."""
+    """Several teachers with one tokenizer and chat template."""
 
     type: Literal["multi_teacher"] = "multi_teacher"
     teachers: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*$")], TeacherShare] = Field(
         min_length=2
     )
+    """The teachers by name: all of them with `sources`, or none."""
 
     @property
     def by_source(self) -> bool:
@@ -81,8 +81,7 @@ class MultiTeacherConfig(_Algorithm):
 
 
 class SelfDistillationConfig(_Algorithm):
-    """The student's own weights teach it: those of the moment (`synchronized`), or their moving
-    average with `decay` a step (`ema`).
+    """The student's own weights teach it.
 
     `teacher.model` is then the student's, for evaluation, and `teacher.chat_template` is what the
     teacher sees.
@@ -92,10 +91,41 @@ class SelfDistillationConfig(_Algorithm):
 
     type: Literal["self_distillation"] = "self_distillation"
     update: Literal["synchronized", "ema"] = "ema"
+    """`synchronized`: the teacher has the student's weights of the moment; `ema`: their moving
+    average.
+    """
     decay: float = Field(default=0.999, ge=0, lt=1)
+    """What is left of the average after a step."""
 
 
 Algorithm = Annotated[
     SFTConfig | VanillaKDConfig | MultiTeacherConfig | SelfDistillationConfig,
     Field(discriminator="type"),
 ]
+
+
+def check_signal(algorithm: Algorithm, teacher: Teacher) -> None:
+    """Refuse a teacher whose signal an algorithm does not read. Raises ValueError."""
+    if teacher.SIGNAL not in algorithm.SIGNALS:
+        raise ValueError(
+            f"algorithm.type={algorithm.type} reads the signals {sorted(algorithm.SIGNALS)}, and "
+            f"teacher.type={teacher.type} gives {teacher.SIGNAL}; set another of the two"
+        )
+
+
+def check_teachers(
+    algorithm: MultiTeacherConfig, source_names: tuple[str, ...], main: Teacher
+) -> None:
+    """Refuse teachers that do not fit the data or one another. Raises ValueError."""
+    taught = [s for share in algorithm.teachers.values() for s in share.sources or ()]
+    if taught and set(taught) != set(source_names):
+        raise ValueError(
+            f"algorithm.teachers have the data sources {sorted(taught)}, the data has "
+            f"{sorted(source_names)}; each source needs its teacher"
+        )
+    for name, share in algorithm.teachers.items():
+        if share.teacher is not None and share.teacher.chat_template != main.chat_template:
+            raise ValueError(
+                f"algorithm.teachers.{name} has another chat_template than `teacher`; teachers of "
+                "one run see the same text"
+            )

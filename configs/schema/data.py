@@ -26,28 +26,36 @@ FileFormat = Literal["jsonl", "parquet", "arrow"]
 
 
 class _Source(StrictModel):
-    """What all sources share.
-
-    `weight` is this source's share of the blend; give it to all sources or to none. `columns`
-    maps kdflow's column names to the ones in the data; a column that is mapped to one name is not
-    read under another. `layout: prompt` has no answers: they are written, as `data.answers` says.
-    """
+    """What all sources share."""
 
     name: str | None = None
+    """The source's name in reports; by default the last part of its path."""
     layout: Layout = "auto"
+    """How a row holds a conversation; recognized by its columns by default. `prompt` has no
+    answers: `data.answers` says who writes them.
+    """
     columns: dict[Column, str] = Field(default_factory=dict)
+    """kdflow's names of columns, mapped to the names in the data; a column mapped to one name is
+    not read under another.
+    """
     weight: float | None = Field(default=None, gt=0)
+    """The source's share of the blend; give it to all sources or to none."""
     max_samples: int | None = Field(default=None, gt=0, le=MOST)
+    """How many samples of the source are taken, at most."""
 
 
 class FilesSource(_Source):
     """JSON lines (or one JSON array), also compressed as .gz, .bz2, .zst or .lz4, Parquet or Arrow
-    files: a local path, a folder, a glob, or an fsspec URL. A path that names a file is no glob.
+    files.
     """
 
     type: Literal["files"] = "files"
     path: PathText
+    """A file, a folder, a glob or an fsspec URL. A path that names an existing file is not read as
+    a glob.
+    """
     format: FileFormat | None = None
+    """The format, where the suffix does not tell."""
 
     @property
     def resolved_format(self) -> FileFormat | None:
@@ -80,16 +88,21 @@ class SavedSource(_Source):
 
     type: Literal["save_to_disk"] = "save_to_disk"
     path: PathText
+    """The folder."""
 
 
 class HubSource(_Source):
-    """A data set of the Hugging Face hub. Pin `revision`, or every plan asks the hub."""
+    """A data set of the Hugging Face hub."""
 
     type: Literal["hub"] = "hub"
     path: PathText
+    """The name on the hub."""
     subset: str | None = None
+    """The subset (configuration), where the data set has several."""
     split: str = "train"
+    """The split."""
     revision: str | None = None
+    """A commit; without one, every plan asks the hub for the newest."""
 
 
 Source = Annotated[FilesSource | SavedSource | HubSource, Field(discriminator="type")]
@@ -98,41 +111,53 @@ Source = Annotated[FilesSource | SavedSource | HubSource, Field(discriminator="t
 class AnswersConfig(StrictModel):
     """Answers that a model writes, in place of those of the training data.
 
-    `by` the teacher: sequence-level distillation; by the student: on-policy distillation, one
-    round. A `fraction` of the prompts is answered anew, chosen by content. Tokens are sampled at
-    `temperature` from the smallest set with probability `top_p`; temperature 0 takes the most
-    probable one. An answer that reaches `max_new_tokens` has no end that is learned. An `engine` of
-    each rank writes them; a stage that is killed goes on behind the last whole `prompts_per_part`.
     Prompts without an answer get one in any case, held-out ones too; in an on-policy run these are
     all that is written, and of the training data only where the student does not answer itself.
     """
 
     by: Literal["teacher", "student"]
+    """Who writes: the `teacher` (sequence-level distillation) or the `student` (on-policy
+    distillation in one round).
+    """
     fraction: float = Field(default=1.0, gt=0, le=1)
+    """The share of the prompts that is answered anew, chosen by content. Prompts without an answer
+    always get one.
+    """
     temperature: float = Field(default=1.0, ge=0)
+    """The sampling temperature; 0 takes the most probable token."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the smallest set of tokens with this probability."""
     max_new_tokens: int = Field(default=256, gt=0, le=MOST)
+    """The longest answer, in tokens; one that reaches it has no end that is learned."""
     engine: Engine = Field(default_factory=TransformersEngine)
+    """What runs the model that writes, one copy per rank."""
     prompts_per_part: int = Field(default=256, gt=0, le=MOST)
+    """How many prompts are answered between two points from which a killed stage goes on."""
 
 
 class DataConfig(StrictModel):
-    """The data of a run.
-
-    Over-long samples are dropped and counted, never cut. `max_malformed_fraction` is the share of
-    samples of a source that may be dropped for any other reason (broken JSON, missing columns, a
-    chat template that does not fit) before the stage refuses. The split goes by prompt: samples
-    with the same one are all held out, or none is. `supervise: last` trains on the last assistant
-    turn only.
+    """The data of a run. The split goes by prompt: samples with the same one are all held out, or
+    none is.
     """
 
     sources: tuple[Source, ...] = Field(min_length=1, strict=False)
+    """JSONL, Parquet or Arrow files, `save_to_disk` folders, fsspec URLs or hub data sets."""
     max_samples: int | None = Field(default=None, gt=0, le=MOST)
+    """How many samples are taken of all sources together, at most."""
     max_length: int = Field(default=2048, gt=1, le=MOST)
+    """The longest sample, in tokens; longer ones are dropped and counted, never cut."""
     heldout_fraction: float = Field(default=0.02, gt=0, lt=1)
+    """The share of the prompts that is kept for evaluation."""
     max_malformed_fraction: float = Field(default=0.01, ge=0, le=1)
+    """The share of a source's samples that may be dropped because they cannot be used, before the
+    stage refuses.
+    """
     supervise: Literal["all", "last"] = "all"
+    """Train on `all` assistant turns, or on the `last` one only."""
     answers: AnswersConfig | None = None
+    """Learn from answers that a model writes, in place of the data's: `{by: teacher, temperature:
+    0.0}` or `{by: student}`; with `engine: {type: sglang}` by continuous batching.
+    """
 
     @model_validator(mode="after")
     def _weights_and_names(self) -> "DataConfig":

@@ -14,6 +14,7 @@ class _Engine(StrictModel):
     RESULT_FIELDS: ClassVar[frozenset[str]] = frozenset()
 
     dtype: Dtype = "bfloat16"
+    """The dtype of weights and computation."""
 
     @property
     def ranks_per_replica(self) -> int:
@@ -22,32 +23,35 @@ class _Engine(StrictModel):
 
 
 class TransformersEngine(_Engine):
-    """Hugging Face transformers, `prompts_per_batch` prompts at a time: the reference."""
+    """Hugging Face transformers: the reference."""
 
     RESULT_FIELDS = frozenset({"type", "dtype", "attention", "prompts_per_batch"})
 
     type: Literal["transformers"] = "transformers"
     attention: Attention = "sdpa"
+    """The implementation of attention."""
     prompts_per_batch: int = Field(default=32, gt=0, le=MOST)
+    """Prompts that are answered together."""
 
 
 class SglangEngine(_Engine):
-    """SGLang's engine with continuous batching, in processes of its own.
-
-    One copy is spread over `tensor_parallel` ranks, on GPUs from `first_gpu` on; with `max_running`
-    answers at a time and `cache_tokens` tokens in its cache, or what SGLang chooses to fit
-    `memory_fraction` of the device.
-    """
+    """SGLang's engine with continuous batching, in processes of its own."""
 
     RESULT_FIELDS = frozenset({"type", "dtype"})
 
     type: Literal["sglang"] = "sglang"
     tensor_parallel: int = Field(default=1, gt=0, le=MOST_RANKS)
+    """Ranks that one copy of the model is spread over."""
     first_gpu: int = Field(default=0, ge=0, le=MOST_RANKS)
+    """The first GPU of the first copy."""
     max_running: int | None = Field(default=None, gt=0, le=MOST)
+    """Answers that are written at a time, at most."""
     cache_tokens: int | None = Field(default=None, gt=0, le=MOST)
+    """Tokens in the cache; by default what fits `memory_fraction`."""
     memory_fraction: float | None = Field(default=None, gt=0, lt=1)
+    """The share of the device for weights and cache; by default SGLang chooses."""
     attention_backend: str | None = None
+    """SGLang's name of a kind of attention; by default SGLang chooses."""
 
     @property
     def ranks_per_replica(self) -> int:

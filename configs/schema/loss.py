@@ -9,15 +9,18 @@ from configs.schema.base import MOST, StrictModel
 
 
 class _Tempered(StrictModel):
-    """`temperature` divides both models' logits. `scale_by_temperature_squared` multiplies the
-    divergence by its square, as Hinton et al. (1503.02531) do; GKD and TRL do not. One that
-    `NEEDS_WHOLE_VOCABULARY` cannot do with a part of it on each rank.
+    """What all divergences have. One that `NEEDS_WHOLE_VOCABULARY` cannot do with a part of it on
+    each rank.
     """
 
     NEEDS_WHOLE_VOCABULARY: ClassVar[bool] = False
 
     temperature: float = Field(default=1.0, gt=0)
+    """What both models' logits are divided by."""
     scale_by_temperature_squared: bool = False
+    """Multiply the divergence by the squared temperature, as Hinton et al. (1503.02531) do; GKD and
+    TRL do not.
+    """
 
 
 class ForwardKLConfig(_Tempered):
@@ -39,6 +42,8 @@ class GeneralizedJSDConfig(_Tempered):
 
     type: Literal["generalized_jsd"] = "generalized_jsd"
     beta: float = Field(default=0.5, ge=0, le=1)
+    """The teacher's share of the mixture; 0 is KL(teacher || student), 1 is KL(student || teacher).
+    """
 
 
 class SkewedKLConfig(_Tempered):
@@ -46,6 +51,7 @@ class SkewedKLConfig(_Tempered):
 
     type: Literal["skewed_kl"] = "skewed_kl"
     alpha: float = Field(default=0.1, gt=0, lt=1)
+    """The teacher's share of the mixture."""
 
 
 class SkewedReverseKLConfig(_Tempered):
@@ -53,6 +59,7 @@ class SkewedReverseKLConfig(_Tempered):
 
     type: Literal["skewed_reverse_kl"] = "skewed_reverse_kl"
     alpha: float = Field(default=0.1, gt=0, lt=1)
+    """The student's share of the mixture."""
 
 
 class AdaptiveKLConfig(_Tempered):
@@ -64,6 +71,7 @@ class AdaptiveKLConfig(_Tempered):
 
     type: Literal["adaptive_kl"] = "adaptive_kl"
     head_mass: float = Field(default=0.5, gt=0, lt=1)
+    """The probability of the teacher's top tokens that count as its head."""
 
 
 class TotalVariationConfig(_Tempered):
@@ -83,7 +91,9 @@ class AlphaBetaConfig(_Tempered):
 
     type: Literal["alpha_beta"] = "alpha_beta"
     alpha: float = Field(default=0.2, gt=0)
+    """The exponent of the teacher's probabilities."""
     beta: float = Field(default=0.7, gt=0)
+    """The exponent of the student's probabilities."""
 
 
 class AlphaDivergenceConfig(_Tempered):
@@ -91,6 +101,7 @@ class AlphaDivergenceConfig(_Tempered):
 
     type: Literal["alpha_divergence"] = "alpha_divergence"
     alpha: float = Field(default=0.5, gt=0, lt=1)
+    """The order of the divergence."""
 
 
 class HierarchicalRankingConfig(_Tempered):
@@ -100,6 +111,7 @@ class HierarchicalRankingConfig(_Tempered):
 
     type: Literal["hierarchical_ranking"] = "hierarchical_ranking"
     top_k: int = Field(default=5, gt=1, le=MOST)
+    """How many of both models' top tokens are ranked."""
 
 
 class SampledReverseKLConfig(_Tempered):
@@ -109,7 +121,9 @@ class SampledReverseKLConfig(_Tempered):
 
     type: Literal["sampled_reverse_kl"] = "sampled_reverse_kl"
     clip_low: float = Field(default=0.2, gt=0, lt=1)
+    """How far below 1 the importance ratio may be."""
     clip_high: float = Field(default=0.2, gt=0)
+    """How far above 1 the importance ratio may be."""
 
 
 SingleDivergence = Annotated[
@@ -133,7 +147,9 @@ class WeightedTerm(StrictModel):
     """A divergence and its weight in a sum."""
 
     weight: float = Field(gt=0)
+    """What the divergence is multiplied by."""
     divergence: SingleDivergence
+    """One of the single divergences, without a temperature of its own."""
 
 
 class WeightedSumConfig(_Tempered):
@@ -141,6 +157,7 @@ class WeightedSumConfig(_Tempered):
 
     type: Literal["weighted_sum"] = "weighted_sum"
     terms: tuple[WeightedTerm, ...] = Field(min_length=1, strict=False)
+    """The divergences and their weights."""
 
     @model_validator(mode="after")
     def _one_temperature(self) -> "WeightedSumConfig":
@@ -162,6 +179,7 @@ class TeacherConfidenceConfig(StrictModel):
 
     type: Literal["teacher_confidence"] = "teacher_confidence"
     power: float = Field(default=1.0, gt=0)
+    """The exponent of the teacher's largest probability."""
 
 
 class EntropyConfig(StrictModel):
@@ -171,7 +189,9 @@ class EntropyConfig(StrictModel):
 
     type: Literal["entropy"] = "entropy"
     of: Literal["student", "teacher"] = "student"
+    """Whose entropy counts."""
     favour: Literal["high", "low"] = "high"
+    """Whether tokens of `high` or of `low` entropy count more."""
 
 
 TokenWeight = Annotated[TeacherConfidenceConfig | EntropyConfig, Field(discriminator="type")]
@@ -179,15 +199,23 @@ TokenWeight = Annotated[TeacherConfidenceConfig | EntropyConfig, Field(discrimin
 
 class LossConfig(StrictModel):
     """loss = (1 - kd_ratio) * cross-entropy + kd_ratio * token_weight * divergence, per supervised
-    token. By default all tokens count the same.
-
-    At most `logits_memory_mb` of logits exist at a time; it changes memory, not the result.
+    token.
     """
 
     divergence: Divergence = Field(default_factory=ForwardKLConfig)
+    """How far the student's distribution is from the teacher's: one of the divergences in
+    `kdflow_core/losses`, for instance `{type: generalized_jsd, beta: 0.3}`.
+    """
     kd_ratio: float = Field(default=0.9, ge=0, le=1)
+    """The divergence's share of the loss; cross-entropy has the rest."""
     token_weight: TokenWeight | None = None
+    """Which tokens' divergence counts more: `{type: teacher_confidence}` or `{type: entropy, of:
+    student, favour: high}`; by default all count the same.
+    """
     logits_memory_mb: int = Field(default=512, gt=0, le=MOST)
+    """How much memory logits take at a time, at most, in MB; lower it when memory runs out. The
+    result stays the same.
+    """
 
     @property
     def learns_from_samples(self) -> bool:

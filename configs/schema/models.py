@@ -12,32 +12,33 @@ Attention = Literal["eager", "sdpa", "flash_attention_2", "flex_attention"]
 
 
 class PretrainedModel(StrictModel):
-    """A Hugging Face model folder, or a name on the hub.
-
-    Pin `revision` of a hub name to a commit: otherwise the name is looked up at each plan, and a
-    new commit upstream starts every stage anew. With `trust_remote_code`, Python files that the
-    model brings along are run.
-    """
+    """A Hugging Face model folder, or a name on the hub."""
 
     type: Literal["pretrained"] = "pretrained"
     path: PathText
+    """A Hugging Face folder, or a name on the hub."""
     revision: str | None = None
+    """A commit of a hub name; without one, the name is looked up at each plan, and a new commit
+    upstream starts every stage anew.
+    """
     trust_remote_code: bool = False
+    """Run Python files that the model brings along."""
 
 
 class GgufModel(StrictModel):
-    """A GGUF file, dequantized once into a plain Hugging Face folder.
-
-    The file is either `path`, or `file` inside the installed Python package `package`.
-    `sha256` pins its content.
-    """
+    """A GGUF file, dequantized once into a plain Hugging Face folder."""
 
     type: Literal["gguf"] = "gguf"
     path: PathText | None = None
+    """The file; or give `package` and `file`."""
     package: str | None = None
+    """An installed Python package that carries the file."""
     file: str | None = None
+    """The file's path inside the package."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """What its content must be."""
     dtype: Dtype = "bfloat16"
+    """The dtype of the converted weights."""
 
     @property
     def trust_remote_code(self) -> bool:
@@ -53,10 +54,11 @@ class GgufModel(StrictModel):
 
 
 class LayerDropModel(StrictModel):
-    """The teacher without some of its decoder layers (indices into the teacher's layers)."""
+    """The teacher without some of its decoder layers."""
 
     type: Literal["layer_drop"] = "layer_drop"
     drop_layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1, strict=False)
+    """The numbers of the teacher's decoder layers that are left out."""
 
     @model_validator(mode="after")
     def _distinct(self) -> "LayerDropModel":
@@ -66,17 +68,16 @@ class LayerDropModel(StrictModel):
 
 
 class ChatTemplate(StrictModel):
-    """How a model's conversations are rendered.
-
-    `template` is Jinja text that replaces the tokenizer's own, or the name of one of its several;
-    `args` go to the template (for instance `enable_thinking: false`). A template may read `answer`,
-    the sample's gold answer. One that writes the day's date gets `date`, so that the tokens do not
-    depend on the day.
-    """
+    """How a model's conversations are rendered."""
 
     template: str | None = None
+    """Jinja text in place of the tokenizer's own template, or the name of one of its several. It
+    may read `answer`, the sample's gold answer.
+    """
     args: dict[str, JsonValue] = Field(default_factory=dict)
+    """Arguments of the template, for instance `enable_thinking: false`."""
     date: Date = Field(default=Date(2025, 1, 1), strict=False)
+    """The day for a template that writes today's date, so that tokens do not depend on the day."""
 
 
 TeacherModel = Annotated[PretrainedModel | GgufModel, Field(discriminator="type")]

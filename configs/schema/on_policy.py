@@ -1,11 +1,14 @@
 """On-policy training: rounds in which the student answers, is scored, and learns."""
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from configs.schema.base import MOST, StrictModel
 from configs.schema.rollout import Rollout, SglangRollout, TransformersRollout
+
+if TYPE_CHECKING:
+    from configs.schema.run import RunConfig
 
 
 class ConstantFraction(StrictModel):
@@ -15,6 +18,7 @@ class ConstantFraction(StrictModel):
 
     type: Literal["constant"] = "constant"
     value: float = Field(default=1.0, ge=0, le=1)
+    """The share."""
 
 
 class LinearFraction(StrictModel):
@@ -22,7 +26,9 @@ class LinearFraction(StrictModel):
 
     type: Literal["linear"] = "linear"
     start: float = Field(ge=0, le=1)
+    """The share in the first round."""
     end: float = Field(ge=0, le=1)
+    """The share in the last round."""
 
 
 class AdaptiveFraction(StrictModel):
@@ -33,8 +39,11 @@ class AdaptiveFraction(StrictModel):
 
     type: Literal["adaptive"] = "adaptive"
     start: float = Field(default=0.0, ge=0, le=1)
+    """The share in the first round."""
     step: float = Field(default=0.1, gt=0, le=1)
+    """By how much it grows."""
     tolerance: float = Field(default=0.0, ge=0)
+    """By how many nats per token the held-out loss may rise without that."""
 
 
 Fraction = Annotated[
@@ -43,12 +52,12 @@ Fraction = Annotated[
 
 
 class ReplayConfig(StrictModel):
-    """Answers of the last `rounds` rounds are trained on again, `share` as many as are new. They
-    are scored anew.
-    """
+    """Answers of earlier rounds that are trained on again."""
 
     rounds: int = Field(default=1, gt=0, le=MOST)
+    """From how many earlier rounds answers are taken."""
     share: float = Field(default=0.5, gt=0)
+    """How many of them, as a share of the new ones."""
 
 
 class RewardConfig(StrictModel):
@@ -60,10 +69,17 @@ class RewardConfig(StrictModel):
     """
 
     function: str = Field(pattern=r"^.+\.py:[A-Za-z_]\w*$")
+    """The function, as `file.py:name`: text of prompt, answer and label (the data's `answer`, or
+    None) to a number.
+    """
     weight: float = Field(default=1.0, gt=0)
+    """The weight of the policy gradient beside the distillation loss."""
     normalize: bool = True
+    """Divide advantages by the standard deviation of the rewards of one prompt's answers."""
     clip_low: float = Field(default=0.2, gt=0, lt=1)
+    """How far below 1 the importance ratio may be."""
     clip_high: float = Field(default=0.2, gt=0)
+    """How far above 1 the importance ratio may be."""
 
     @property
     def path(self) -> str:
@@ -77,41 +93,58 @@ class RewardConfig(StrictModel):
 
 
 class OnPolicyConfig(StrictModel):
-    """`rounds` rounds. In each, `prompts_per_round` prompts of the training data are taken, by
-    `prompt_weights` of their sources or as they come; for a `fraction` of them the student samples
-    `samples_per_prompt` answers; then it takes `steps_per_round` optimizer steps on these, the
-    data's answers to the other prompts, and the `replay` (without a number: as many steps as one
-    pass over the round's own answers has).
+    """Rounds of rolling out, scoring and training.
 
-    Tokens are sampled at `temperature` from the `top_k` most probable (0: all) and the smallest set
-    with probability `top_p`, by the run's seed. An answer ends at the end of its turn, or with
-    `max_new_tokens`, and has then no end that is learned. When `collect_fraction` of a round's
-    answers are finished, the engine may cut the others where they are (and leave out those without
-    a token): a long one does not hold up the round.
-
-    Round r + 1 may be rolled out while round r trains, by weights that are at most `max_staleness`
-    rounds old; 0 is strictly on-policy. Each round ends with the loss of up to `heldout_sequences`
-    held-out sequences (0: none). Every `checkpoint_rounds`-th ends with a checkpoint; a killed run
-    trains the rounds after the last one again, on the answers that are there.
+    In each, prompts of the training data are taken; the student answers a share of them; then it
+    takes optimizer steps on these answers, on the data's answers to the other prompts, and on what
+    is replayed. Tokens are sampled by the run's seed. An answer ends at the end of its turn; one
+    that is cut, or reaches its longest length, has no end that is learned.
     """
 
     rounds: int = Field(gt=0, le=MOST)
+    """How many rounds."""
     prompts_per_round: int = Field(gt=0, le=MOST)
+    """How many prompts of the training data a round takes."""
     samples_per_prompt: int = Field(default=1, gt=0, le=MOST)
+    """How many answers the student samples to a prompt."""
     steps_per_round: int | None = Field(default=None, gt=0, le=MOST)
+    """Optimizer steps of a round; by default one pass over its own answers."""
     fraction: Fraction = Field(default_factory=ConstantFraction)
+    """The share of the prompts that the student answers, the others keep the data's answers:
+    `constant`, `linear` or `adaptive` (DistiLLM's).
+    """
     prompt_weights: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    """How often each data source's prompts come; by default as they are in the data."""
     replay: ReplayConfig | None = None
+    """Answers of earlier rounds that are trained on again; they are scored anew."""
     reward: RewardConfig | None = None
+    """A Python function of prompt, answer and label, `{function: my_rewards.py:right}`, that joins
+    the loss as a policy gradient.
+    """
     temperature: float = Field(default=1.0, gt=0)
+    """The sampling temperature."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the smallest set of tokens with this probability."""
     top_k: int = Field(default=0, ge=0, le=MOST)
+    """Sample from so many tokens; 0: from all."""
     max_new_tokens: int = Field(default=256, gt=0, le=MOST)
+    """The longest answer, in tokens."""
     collect_fraction: float = Field(default=1.0, gt=0, le=1)
+    """Below 1: when so many answers are finished, the others are cut where they are."""
     max_staleness: int = Field(default=0, ge=0, le=MOST)
+    """1 or more: roll out the next rounds while this one trains, by weights that are so many rounds
+    old.
+    """
     heldout_sequences: int = Field(default=64, ge=0, le=MOST)
+    """On how many held-out samples the loss is measured after each round; 0 turns it off."""
     checkpoint_rounds: int = Field(default=1, gt=0, le=MOST)
+    """How many rounds lie between two checkpoints; a killed run trains the rounds after the last
+    one again, on the answers that are there.
+    """
     rollout: Rollout = Field(default_factory=TransformersRollout)
+    """What runs the student when it answers: `{type: sglang}` (continuous batching, in processes of
+    its own) or `{type: transformers}` (the reference).
+    """
 
     @model_validator(mode="after")
     def _fits_together(self) -> "OnPolicyConfig":
@@ -144,3 +177,46 @@ class OnPolicyConfig(StrictModel):
         if self.steps_per_round is not None:
             return self.steps_per_round
         return -(-self.prompts_per_round * self.samples_per_prompt // global_batch_size)
+
+
+def check_on_policy(run: "RunConfig", on_policy: OnPolicyConfig) -> None:
+    """Refuse sections of an on-policy run that do not fit it. Raises ValueError."""
+    if run.source != "replay":
+        raise ValueError("`source` is for `mode: offpolicy`; leave it out")
+    if run.data.answers is not None and run.data.answers.fraction != 1:
+        raise ValueError(
+            "data.answers.fraction is for `mode: offpolicy`; here only prompts without an answer "
+            "get one, and on_policy.fraction says how many the student answers; leave it out"
+        )
+    if run.algorithm.type not in {"vanilla_kd", "self_distillation"}:
+        raise ValueError(
+            f"algorithm.type={run.algorithm.type} is not for `mode: onpolicy`, which has "
+            "vanilla_kd and self_distillation"
+        )
+    if run.student.shuffle_window_shards is not None:
+        raise ValueError(
+            "student.shuffle_window_shards is about stored states, and `mode: onpolicy` stores none"
+        )
+    if on_policy.max_staleness and run.student.sleep:
+        raise ValueError(
+            "on_policy.max_staleness trains while the next round is rolled out, and student.sleep "
+            "sleeps then; leave one of them out"
+        )
+    if on_policy.prompt_weights is not None:
+        unknown = sorted(set(on_policy.prompt_weights) - set(run.data.source_names))
+        if unknown:
+            raise ValueError(
+                f"on_policy.prompt_weights names {unknown}; the data sources are "
+                f"{sorted(run.data.source_names)}"
+            )
+
+
+def check_samples(on_policy: OnPolicyConfig, temperature: float) -> None:
+    """Refuse samples that a divergence at a temperature cannot learn from. Raises ValueError."""
+    whole = on_policy.top_p == 1 and on_policy.top_k == 0
+    if not (on_policy.all_sampled and whole and on_policy.temperature == temperature):
+        raise ValueError(
+            "loss.divergence sampled_reverse_kl learns from what the student has sampled; set "
+            "on_policy.fraction to the constant 1, top_p=1, top_k=0 and the divergence's own "
+            f"temperature ({temperature:g})"
+        )

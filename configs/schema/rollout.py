@@ -11,20 +11,23 @@ from configs.schema.engines import SglangEngine, TransformersEngine
 
 
 class TransformersRollout(TransformersEngine):
-    """The reference. `bucket_mb` of new weights are handed over at a time, twice that are held."""
+    """The reference."""
 
     bucket_mb: int = Field(default=256, gt=0, le=MOST)
+    """How much of new weights is handed over at a time, in MB; twice that is held."""
 
 
 class SglangRollout(SglangEngine):
-    """SGLang's. New weights come `bucket_mb` at a time (twice that are held), through shared memory
-    (`weights: tensor`), which also serves an engine on the student's own GPU, or by `broadcast`
-    over NCCL or Gloo. With `sleep`, it leaves GPUs to teacher and student while they work.
-    """
+    """SGLang's engine."""
 
     bucket_mb: int = Field(default=256, gt=0, le=MOST)
+    """How much of new weights is handed over at a time, in MB; twice that is held."""
     weights: Literal["tensor", "broadcast"] = "tensor"
+    """How new weights travel: `tensor` (shared memory, also for an engine on the student's own GPU)
+    or `broadcast` (NCCL or Gloo).
+    """
     sleep: bool = False
+    """Leave the GPU to teacher and student while they work."""
 
 
 Rollout = Annotated[TransformersRollout | SglangRollout, Field(discriminator="type")]

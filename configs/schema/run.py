@@ -4,32 +4,45 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from configs.schema.algorithm import Algorithm, MultiTeacherConfig, VanillaKDConfig
+from configs.schema.algorithm import (
+    Algorithm,
+    MultiTeacherConfig,
+    VanillaKDConfig,
+    check_signal,
+    check_teachers,
+)
 from configs.schema.base import MOST, SEEDS, PathText, StrictModel
 from configs.schema.data import DataConfig
 from configs.schema.loss import LossConfig
-from configs.schema.on_policy import OnPolicyConfig
+from configs.schema.on_policy import OnPolicyConfig, check_on_policy, check_samples
 from configs.schema.student import StudentConfig
 from configs.schema.teacher import InProcessTeacher, Teacher
 
 
 class StorageConfig(StrictModel):
-    """`root` holds finished artifacts (a folder or an fsspec URL); `scratch` is a local folder for
-    checkpoints and for copies of remote artifacts. Relative paths start at the current directory.
-    `shard_rows` and `chunk_rows` override the sizes derived from the row width. `codec` is the form
-    of stored states: `raw` bfloat16 (read without a copy), `planes` (lossless, about 30 % smaller)
-    or `int8` (lossy, half the size; what it costs is measured and recorded). Shards of a remote
-    store are copied to `scratch` as they are read, `read_cache_gb` of them at most. What will not
-    fit a local disk is refused before it is computed, unless `check_room` is off.
-    """
+    """Where artifacts, checkpoints and copies are kept."""
 
     root: PathText = ".kdflow/store"
+    """Where finished artifacts are kept: a folder, or an fsspec URL such as `s3://bucket/kdflow`
+    (`pip install s3fs`). States need 2 bytes x hidden size per supervised token. Relative paths
+    start at the current directory.
+    """
     scratch: PathText = ".kdflow/scratch"
+    """A folder of this machine for checkpoints and for copies of remote artifacts."""
     shard_rows: int | None = Field(default=None, gt=0, le=MOST)
+    """Rows of states in a shard; by default derived from the width of a row. Give it together with
+    `chunk_rows`.
+    """
     chunk_rows: int | None = Field(default=None, gt=0, le=MOST)
+    """Rows of states in a chunk, of which a shard has a whole number."""
     codec: Literal["raw", "planes", "int8"] = "raw"
+    """How states are stored: `raw` bfloat16 (read without a copy), `planes` (lossless, about 30 %
+    smaller) or `int8` (lossy, half the size; the loss is measured and recorded).
+    """
     read_cache_gb: float = Field(default=100.0, gt=0)
+    """How much of a remote store's shards is kept in `scratch` at most, in GB."""
     check_room: bool = True
+    """Whether states that will not fit a local disk are refused before they are computed."""
 
     @model_validator(mode="after")
     def _local_scratch(self) -> "StorageConfig":
@@ -52,57 +65,78 @@ class StorageConfig(StrictModel):
 
 
 class EvalConfig(StrictModel):
-    """Held-out evaluation. `max_generations` prompts are answered greedily by teacher and student;
-    0 turns generation off. With `every_steps`, off-policy training measures the held-out loss of
-    `curve_sequences` samples before it, every so many optimizer steps and at its end.
-    """
+    """Held-out evaluation."""
 
     every_steps: int | None = Field(default=None, gt=0, le=MOST)
+    """Measure the held-out loss every so many optimizer steps of off-policy training, before it and
+    at its end; the report shows the curve.
+    """
     curve_sequences: int = Field(default=64, gt=0, le=MOST)
+    """How many held-out samples that curve is measured on, at most."""
     tokens_per_batch: int = Field(default=8192, gt=0, le=MOST)
+    """The padded area of one forward pass of the final evaluation, in tokens."""
     max_generations: int = Field(default=32, ge=0, le=MOST)
+    """How many held-out prompts teacher and student answer greedily; 0 turns it off."""
     max_new_tokens: int = Field(default=128, gt=0, le=MOST)
+    """The longest of those answers, in tokens."""
 
 
 class TrackingConfig(StrictModel):
-    """Where metrics go besides JSONL. Weights & Biases needs the package `wandb`."""
+    """Where metrics go besides JSON lines."""
 
     tensorboard: bool = True
+    """Whether metrics are also written for TensorBoard."""
     wandb_project: str | None = None
+    """A Weights & Biases project that gets the metrics; needs the package `wandb`."""
 
 
 class RunConfig(StrictModel):
     """One complete run.
 
-    `mode: offpolicy` trains on given answers, `onpolicy` on what the student samples, round by
-    round, as `on_policy` says; there the teacher runs inside the training ranks, and `source` has
-    no say.
-
-    With `source: replay` the teacher runs once and training reads its stored states; with `live` it
-    runs inside the training ranks, and only held-out states are stored. `auto` probes both for a
-    few batches and takes the cheaper one, given that `planned_runs` runs will use the same teacher
-    and data. An `algorithm` that reads no teacher states in training has no use for them, and
-    leaves `source` at its default.
-
-    A rank that is stopped, or makes no progress for `stall_limit_s` seconds, ends its stage, which
-    is tried again from where it was.
+    On-policy, the teacher runs inside the training ranks, and `source` has no effect; nor has it
+    for an algorithm that reads no teacher signals in training. Both leave it at its default.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)
+    """The run's name, in reports, logs and `kdflow store ls`."""
     seed: int = Field(default=0, ge=0, lt=SEEDS)
+    """What every random choice of the run is derived from."""
     mode: Literal["offpolicy", "onpolicy"] = "offpolicy"
+    """`offpolicy` trains on given answers; `onpolicy` on what the student samples, in rounds, as
+    `on_policy` says.
+    """
     data: DataConfig
+    """Data sources, their blend, and how conversations become token sequences."""
     source: Literal["replay", "live", "auto"] = "replay"
+    """`replay` (store the teacher's states, train on them as often as you like), `live` (the
+    teacher runs inside the training ranks, only held-out states are stored) or `auto` (a short
+    probe decides, given `planned_runs`).
+    """
     planned_runs: int = Field(default=1, gt=0, le=MOST)
+    """How many runs will use the same teacher and data; `source: auto` goes by it."""
     stall_limit_s: float = Field(default=1800, gt=0)
+    """After how many seconds without progress a rank ends its stage, which is then tried again."""
     teacher: Teacher
+    """The teacher, and what runs it: `type: sglang` (in process; on a GPU after `pip install -e
+    '.[sglang]'`, on a CPU as installed), `transformers` (the reference), or `sglang_server` (a
+    server that you run, at `url`; slow: states come over HTTP as text).
+    """
     student: StudentConfig
+    """The student, and how it is trained."""
     algorithm: Algorithm = Field(default_factory=VanillaKDConfig)
+    """From whom the student learns, on which tokens: `vanilla_kd` (default), `sft`, `multi_teacher`
+    or `self_distillation`.
+    """
     loss: LossConfig = Field(default_factory=LossConfig)
+    """The divergence, and how it mixes with cross-entropy."""
     on_policy: OnPolicyConfig | None = None
+    """The rounds of an on-policy run."""
     storage: StorageConfig = Field(default_factory=StorageConfig)
+    """Where artifacts, checkpoints and copies are kept."""
     eval: EvalConfig = Field(default_factory=EvalConfig)
+    """Held-out evaluation."""
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    """Where metrics go besides JSON lines."""
 
     @model_validator(mode="after")
     def _live_teacher_fits(self) -> "RunConfig":
@@ -153,7 +187,7 @@ class RunConfig(StrictModel):
                 "eval.every_steps is for `mode: offpolicy`; every round measures its own held-out "
                 "loss, of on_policy.heldout_sequences samples: leave it out"
             )
-        _check_on_policy(self, self.on_policy)
+        check_on_policy(self, self.on_policy)
         return self
 
     @model_validator(mode="after")
@@ -189,7 +223,7 @@ class RunConfig(StrictModel):
                 "teacher has those of its own `sources`; leave it out"
             )
         if isinstance(self.algorithm, MultiTeacherConfig):
-            _check_teachers(self.algorithm, self.data.source_names, self.teacher)
+            check_teachers(self.algorithm, self.data.source_names, self.teacher)
         return self
 
     @model_validator(mode="after")
@@ -201,7 +235,7 @@ class RunConfig(StrictModel):
         )
         for teacher in (self.teacher, *others):
             if teacher is not None and self.algorithm.reads_signals:
-                _check_signal(self.algorithm, teacher)
+                check_signal(self.algorithm, teacher)
         return self
 
     @model_validator(mode="after")
@@ -211,7 +245,7 @@ class RunConfig(StrictModel):
             return self
         temperature = self.loss.divergence.temperature
         if self.on_policy is not None:
-            _check_samples(self.on_policy, temperature)
+            check_samples(self.on_policy, temperature)
             return self
         if (
             answers is None
@@ -274,69 +308,3 @@ class RunConfig(StrictModel):
             return None
         sources = self.algorithm.teachers[name].sources
         return None if sources is None else frozenset(sources)
-
-
-def _check_signal(algorithm: Algorithm, teacher: Teacher) -> None:
-    if teacher.SIGNAL not in algorithm.SIGNALS:
-        raise ValueError(
-            f"algorithm.type={algorithm.type} reads the signals {sorted(algorithm.SIGNALS)}, and "
-            f"teacher.type={teacher.type} gives {teacher.SIGNAL}; set another of the two"
-        )
-
-
-def _check_on_policy(run: RunConfig, on_policy: OnPolicyConfig) -> None:
-    if run.source != "replay":
-        raise ValueError("`source` is for `mode: offpolicy`; leave it out")
-    if run.data.answers is not None and run.data.answers.fraction != 1:
-        raise ValueError(
-            "data.answers.fraction is for `mode: offpolicy`; here only prompts without an answer "
-            "get one, and on_policy.fraction says how many the student answers; leave it out"
-        )
-    if run.algorithm.type not in {"vanilla_kd", "self_distillation"}:
-        raise ValueError(
-            f"algorithm.type={run.algorithm.type} is not for `mode: onpolicy`, which has "
-            "vanilla_kd and self_distillation"
-        )
-    if run.student.shuffle_window_shards is not None:
-        raise ValueError(
-            "student.shuffle_window_shards is about stored states, and `mode: onpolicy` stores none"
-        )
-    if on_policy.max_staleness and run.student.sleep:
-        raise ValueError(
-            "on_policy.max_staleness trains while the next round is rolled out, and student.sleep "
-            "sleeps then; leave one of them out"
-        )
-    if on_policy.prompt_weights is not None:
-        unknown = sorted(set(on_policy.prompt_weights) - set(run.data.source_names))
-        if unknown:
-            raise ValueError(
-                f"on_policy.prompt_weights names {unknown}; the data sources are "
-                f"{sorted(run.data.source_names)}"
-            )
-
-
-def _check_samples(on_policy: OnPolicyConfig, temperature: float) -> None:
-    whole = on_policy.top_p == 1 and on_policy.top_k == 0
-    if not (on_policy.all_sampled and whole and on_policy.temperature == temperature):
-        raise ValueError(
-            "loss.divergence sampled_reverse_kl learns from what the student has sampled; set "
-            "on_policy.fraction to the constant 1, top_p=1, top_k=0 and the divergence's own "
-            f"temperature ({temperature:g})"
-        )
-
-
-def _check_teachers(
-    algorithm: MultiTeacherConfig, source_names: tuple[str, ...], main: Teacher
-) -> None:
-    taught = [s for share in algorithm.teachers.values() for s in share.sources or ()]
-    if taught and set(taught) != set(source_names):
-        raise ValueError(
-            f"algorithm.teachers have the data sources {sorted(taught)}, the data has "
-            f"{sorted(source_names)}; each source needs its teacher"
-        )
-    for name, share in algorithm.teachers.items():
-        if share.teacher is not None and share.teacher.chat_template != main.chat_template:
-            raise ValueError(
-                f"algorithm.teachers.{name} has another chat_template than `teacher`; teachers of "
-                "one run see the same text"
-            )

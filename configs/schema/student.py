@@ -11,15 +11,16 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class LoraConfig(StrictModel):
-    """Low-rank adapters (arXiv 2106.09685) of `rank`, scaled by `alpha` / `rank`, on the linear
-    layers whose names end in one of `targets`; without these, on all but the output head. The
-    trained student has them merged.
-    """
+    """Low-rank adapters (arXiv 2106.09685) on linear layers; the result has them merged."""
 
     rank: int = Field(default=16, gt=0, le=MOST)
+    """The rank of the adapters."""
     alpha: int = Field(default=32, gt=0, le=MOST)
+    """The adapters' product is scaled by `alpha` / `rank`."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the adapters."""
     targets: tuple[str, ...] | None = Field(default=None, min_length=1, strict=False)
+    """Names of linear layers that get adapters; by default all but the output head."""
 
     @property
     def scale(self) -> float:
@@ -28,43 +29,62 @@ class LoraConfig(StrictModel):
 
 
 class StudentConfig(StrictModel):
-    """The student and its optimization.
-
-    `global_batch_size` counts sequences per optimizer step over all ranks; `micro_batch_tokens`
-    bounds the padded area of one forward pass of one rank. Weights and optimizer states are
-    float32; `compute_dtype` is what the layers compute in. Train for `epochs`, or for `max_steps`;
-    on-policy, the rounds say how long.
-    An epoch is shuffled as a whole, or with `shuffle_window_shards` within so many shards of the
-    stored states at a time: for a store that is larger than memory or far away. With
-    `vocabulary_parallel`, no rank holds the whole output heads: each has a part of the vocabulary,
-    and makes the logits of all ranks' tokens for it. With `sleep`, weights and optimizer states of
-    an on-policy run wait in host memory while it rolls out and scores. With `lora`, low-rank
-    adapters train instead of the weights.
-    """
+    """The student and its optimization."""
 
     model: StudentModel
+    """The student's initial weights: a folder or hub name, a GGUF file, or the teacher without some
+    layers. Its tokenizer must be the teacher's.
+    """
     lora: LoraConfig | None = None
+    """`{rank: 16}`: train low-rank adapters, which the result has merged (and by themselves, in
+    `adapter/`).
+    """
     chat_template: ChatTemplate = Field(default_factory=ChatTemplate)
+    """How the student's conversations are rendered; the student is exported with it."""
     compute_dtype: Dtype = "bfloat16"
+    """The dtype that layers compute in; weights and optimizer states are float32."""
     save_dtype: Dtype = "bfloat16"
+    """The dtype of the exported weights."""
     attention: Attention = "sdpa"
+    """The implementation of attention."""
     activation_checkpointing: bool = False
+    """Compute activations again in the backward pass: slower, in less memory."""
     lr: float = Field(default=2e-5, gt=0)
+    """The peak learning rate."""
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    """The last learning rate, as a share of the peak."""
     warmup_fraction: float = Field(default=0.03, ge=0, le=1)
+    """The share of the steps in which the learning rate rises."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's weight decay."""
     adam_betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), strict=False)
+    """AdamW's betas."""
     max_grad_norm: float = Field(default=1.0, gt=0)
+    """The norm that gradients are clipped to."""
     epochs: int | None = Field(default=None, gt=0, le=MOST)
+    """How often training sees the data; give this or `max_steps`."""
     max_steps: int | None = Field(default=None, gt=0, le=MOST)
+    """How many optimizer steps training has; give this or `epochs`."""
     global_batch_size: int = Field(default=64, gt=0, le=MOST)
+    """Sequences of an optimizer step, over all ranks."""
     shuffle_window_shards: int | None = Field(default=None, gt=0, le=MOST)
+    """Shuffle within so many shards of the stored states at a time, for a store that is larger than
+    memory or remote; by default an epoch is shuffled as a whole.
+    """
     micro_batch_tokens: int = Field(default=8192, gt=0, le=MOST)
+    """The padded area of one forward pass of one rank, in tokens; lower it when memory runs out."""
     num_ranks: int = Field(default=1, gt=0, le=MOST_RANKS)
+    """Processes that train together: the number of GPUs."""
     vocabulary_parallel: bool = False
+    """Spread large output heads over the ranks, each with a part of the vocabulary, where they are
+    not tied to the embedding.
+    """
     sleep: bool = False
+    """On-policy: wait in host memory while the others work."""
     checkpoint_every: int = Field(default=100, gt=0, le=MOST)
+    """Optimizer steps between two checkpoints."""
     keep_checkpoints: int = Field(default=2, gt=0, le=MOST)
+    """How many checkpoints are kept."""
 
     @model_validator(mode="after")
     def _ranks_have_work(self) -> "StudentConfig":

@@ -12,23 +12,29 @@ from configs.schema.signals import SignalKind
 class _Teacher(StrictModel):
     """What all teachers have. `RESULT_FIELDS` can change its states, others cannot; `SIGNAL` is the
     kind of what it says.
-
-    `tokens_per_batch` bounds a forward pass, in tokens. `context_length` lowers the model's own;
-    longer sequences are refused. `num_ranks` processes run the teacher, or ask for its states, in
-    the extract stage, in each of `num_workers` tasks that share its work: with a Prefect task
-    runner that spans machines, and a store that they share, on as many machines.
     """
 
     RESULT_FIELDS: ClassVar[frozenset[str]] = frozenset()
     SIGNAL: ClassVar[SignalKind] = "hidden"
 
     model: TeacherModel
+    """The teacher's weights and tokenizer: a folder or hub name, or a GGUF file."""
     chat_template: ChatTemplate = Field(default_factory=ChatTemplate)
+    """How conversations are rendered for the teacher: `template` (Jinja text, or the name of one of
+    several), its `args`, and the `date` that stands for today.
+    """
     dtype: Dtype = "bfloat16"
+    """The dtype of weights and computation."""
     tokens_per_batch: int = Field(default=8192, gt=0, le=MOST)
+    """The tokens of one forward pass; lower it when memory runs out."""
     context_length: int | None = Field(default=None, gt=1, le=MOST)
+    """Lowers the model's own context length; longer sequences are refused."""
     num_ranks: int = Field(default=1, gt=0, le=MOST_RANKS)
+    """Processes that run the teacher in the extract stage, in each of `num_workers` tasks."""
     num_workers: int = Field(default=1, gt=0, le=MOST_RANKS)
+    """Tasks that share the extraction; more than 1 with a Prefect task runner that spans machines
+    and a store that these share.
+    """
 
     @property
     def ranks_per_replica(self) -> int:
@@ -37,37 +43,30 @@ class _Teacher(StrictModel):
 
 
 class InProcessTeacher(_Teacher):
-    """A teacher inside our own processes; in a live or on-policy run, these are the training ranks.
-
-    There, `sleep` moves its weights to host memory while the student trains, and `forward_batches`
-    global batches are scored at a time: by default one, on-policy all of a round, whose states then
-    wait for the loss on the device.
-    """
+    """A teacher inside our own processes; in a live or on-policy run, in the training ranks."""
 
     sleep: bool = False
+    """In a live or on-policy run: wait in host memory while the student trains."""
     forward_batches: int | None = Field(default=None, gt=0, le=MOST)
+    """In a live or on-policy run: so many global batches are scored at a time; by default one,
+    on-policy a whole round, whose states wait for the loss on the device.
+    """
 
 
 class TransformersTeacher(InProcessTeacher):
-    """The teacher, run by Hugging Face transformers: the reference, on any device.
-
-    Here `tokens_per_batch` bounds the padded area.
+    """The teacher, run by Hugging Face transformers: the reference, on any device. Here
+    `tokens_per_batch` bounds the padded area.
     """
 
     RESULT_FIELDS = frozenset({"type", "dtype", "attention"})
 
     type: Literal["transformers"] = "transformers"
     attention: Attention = "sdpa"
+    """The implementation of attention."""
 
 
 class SglangTeacher(InProcessTeacher):
-    """The teacher, run by SGLang inside our processes, prefill only.
-
-    One copy is spread over `pipeline_parallel` stages of `tensor_parallel` ranks; on GPUs, the
-    experts over `expert_parallel` ranks of a stage. `quantization` and `attention_backend` are
-    SGLang's names; by default SGLang chooses. `memory_fraction` of the device is for weights and
-    cache. With `deterministic`, a sequence's states do not depend on the batch it is in.
-    """
+    """The teacher, run by SGLang inside our processes, prefill only."""
 
     RESULT_FIELDS = frozenset(
         {"type", "dtype", "quantization", "attention_backend", "deterministic"}
@@ -75,12 +74,19 @@ class SglangTeacher(InProcessTeacher):
 
     type: Literal["sglang"] = "sglang"
     tensor_parallel: int = Field(default=1, gt=0, le=MOST_RANKS)
+    """Ranks that share a pipeline stage of one copy of the teacher."""
     expert_parallel: int = Field(default=1, gt=0, le=MOST_RANKS)
+    """Ranks of a stage that its experts are spread over, on GPUs."""
     pipeline_parallel: int = Field(default=1, gt=0, le=MOST_RANKS)
+    """Stages that one copy of the teacher is spread over."""
     quantization: str | None = None
+    """SGLang's name of a quantization."""
     attention_backend: str | None = None
+    """SGLang's name of a kind of attention; by default SGLang chooses."""
     memory_fraction: float | None = Field(default=None, gt=0, lt=1)
+    """The share of the device for weights and cache; by default SGLang chooses."""
     deterministic: bool = False
+    """A sequence's states do not depend on the batch it is in."""
 
     @property
     def ranks_per_replica(self) -> int:
@@ -104,19 +110,20 @@ class SglangTeacher(InProcessTeacher):
 
 
 class SglangServerTeacher(_Teacher):
-    """The teacher, run by an SGLang server that you have started, at `url`. Slow: its states come
-    over HTTP, as text.
-
-    `model` is the served model's files, for its head and tokenizer; `dtype` is the server's.
-    `tokens_per_batch` bounds a request, which may take `timeout_s` seconds.
+    """The teacher, run by an SGLang server that you have started. Slow: its states come over HTTP,
+    as text. `model` is the served model's files, for its head and tokenizer; `dtype` is the
+    server's.
     """
 
     RESULT_FIELDS = frozenset({"type", "dtype"})
 
     type: Literal["sglang_server"] = "sglang_server"
     tokens_per_batch: int = Field(default=2048, gt=0, le=MOST)
+    """The tokens of one request."""
     url: str = Field(pattern=r"^https?://")
+    """Where the server answers."""
     timeout_s: float = Field(default=600, gt=0)
+    """How long a request may take, in seconds."""
 
 
 Teacher = Annotated[

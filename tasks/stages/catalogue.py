@@ -190,7 +190,8 @@ _STAGES = (
         slice=slices.report,
     ),
 )
-CATALOGUE: Mapping[str, Stage] = MappingProxyType({stage.name: stage for stage in _STAGES})
+_BY_NAME = {stage.name: stage for stage in _STAGES}
+CATALOGUE: Mapping[str, Stage] = MappingProxyType(_BY_NAME)
 
 ROLLOUTS = RoundArtifact(kind="rollouts", code_version=3, task="rollout")
 ROUND = RoundArtifact(kind="round", code_version=3, task="train")

@@ -21,6 +21,7 @@ from storage.states.layout import Sequences, plan_layout
 from storage.states.reader import HiddenStateReader
 from storage.states.writer import HiddenStateWriter
 from storage.store import ArtifactStore
+from tests.benchmarks.subjects import work_folder
 
 DIGEST = "0" * 32
 LOOKUPS = 1_000_000
@@ -97,10 +98,15 @@ def measure(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?", help="by default a temporary one")
     parser.add_argument("--sequences", type=int, default=10_000_000)
     parser.add_argument("--measure", action="store_true", help="only open what is there")
     args = parser.parse_args()
+    with work_folder(args.folder) as args.folder:
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     if args.measure:
         measure(args.folder)
         return

@@ -1,6 +1,6 @@
 """Rounds of on-policy distillation, ours and TRL's: same models, prompts and sampling, one run.
 
-`python -m tests.benchmarks.on_policy TEACHER STUDENT DATA.jsonl`. One optimizer step a round,
+`python -m tests.benchmarks.on_policy`. One optimizer step a round,
 reverse KL, on answers that the student has just sampled. Prints the median round of each subject
 without the first, where ours spends it, and what a swap of weights costs against a plain copy of
 the same bytes.
@@ -28,6 +28,7 @@ from tasks.rounds.round_record import RoundRecord
 from tasks.rounds.rounds_at_work import RoundsAtWork
 from tasks.stages.identity import stage_spec
 from tasks.stages.planning import plan_stages
+from tests.benchmarks.subjects import SUMS, quickstart_model
 from tests.conftest import run_inline
 
 PACKAGES = ("torch", "transformers", "trl", "sglang")
@@ -177,14 +178,16 @@ def summary(records: list[RoundRecord]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("teacher", type=Path)
-    parser.add_argument("student", type=Path)
-    parser.add_argument("data", type=Path)
+    parser.add_argument("--teacher", type=Path, help="by default the quick start's")
+    parser.add_argument("--student", type=Path, help="by default the quick start's")
+    parser.add_argument("--data", type=Path, default=SUMS, help="JSON lines with prompts")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--micro-batch-tokens", type=int, default=2048)
     args = parser.parse_args()
+    args.teacher = args.teacher or quickstart_model("teacher")
+    args.student = args.student or quickstart_model("student")
     from tasks.forecast.memory_plan import num_parameters
 
     subjects = {"trl": trl(args)}

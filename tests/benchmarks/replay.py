@@ -21,6 +21,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from configs.schema.algorithm import VanillaKDConfig
+from kdflow_core.algorithms.base import Ingredients
+from kdflow_core.algorithms.vanilla_kd import VanillaKD
 from kdflow_core.contracts import Example, HiddenRows, OutputHead, SignalSource, TokenSequence
 from kdflow_core.losses.chunked import LossSpec
 from kdflow_core.losses.forward_kl import ForwardKL
@@ -31,6 +34,7 @@ from kdflow_core.student.prefetch import PrefetchedStates
 from kdflow_core.student.step import training_step
 from tasks.jobs.stored import StoredStates, bfloat16_tensor
 from tests.benchmarks.store import CODECS, Kdflow, Rows
+from tests.benchmarks.subjects import work_folder
 
 VOCABULARY = 8192
 
@@ -81,10 +85,17 @@ def module_of(hidden: int, teacher_hidden: int) -> DistillationModule:
         max_position_embeddings=1024,
         architectures=["LlamaForCausalLM"],
     )
+    model = LlamaForCausalLM(config)
+    ingredients = Ingredients(
+        spec=LossSpec(divergence=ForwardKL(), kd_ratio=0.9, logits_bytes=64 * 10**6),
+        model=model,
+        heads={"teacher": OutputHead(weight_VH=torch.randn(VOCABULARY, teacher_hidden) / 50)},
+        vocabulary_size=VOCABULARY,
+    )
     module = DistillationModule(
-        model=LlamaForCausalLM(config),
-        teacher_head=OutputHead(weight_VH=torch.randn(VOCABULARY, teacher_hidden) / 50),
-        spec=LossSpec(divergence=ForwardKL(), kd_ratio=0.9, chunk_tokens=256),
+        model=model,
+        algorithm=VanillaKD(VanillaKDConfig(), ingredients),
+        vocabulary_size=VOCABULARY,
     )
     shard(module, mesh=init_device_mesh("cpu", (1,)), compute_dtype=torch.float32)
     return module
@@ -92,13 +103,17 @@ def module_of(hidden: int, teacher_hidden: int) -> DistillationModule:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?", help="by default a temporary one")
     parser.add_argument("--megabytes", type=int, default=200)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--student-hidden", type=int, default=256)
     args = parser.parse_args()
+    with work_folder(args.folder) as args.folder:
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     store = f"file://{args.folder.absolute()}/rendezvous"
-    args.folder.mkdir(parents=True)
     dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     rows = Rows(args.megabytes * 10**6, args.hidden)
     plan = TrainingPlan(
@@ -151,10 +166,9 @@ def train(
                 optimizer=optimizer,
                 batches=plan.step(step),
                 examples=examples,
-                states=states,
+                states=[states],
                 rank=0,
                 max_grad_norm=1.0,
-                kd_ratio=0.9,
                 device=torch.device("cpu"),
             )
             if step >= plan.steps_per_epoch:

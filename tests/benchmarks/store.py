@@ -34,6 +34,7 @@ from storage.states.reader import HiddenStateReader
 from storage.states.writer import HiddenStateWriter
 from storage.store import ArtifactStore
 from tasks.jobs.stored import StoredStates
+from tests.benchmarks.subjects import work_folder
 
 CODECS = ("raw", "planes", "int8")
 SEQUENCES_OF_STEP = 32
@@ -298,11 +299,16 @@ def measure(folder: Path, rows: Rows, rounds: int) -> dict[str, dict[str, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?", help="by default a temporary one")
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
+    with work_folder(args.folder) as args.folder:
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     rows = Rows(int(args.gigabytes * 1e9), args.hidden)
     rates = measure(args.folder, rows, args.rounds)
     sizes = {

@@ -26,6 +26,7 @@ from kdflow_core.models.loading import load_config, load_tokenizer, true_vocabul
 from kdflow_core.teacher import build_engine
 from kdflow_core.teacher.streaming import stream_states
 from tests.benchmarks.generate import best_of
+from tests.benchmarks.subjects import quickstart_model
 
 
 def sequences(count: int, longest: int, vocabulary: int) -> list[TokenSequence]:
@@ -81,13 +82,14 @@ def time_in_forward(engine: Any) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?", help="by default the quick start's")
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--longest", type=int, default=256)
     parser.add_argument("--tokens-per-batch", type=int, default=2048)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
+    args.folder = args.folder or quickstart_model("teacher")
     vocabulary = true_vocabulary_size(load_tokenizer(args.folder))
     batch = sequences(args.count, args.longest, vocabulary)
     tokens = sum(len(s.ids_T) for s in batch)

@@ -19,7 +19,7 @@ from kdflow_core.contracts import TokenSequence
 from storage.artifact import ArtifactRef
 from storage.tokens import TokenTable
 from tasks.execution.launch import launch_stage
-from tasks.presentation.tracking import read_metrics
+from tasks.presentation.tracking import HELDOUT_FILE, read_metrics
 from tasks.stages.identity import StageSpec
 from tasks.stages.planning import plan_stages
 from tests import naive
@@ -150,3 +150,30 @@ def test_tensorboard_has_the_curves(variant: Callable[..., Any]) -> None:
     board = EventAccumulator(str(folder / "tensorboard")).Reload()
     values = [event.value for event in board.Scalars("train/loss")]
     np.testing.assert_allclose(values, losses(folder), rtol=1e-6)
+
+
+@pytest.mark.parametrize("more", [{"source": "live"}, {"algorithm": {"type": "sft"}}, {}])
+def test_the_held_out_curve_changes_nothing_and_is_right(
+    make_recipe: Callable[..., Path], more: dict[str, Any]
+) -> None:
+    """Measuring on the way leaves the weights as they are, bit for bit; and the last point is what
+    the evaluation, which goes another way, finds for the exported student.
+    """
+    recipe = str(make_recipe(num_ranks=2))
+    plain = load_run(recipe, more)
+    folder = Path(run_inline(plain, until="train", launched=["train"])["student"].uri)
+    run = load_run(recipe, more | {"eval.every_steps": 4})
+    done = run_inline(run, until="evaluate", launched=["train"])
+    measured = Path(done["student"].uri)
+    weights = [(f / "model/model.safetensors").read_bytes() for f in (folder, measured)]
+    assert weights[0] == weights[1]
+    assert losses(measured) == losses(folder)
+    assert read_metrics(folder / HELDOUT_FILE) == []
+    curve = read_metrics(measured / HELDOUT_FILE)
+    assert [point["step"] for point in curve] == [0, 4, 6]
+    evaluation = json.loads((Path(done["evaluation"].uri) / "evaluation.json").read_text())
+    for point, model in ((curve[0], "student before"), (curve[-1], "student after")):
+        scores = evaluation["models"][model]["all"]
+        assert point["reverse_kl"] == pytest.approx(scores["reverse_kl"], rel=1e-4)
+        assert point["forward_kl"] == pytest.approx(scores["forward_kl"], rel=1e-4)
+        assert point["num_tokens"] == scores["num_tokens"]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from configs.explain import explain, markdown_rows
 from configs.load import ConfigError, load_run, parse_overrides, recipe_names
 
 
@@ -22,6 +23,33 @@ def test_overrides_are_yaml_values() -> None:
         "c": True,
         "d": None,
     }
+
+
+@pytest.mark.parametrize("word", ["no", "yes", "on", "off", "No", "y", "n"])
+def test_only_true_and_false_are_booleans(word: str) -> None:
+    """As YAML 1.2 has it: a data source called `no` is a name."""
+    assert parse_overrides([f"a={word}"]) == {"a": word}
+
+
+def test_every_field_says_what_it_is_for() -> None:
+    fields = explain()
+    assert len({field.name for field in fields}) == len(fields) > 120
+    assert [field.name for field in fields if not field.text.endswith((".", ")"))] == []
+    names = {field.name: field for field in fields}
+    assert names["student.lr"].default == "2e-05"
+    assert names["student.model"].default is None
+    assert "teacher.tensor_parallel (sglang)" in names
+    assert "algorithm.teachers.NAME.weight" in names
+
+
+def test_the_readmes_tables_say_what_the_fields_do() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    rows = [
+        line for line in text.splitlines() if line.startswith("| `") and "." in line.split("|")[1]
+    ]
+    shown = [line.split("`")[1] for line in rows]
+    assert len(shown) > 40
+    assert rows == markdown_rows(shown)
 
 
 def test_an_override_reaches_into_lists_and_sections(make_recipe: Callable[..., Path]) -> None:

@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 
 from configs.load import ConfigError, load_run
-from tasks.presentation.tracking import PLOTTED, MetricsLog, check_tracking, read_metrics
+from tasks.presentation.tracking import (
+    HELDOUT_FILE,
+    PLOTTED,
+    MetricsLog,
+    check_tracking,
+    read_metrics,
+)
 
 
 def record(step: int) -> dict[str, Any]:
@@ -32,6 +38,20 @@ def test_a_resumed_run_drops_what_lies_behind_its_checkpoint(
     resumed.write(record(4))
     resumed.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_a_resumed_run_keeps_the_held_out_points_before_its_checkpoint(
+    make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = load_run(str(make_recipe()), {"tracking.tensorboard": False})
+    log = MetricsLog(run=run, folder=tmp_path, run_id="x", first_step=0)
+    for step in (0, 2, 4):
+        log.write_heldout({"reverse_kl": 1.0 / (1 + step)}, step)
+    log.close()
+    for first, kept in ((2, [0, 2]), (0, [])):  # from the beginning, all is measured anew
+        log = MetricsLog(run=run, folder=tmp_path, run_id="x", first_step=first)
+        log.close()
+        assert [r["step"] for r in read_metrics(tmp_path / HELDOUT_FILE)] == kept
 
 
 # wandb leaves sockets to its service process for the interpreter's end to close.

@@ -1,4 +1,6 @@
-"""Rank groups: one dies, all end; the launcher dies, all end."""
+"""The worker contract, for every launcher: calls and replies, events, who ends when somebody dies,
+stops or stands still.
+"""
 
 import os
 import signal
@@ -13,12 +15,13 @@ from typing import Any
 import pytest
 
 from kdflow_core.errors import WorkerError
-from kdflow_core.workers.base import Placement
+from kdflow_core.workers.base import Launcher, Placement, WorkerGroup
 from kdflow_core.workers.local import LocalLauncher
 from tests.readme import ROOT
 
 pytestmark = pytest.mark.ranks
 
+LAUNCHERS: dict[str, Callable[[], Launcher]] = {"local": LocalLauncher}
 RANK = """
 import os, sys, time
 from pathlib import Path
@@ -72,10 +75,16 @@ class Heard:
 
 
 def run(
-    module: str, folder: Path, num_ranks: int = 2, *, name: str = "", stall_s: float = 1800.0
+    module: str,
+    folder: Path,
+    num_ranks: int = 2,
+    *,
+    launcher: str = "local",
+    name: str = "",
+    stall_s: float = 1800.0,
 ) -> Heard:
     heard = Heard()
-    with LocalLauncher().start(
+    with LAUNCHERS[launcher]().start(
         f"{module}:Host",
         str(folder),
         Placement(name=name or module, num_ranks=num_ranks),
@@ -87,7 +96,7 @@ def run(
 
 
 LAUNCH = """
-from tests.unit.test_workers import run
+from tests.contracts.test_workers import run
 from pathlib import Path
 run({module!r}, Path({folder!r}))
 """
@@ -294,3 +303,101 @@ for number in range(50):
     heard = run(rank_module(body), tmp_path, num_ranks=1)
     assert [event["number"] for event in heard.events] == list(range(50))
     assert sum("half a line" in line for line in heard.lines) == 50
+
+
+SERVING = """
+import torch.distributed as dist
+from kdflow_core.workers.base import offered
+from kdflow_core.workers.devices import join_group
+
+class Server:
+    def __init__(self, context, spec):
+        self.context, self.total = context, int(spec)
+
+    @offered
+    def add(self, number):
+        self.total += number
+        return self.total
+
+    @offered
+    def meet(self):
+        join_group(self.context)
+        dist.barrier()
+        return self.context.model_dump(exclude={"rendezvous", "address"}) | {
+            "met": dist.get_world_size()
+        }
+
+    @offered
+    def fail(self):
+        raise ValueError("not today")
+
+    def hidden(self):
+        return "a secret"
+
+    def close(self):
+        print(f"closed at {self.total}")
+"""
+
+
+@pytest.fixture(params=sorted(LAUNCHERS))
+def serve(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Heard], WorkerGroup]:
+    """Starts two ranks that count."""
+    (tmp_path / "serving.py").write_text(SERVING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def start(heard: Heard) -> WorkerGroup:
+        placement = Placement(name="counters", num_ranks=2)
+        return LAUNCHERS[request.param]().start("serving:Server", "7", placement, heard)
+
+    return start
+
+
+Serve = Callable[[Heard], WorkerGroup]
+
+
+def test_calls_are_taken_in_order_and_answered_by_number(serve: Serve) -> None:
+    heard = Heard()
+    with serve(heard) as group:
+        first, second = group.call("add", number=1), group.call("add", number=10)
+        assert second.replies() == [18, 18]
+        assert first.replies() == [8, 8]
+    assert sorted(heard.lines) == ["closed at 18", "closed at 18"]
+
+
+def test_a_rank_is_told_where_it_stands(serve: Serve) -> None:
+    with serve(Heard()) as group:
+        met = group.call("meet").replies()
+    assert [reply["rank"] for reply in met] == [0, 1]
+    assert [reply["local_rank"] for reply in met] == [0, 1]
+    assert {(reply["num_ranks"], reply["met"]) for reply in met} == {(2, 2)}
+
+
+@pytest.mark.parametrize("method", ["hidden", "close", "__init__", "total", "no_such"])
+def test_only_what_is_offered_can_be_called(serve: Serve, method: str) -> None:
+    group = serve(Heard())
+    with group, pytest.raises(WorkerError, match=f"Server offers no method '{method}'"):
+        group.call(method).replies()
+
+
+def test_after_an_error_the_group_has_ended(serve: Serve) -> None:
+    heard = Heard()
+    group = serve(heard)
+    waiting = group.call("fail")
+    with pytest.raises(WorkerError, match=r"of counters failed: ValueError: not today") as caught:
+        waiting.replies()
+    assert "in fail" in caught.value.details
+    for late in (waiting.replies, lambda: group.call("add", number=1)):
+        with pytest.raises(WorkerError, match="counters has ended"):
+            late()
+    group.close()
+    group.end()  # both may be called again
+    assert not any("closed" in line for line in heard.lines)
+
+
+def test_a_job_that_there_is_not_is_an_error_of_the_group(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(WorkerError, match="No module named 'rank_that_is_not_there'"):
+        run("rank_that_is_not_there", tmp_path, 1)
