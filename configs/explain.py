@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from configs.schema.algorithm import TeacherShare
+from configs.schema.algorithm import TaughtPart
 from configs.schema.run import RunConfig
 
 
@@ -51,7 +51,7 @@ def _of_models(models: Sequence[type[BaseModel]], prefix: str) -> list[Explained
         marked = dotted if len(kinds) == len(models) else f"{dotted} ({', '.join(kinds)})"
         explained.append(Explained(name=marked, default=_default(field), text=text))
         sections = _sections(field.annotation)
-        if sections and models != [TeacherShare]:  # whose teacher is one like any other
+        if sections and models != [TaughtPart]:  # whose teacher is one like any other
             parts = {"tuple": "0.", "dict": "NAME."}
             kind = getattr(get_origin(field.annotation), "__name__", "")
             explained += _of_models(sections, f"{dotted}.{parts.get(kind, '')}")

@@ -93,7 +93,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def _reason(error: yaml.YAMLError) -> str:
-    """In one line."""
+    """The error on one line."""
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return " ".join(str(error).split())
     mark, context = error.problem_mark, f" {error.context}" if error.context else ""

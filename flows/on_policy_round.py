@@ -25,7 +25,7 @@ def train_on_policy(spec: StageSpec) -> None:
     with rounds:
         if rounds.is_finished():  # by whom we have waited for
             return
-        for line in rounds.memory_plan():
+        for line in rounds.memory_forecast():
             get_run_logger().info(line)
         for number in range(1, rounds.config.rounds + 1):
             on_policy_round(

@@ -91,10 +91,10 @@ def verify(
     chosen = [_finished(store, n) for n in names] if names else known
     damaged = [entry for entry in chosen if _is_damaged(store, entry, repair=repair)]
     for entry in descendants(known, damaged):
-        typer.echo(f"{_label(entry)}: made of what is damaged")
+        typer.echo(f"{_title_of(entry)}: made of what is damaged")
         if repair:
             take_back(store, entry)
-            typer.echo(f"{_label(entry)}: taken back; the next run makes it again")
+            typer.echo(f"{_title_of(entry)}: taken back; the next run makes it again")
     in_scratch = [] if names else list(scratch_damages(store))
     for path, how in in_scratch:
         typer.echo(f"{path}: {how}")
@@ -107,28 +107,28 @@ def verify(
 
 def _is_damaged(store: ArtifactStore, entry: Entry, *, repair: bool) -> bool:
     """Say whether an artifact is whole; with `repair`, remove what is not."""
-    label = _label(entry)
+    title = _title_of(entry)
     if entry.manifest is None:
-        typer.echo(f"{label}: {entry.state}, not read")
+        typer.echo(f"{title}: {entry.state}, not read")
         if entry.state == "unfinished":
             return False
         if repair:
             store.retract(entry.kind, entry.digest)
-            typer.echo(f"{label}: removed its manifest; the next run makes it again")
+            typer.echo(f"{title}: removed its manifest; the next run makes it again")
         return True
     bad = list(damages(store, entry))
     for record, how in bad:
-        typer.echo(f"{label}: {record.path} {how}")
+        typer.echo(f"{title}: {record.path} {how}")
     if not bad:
         read = size_text(entry.manifest.num_bytes)
-        typer.echo(f"{label}: {len(entry.manifest.files)} files, {read}, whole")
+        typer.echo(f"{title}: {len(entry.manifest.files)} files, {read}, whole")
     elif repair:
         remove_damaged(store, entry, [record for record, _ in bad])
-        typer.echo(f"{label}: removed {len(bad)} files; the next run computes them again")
+        typer.echo(f"{title}: removed {len(bad)} files; the next run computes them again")
     return bool(bad)
 
 
-def _label(entry: Entry) -> str:
+def _title_of(entry: Entry) -> str:
     return f"{entry.kind}/{entry.digest[:SHORT]}"
 
 

@@ -93,7 +93,7 @@ class Alignment:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One conversation as each model reads it, and its gold answer where there is one.
+    """One conversation as each model reads it, and its label, the gold answer, where there is one.
 
     `views` are by the name of who reads: `student`, `teacher`, and other teachers that read another
     tokenization or template. Between the student's view and a teacher's may stand an alignment;
@@ -106,7 +106,7 @@ class Example:
     source: str
     views: Mapping[str, TokenSequence]
     alignments: Mapping[str, Alignment] = field(default_factory=dict)
-    answer: str | None = None
+    label: str | None = None
     sampled_log_prob_N: np.ndarray | None = None
     advantage: float = 0.0
 

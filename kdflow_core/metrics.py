@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 class Metric(NamedTuple):
     """A metric by its `name` in the records of steps; the title of the figure that it is plotted
-    in, and its label there.
+    in, and its legend there.
     """
 
     name: str
     figure: str
-    label: str
+    legend: str
 
 
 LOSS = "loss (nats/token)"

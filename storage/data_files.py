@@ -144,7 +144,7 @@ def _parquet(raw: Any) -> Iterator[pa.RecordBatch]:
 
 
 def _arrow(raw: Any) -> Iterator[pa.RecordBatch]:
-    """Of an IPC file, or of an IPC stream, which is what `datasets` writes."""
+    """The tables of an IPC file, or of an IPC stream, which is what `datasets` writes."""
     is_file = raw.read(len(ARROW_FILE_MAGIC)) == ARROW_FILE_MAGIC
     raw.seek(0)
     if is_file:

@@ -106,7 +106,7 @@ def _names(store: ArtifactStore) -> list[str]:
 
 
 def _wait(lease: "_Lease", on_wait: Callable[[str], None], ttl_s: float) -> None:
-    """Until the lease is free. What a dead holder has left is freed."""
+    """Wait until the lease is free; a dead holder's is freed."""
     state, since = lease.current(), time.monotonic()
     if state is not None and not state.is_free:
         on_wait(state.holder)

@@ -38,7 +38,7 @@ def token_schema(views: Sequence[str]) -> pa.Schema:
     for number, view in enumerate(views):
         parts = _PARTS | (_ALIGNMENT if number else {})
         fields += [(f"{view}_{part}", kind) for part, kind in parts.items()]
-    fields += [("answer", pa.string()), ("sampled_log_prob", pa.list_(pa.float32()))]
+    fields += [("label", pa.string()), ("sampled_log_prob", pa.list_(pa.float32()))]
     return pa.schema(fields, metadata={_VIEWS_KEY: json.dumps(list(views)).encode()})
 
 

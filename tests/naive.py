@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from configs.schema.run import RunConfig
-from kdflow_core.student.plan import TrainingPlan
+from kdflow_core.student.schedule import BatchSchedule
 from storage.tokens import TokenTable
 from tests.conftest import VOCABULARY
 
@@ -63,7 +63,7 @@ def curve(
     after_step: Callable[[PreTrainedModel], None] = lambda _: None,
 ) -> list[float]:
     """The loss of each step, per supervised token; `example_loss` sums over those of a sequence."""
-    plan = TrainingPlan(
+    plan = BatchSchedule(
         lengths=rows.lengths("student"),
         supervised_counts=rows.supervised_counts("student"),
         global_batch_size=run.student.global_batch_size,

@@ -36,7 +36,7 @@ class VanillaKDConfig(_Algorithm):
     type: Literal["vanilla_kd"] = "vanilla_kd"
 
 
-class TeacherShare(StrictModel):
+class TaughtPart(StrictModel):
     """What one of several teachers teaches."""
 
     teacher: Teacher | None = None
@@ -51,7 +51,7 @@ class MultiTeacherConfig(_Algorithm):
     """Several teachers with one tokenizer and chat template."""
 
     type: Literal["multi_teacher"] = "multi_teacher"
-    teachers: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*$")], TeacherShare] = Field(
+    teachers: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*$")], TaughtPart] = Field(
         min_length=2
     )
     """The teachers by name: all of them with `sources`, or none."""
@@ -59,11 +59,11 @@ class MultiTeacherConfig(_Algorithm):
     @property
     def by_source(self) -> bool:
         """Whether each teacher has data sources of its own."""
-        return any(share.sources is not None for share in self.teachers.values())
+        return any(part.sources is not None for part in self.teachers.values())
 
     @model_validator(mode="after")
     def _names_and_shares(self) -> "MultiTeacherConfig":
-        without = [name for name, share in self.teachers.items() if share.teacher is None]
+        without = [name for name, part in self.teachers.items() if part.teacher is None]
         if without != ["teacher"]:
             raise ValueError(
                 "of `teachers`, the one named 'teacher' is the run's own and has no `teacher` "
@@ -71,10 +71,10 @@ class MultiTeacherConfig(_Algorithm):
             )
         if "student" in self.teachers:
             raise ValueError("a teacher cannot be named 'student'; give it another name")
-        routed = [share.sources is not None for share in self.teachers.values()]
+        routed = [part.sources is not None for part in self.teachers.values()]
         if any(routed) and not all(routed):
             raise ValueError("`sources` stand on some teachers only; give them to all or to none")
-        named = [source for share in self.teachers.values() for source in share.sources or ()]
+        named = [source for part in self.teachers.values() for source in part.sources or ()]
         if len(set(named)) != len(named):
             raise ValueError("a data source has two teachers; `sources` must not overlap")
         return self
@@ -117,14 +117,14 @@ def check_teachers(
     algorithm: MultiTeacherConfig, source_names: tuple[str, ...], main: Teacher
 ) -> None:
     """Refuse teachers that do not fit the data or one another. Raises ValueError."""
-    taught = [s for share in algorithm.teachers.values() for s in share.sources or ()]
+    taught = [s for part in algorithm.teachers.values() for s in part.sources or ()]
     if taught and set(taught) != set(source_names):
         raise ValueError(
             f"algorithm.teachers have the data sources {sorted(taught)}, the data has "
             f"{sorted(source_names)}; each source needs its teacher"
         )
-    for name, share in algorithm.teachers.items():
-        if share.teacher is not None and share.teacher.chat_template != main.chat_template:
+    for name, part in algorithm.teachers.items():
+        if part.teacher is not None and part.teacher.chat_template != main.chat_template:
             raise ValueError(
                 f"algorithm.teachers.{name} has another chat_template than `teacher`; teachers of "
                 "one run see the same text"

@@ -229,7 +229,7 @@ class RunConfig(StrictModel):
     @model_validator(mode="after")
     def _signals_fit(self) -> "RunConfig":
         others = (
-            [share.teacher for share in self.algorithm.teachers.values()]
+            [part.teacher for part in self.algorithm.teachers.values()]
             if isinstance(self.algorithm, MultiTeacherConfig)
             else []
         )
@@ -278,7 +278,7 @@ class RunConfig(StrictModel):
 
     @property
     def heldout_sequences(self) -> int:
-        """Of how many held-out samples training measures the loss, at most."""
+        """The largest number of held-out samples that training measures the loss on."""
         if self.on_policy is not None:
             return self.on_policy.heldout_sequences
         return self.eval.curve_sequences

@@ -104,7 +104,7 @@ class Algorithm(torch.nn.Module, ABC):
 
     @property
     def teachers(self) -> Sequence[Teacher]:
-        """Whose signals a micro-batch brings, in this order."""
+        """The teachers whose signals a micro-batch brings, in this order."""
         return ()
 
     @property

@@ -23,14 +23,14 @@ class MultiTeacher(Algorithm):
     def __init__(self, config: MultiTeacherConfig, ingredients: Ingredients) -> None:
         super().__init__()
         self._spec = ingredients.spec
-        total = sum(share.weight for share in config.teachers.values())
+        total = sum(part.weight for part in config.teachers.values())
         self._teachers = tuple(
             Teacher(
                 head=ingredients.heads[name],
-                weight=1.0 if share.sources is not None else share.weight / total,
-                sources=None if share.sources is None else frozenset(share.sources),
+                weight=1.0 if part.sources is not None else part.weight / total,
+                sources=None if part.sources is None else frozenset(part.sources),
             )
-            for name, share in config.teachers.items()
+            for name, part in config.teachers.items()
         )
 
     @property

@@ -43,7 +43,7 @@ class Conversation:
     """
 
     messages: tuple[Message, ...]
-    answer: str | None
+    label: str | None
     tools: tuple[Message, ...] = ()
     unsupervised: frozenset[int] = frozenset()
 
@@ -87,7 +87,7 @@ def parse_row(
     """
     try:
         conversation = _parse(row, layout, columns, prompts=prompts)
-        for text in (conversation.text, conversation.answer or ""):
+        for text in (conversation.text, conversation.label or ""):
             text.encode()
     except UnicodeEncodeError as error:
         raise SampleError("malformed", f"half a surrogate pair in the text: {error}") from error
@@ -110,12 +110,12 @@ def _parse(
         messages = _through_last_answer(messages)
     _refuse_empty_answers(messages)
     off = [i for i, m in enumerate(messages) if m.pop("kdflow_unsupervised", False)]
-    answer = fields.get("answer")
+    label = fields.get("answer")
     return Conversation(
         messages=tuple(messages),
         tools=tuple(tools),
         unsupervised=frozenset(off),
-        answer=None if answer is None else str(answer),
+        label=None if label is None else str(label),
     )
 
 

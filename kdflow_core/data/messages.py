@@ -195,7 +195,7 @@ def is_blank(value: Any) -> bool:
 
 
 def without_none(value: Any) -> Any:
-    """Without the keys that are None, at any depth: files with a schema have them all."""
+    """A copy without the keys that are None, at any depth: files with a schema have them all."""
     if isinstance(value, Mapping):
         return {k: without_none(v) for k, v in value.items() if v is not None}
     if isinstance(value, list | tuple):

@@ -83,7 +83,7 @@ class Renderer:
         self, conversation: Conversation, messages: Sequence[Message], *, prompt: bool = False
     ) -> str:
         return self.chat.text(
-            messages, prompt=prompt, tools=conversation.tools, answer=conversation.answer
+            messages, prompt=prompt, tools=conversation.tools, answer=conversation.label
         )
 
     def _learned(self, conversation: Conversation) -> set[int]:

@@ -67,7 +67,7 @@ def _rows_of_files(source: FilesSource, files: RowFiles) -> Iterator[Row]:
 
 
 def _json_rows(url: str, files: RowFiles) -> Iterator[Row]:
-    """Of a file of JSON lines, or of one JSON array of objects."""
+    """The rows of a file of JSON lines, or of one JSON array of objects."""
     lines = enumerate(files.lines(url), start=1)
     head: list[tuple[int, bytes | None]] = []
     for number, line in lines:

@@ -185,7 +185,7 @@ def _conversations(
 def _render(
     conversation: Conversation, source: str, limits: tuple[tuple[Renderer, int], ...]
 ) -> Example:
-    """As the student reads it and as the teacher does, each within its limit of tokens."""
+    """An example as student and teacher read it, each within its limit of tokens."""
     sides: list[TokenSequence] = []
     for renderer, limit in limits:
         # Before anything is rendered: a text of this length cannot have fewer tokens.
@@ -213,7 +213,7 @@ def _render(
     return Example(
         source=source,
         views={"student": student, "teacher": teacher},
-        answer=conversation.answer,
+        label=conversation.label,
     )
 
 

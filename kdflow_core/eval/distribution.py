@@ -50,7 +50,7 @@ def score_distributions(
     teachers: Mapping[str, TeacherAtHand[SignalSource]],
     tokens_per_batch: int,
     reporter: Reporter,
-    label: str,
+    title: str,
     side: Literal["student", "teacher"],
 ) -> dict[str, DistributionScores]:
     """Scores by source, and over all under the name `all`; the model reads the sequences of its
@@ -82,7 +82,7 @@ def score_distributions(
             for name in ("all", example.source):
                 sums[name] += [*terms, len(positions_N)]
         done += len(batch)
-        reporter.progress(done=done, total=len(examples), unit="sequences", detail=label)
+        reporter.progress(done=done, total=len(examples), unit="sequences", detail=title)
     return {name: _scores(total) for name, total in sums.items()}
 
 
@@ -135,7 +135,7 @@ def _scores(total: np.ndarray) -> DistributionScores:
 
 
 def _perplexity(cross_entropy: float) -> float:
-    """Of a mean cross-entropy in nats; infinite where that is beyond what a float holds."""
+    """The perplexity of a mean cross-entropy in nats; infinite beyond what a float holds."""
     return math.exp(cross_entropy) if cross_entropy < math.log(sys.float_info.max) else math.inf
 
 

@@ -23,7 +23,7 @@ def generate_greedily(
     sequences: Sequence[TokenSequence],
     max_new_tokens: int,
     reporter: Reporter,
-    label: str,
+    title: str,
 ) -> list[str]:
     """The model's answers, as text, to the prompts of the sequences (in order)."""
     texts: list[str] = []
@@ -42,7 +42,7 @@ def generate_greedily(
         texts += chat.tokenizer.batch_decode(
             [ids.tolist() for ids in answers], skip_special_tokens=True
         )
-        reporter.progress(done=len(texts), total=len(sequences), unit="answers", detail=label)
+        reporter.progress(done=len(texts), total=len(sequences), unit="answers", detail=title)
     return [text.strip() for text in texts]
 
 

@@ -108,7 +108,7 @@ class HeldoutCurve:
         self._judge = VanillaKD(VanillaKDConfig(), ingredients)
 
     def scores(self) -> HeldoutScores:
-        """Of the student as it is. Collective."""
+        """Measure the student as it is now. Collective."""
         return heldout_scores(self._measuring, self._judge, self._examples, self._states)
 
 
@@ -118,7 +118,7 @@ def heldout_scores(
     examples: Sequence[Example],
     states: SignalSource,
 ) -> HeldoutScores:
-    """By an algorithm of one teacher whose divergence is the reverse KL."""
+    """The scores of held-out examples, by an algorithm whose one divergence is the reverse KL."""
     sums = torch.zeros(5, dtype=torch.float64, device=measuring.device)
     for _, output in _outputs(measuring, algorithm, examples, [states]):
         terms = (
@@ -140,7 +140,7 @@ def heldout_scores(
 def log_prob_difference(
     measuring: Measuring, spec: LossSpec, temperature: float, examples: Sequence[Example]
 ) -> LogProbDifference:
-    """Of examples that have been sampled at a temperature."""
+    """Compare log-probabilities of examples that were sampled at a temperature."""
     algorithm = TemperedCrossEntropy(spec, temperature)
     total, largest, count = 0.0, 0.0, 0
     for batch, output in _outputs(measuring, algorithm, examples, []):

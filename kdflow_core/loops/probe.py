@@ -14,7 +14,7 @@ from kdflow_core.batching import select_rows
 from kdflow_core.contracts import Examples, HiddenRows, TeacherEngine, TokenSequence
 from kdflow_core.student.module import DistillationModule
 from kdflow_core.student.optim import build_optimizer
-from kdflow_core.student.plan import StepBatches, TrainingPlan
+from kdflow_core.student.schedule import BatchSchedule, StepBatches
 from kdflow_core.student.step import training_step
 
 TIMED_BATCHES = 2
@@ -67,7 +67,7 @@ def probe_teacher(engine: TeacherEngine, sequences: Sequence[TokenSequence]) -> 
 def probe_training(
     *,
     module: DistillationModule,
-    plan: TrainingPlan,
+    schedule: BatchSchedule,
     examples: Examples,
     config: StudentConfig,
     rank: int,
@@ -81,7 +81,7 @@ def probe_training(
     states = [RandomStates(t.head.weight_VH.shape[1]) for t in module.algorithm.teachers]
     seconds, tokens = 0.0, 0
     for step in range(1 + TIMED_STEPS):
-        batches = _shortened(plan.step(step % plan.num_steps), plan)
+        batches = _shortened(schedule.step(step % schedule.num_steps), schedule)
         begin = time.perf_counter()
         training_step(
             module=module,
@@ -99,13 +99,13 @@ def probe_training(
     return tokens / seconds
 
 
-def _shortened(batches: StepBatches, plan: TrainingPlan) -> StepBatches:
+def _shortened(batches: StepBatches, schedule: BatchSchedule) -> StepBatches:
     """A step of a few micro-batches."""
     micro_batches = tuple(mine[:MICRO_BATCHES] for mine in batches.micro_batches)
     chosen = [i for mine in micro_batches for batch in mine for i in batch]
     return replace(
         batches,
         micro_batches=micro_batches,
-        num_tokens=int(plan.supervised_counts[chosen].sum()),
-        num_input_tokens=int(plan.lengths[chosen].sum()),
+        num_tokens=int(schedule.supervised_counts[chosen].sum()),
+        num_input_tokens=int(schedule.lengths[chosen].sum()),
     )

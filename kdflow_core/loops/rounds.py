@@ -21,7 +21,7 @@ from kdflow_core.loops.measure import (
 from kdflow_core.loops.trainer import Trainer
 from kdflow_core.losses.elementwise import LossSpec
 from kdflow_core.sinks import MetricsSink
-from kdflow_core.student.plan import TrainingPlan
+from kdflow_core.student.schedule import BatchSchedule
 
 CHECKED_SAMPLES = 8  # whose log-probabilities are compared with the engine's, of a round
 
@@ -49,7 +49,7 @@ class Sleeper(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class RoundSettings:
-    """`steps` optimizer steps a round, of batches as `TrainingPlan` has them; answers are sampled
+    """`steps` optimizer steps a round, of batches as `BatchSchedule` has them; answers are sampled
     at `temperature`.
     """
 
@@ -71,7 +71,7 @@ class RoundFigures:
     seconds: dict[str, float]
 
     def plain(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The figures as plain JSON values."""
         return asdict(self)
 
 
@@ -81,12 +81,12 @@ class _Scored:
 
     number: int
     examples: RoundExamples
-    plan: TrainingPlan
+    schedule: BatchSchedule
     signals: SignalSource | None
 
 
 # The signals of a round's examples, by a teacher in these ranks.
-MakeSignals = Callable[[Examples, TrainingPlan], SignalSource]
+MakeSignals = Callable[[Examples, BatchSchedule], SignalSource]
 
 
 class RoundTrainer:
@@ -129,13 +129,13 @@ class RoundTrainer:
 
     def score(self, number: int, examples: RoundExamples) -> dict[str, int]:
         """Have the teacher score all that the round trains on; how much that is."""
-        plan = self._plan(number, examples)
+        schedule = self._schedule(number, examples)
         signals = None
         if self._make_signals is not None:
-            signals = self._make_signals(examples, plan)
+            signals = self._make_signals(examples, schedule)
             self.leave_device()
             signals.begin_step(0)
-        self._scored = _Scored(number=number, examples=examples, plan=plan, signals=signals)
+        self._scored = _Scored(number=number, examples=examples, schedule=schedule, signals=signals)
         rows = int(examples.supervised_counts("student").sum())
         return {"examples": len(examples), "rows": rows}
 
@@ -160,7 +160,7 @@ class RoundTrainer:
         measured = time.perf_counter()
         self._trainer.run(
             last,
-            batches_of=scored.plan.step,
+            batches_of=scored.schedule.step,
             examples=scored.examples,
             states=[] if scored.signals is None else [scored.signals],
             metrics=metrics,
@@ -184,9 +184,9 @@ class RoundTrainer:
         if self._sleeps:
             self._sleeper.sleep()
 
-    def _plan(self, number: int, examples: Examples) -> TrainingPlan:
+    def _schedule(self, number: int, examples: Examples) -> BatchSchedule:
         settings = self._settings
-        return TrainingPlan(
+        return BatchSchedule(
             lengths=examples.lengths("student"),
             supervised_counts=examples.supervised_counts("student"),
             global_batch_size=settings.global_batch_size,

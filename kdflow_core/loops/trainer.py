@@ -15,7 +15,7 @@ from kdflow_core.sinks import MetricsSink, Reporter
 from kdflow_core.student.checkpoint import CheckpointWriter, load_newest
 from kdflow_core.student.module import DistillationModule
 from kdflow_core.student.optim import build_optimizer
-from kdflow_core.student.plan import StepBatches, learning_rate
+from kdflow_core.student.schedule import StepBatches, learning_rate
 from kdflow_core.student.step import StepMetrics, training_step
 
 
@@ -90,7 +90,7 @@ class Trainer:
         self._checkpoints.save(self.step, self.module, self.optimizer)
 
     def wait(self) -> None:
-        """Until the last checkpoint is on the disk."""
+        """Wait until the last checkpoint is on disk."""
         self._checkpoints.wait()
 
     def _step(

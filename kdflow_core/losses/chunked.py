@@ -241,7 +241,7 @@ class _Gradients:
         self._lora = head.lora
 
     def add(self, rows: slice, hidden_CH: torch.Tensor, grad_CV: torch.Tensor) -> None:
-        """Those of some rows, from the gradient for h W^T + b."""
+        """Add the gradients of some rows, from the gradient of h W^T + b."""
         if self.hidden_TH is not None:
             self.hidden_TH[rows] = self.producer.hidden_gradient(grad_CV).to(hidden_CH.dtype)
         if self.weight_VH is not None:
@@ -258,7 +258,7 @@ class _Gradients:
             self.a_RH.addmm_((grad_CV @ b_VR).T, hidden_CH, alpha=self._lora.scale)
 
     def as_given(self, given: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
-        """In the dtypes of what they are the gradients of."""
+        """The gradients, each in the dtype of its tensor."""
         grads = (self.hidden_TH, self.weight_VH, self.bias_V, self.a_RH, self.b_VR)
         return tuple(
             None if grad is None or tensor is None else grad.to(tensor.dtype)

@@ -27,12 +27,12 @@ PLACES = frozenset({"layer_idx", "layer_id", "layer_number", "block_idx"})
 
 
 def drop_layers(
-    source: Path, target: Path, layers: Sequence[int], *, trust_remote_code: bool = False
+    whole: Path, target: Path, layers: Sequence[int], *, trust_remote_code: bool = False
 ) -> None:
     """Write a copy of a model without the given decoder layers. Raises ModelError."""
-    config = kept_config(source, layers, trust_remote_code=trust_remote_code)
+    config = kept_config(whole, layers, trust_remote_code=trust_remote_code)
     model = load_causal_lm(
-        source, dtype=torch.bfloat16, attention="eager", trust_remote_code=trust_remote_code
+        whole, dtype=torch.bfloat16, attention="eager", trust_remote_code=trust_remote_code
     )
     prefix = layers_prefix(model)
     kept = _kept(len(decoder_layers(model)), layers)
@@ -52,17 +52,17 @@ def drop_layers(
         generation_config=model.generation_config,
         target=target,
     )
-    load_tokenizer(source, trust_remote_code=trust_remote_code).save_pretrained(target)
+    load_tokenizer(whole, trust_remote_code=trust_remote_code).save_pretrained(target)
 
 
 def kept_config(
-    source: Path, layers: Sequence[int], *, trust_remote_code: bool = False
+    whole: Path, layers: Sequence[int], *, trust_remote_code: bool = False
 ) -> PretrainedConfig:
     """The config of a model without some layers, checked by building both without weights.
 
     Raises ModelError where no config describes the layers that are left.
     """
-    config = load_config(source, trust_remote_code=trust_remote_code)
+    config = load_config(whole, trust_remote_code=trust_remote_code)
     before = meta_model(config, trust_remote_code=trust_remote_code)
     num_layers = len(decoder_layers(before))
     if max(layers) >= num_layers or len(layers) >= num_layers:

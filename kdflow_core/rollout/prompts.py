@@ -22,14 +22,14 @@ def round_prompts(
     """
     if weights is None:
         queues = [_endless(np.arange(len(source)), [seed, 0])]
-        shares = np.ones(1)
+        odds = np.ones(1)
     else:
         queues = [_endless(np.flatnonzero(source == k), [seed, 1 + k]) for k in range(len(names))]
         given = np.array([weights.get(name, 0.0) for name in names])
-        shares = given / given.sum()
+        odds = given / given.sum()
     chosen: list[int] = []
     for round_number in range(1, number + 1):  # the queues have moved on with every round before
-        drawn = np.random.default_rng([seed, round_number]).choice(len(queues), count, p=shares)
+        drawn = np.random.default_rng([seed, round_number]).choice(len(queues), count, p=odds)
         chosen = [next(queues[k]) for k in drawn]
     return chosen
 

@@ -125,7 +125,7 @@ class SglangRolloutEngine:
         self._running().join_broadcast(address, port)
 
     def receive_weights(self, names: list[str], dtypes: list[str], shapes: list[list[int]]) -> None:
-        """As `load_weights`, from the group's sender."""
+        """Like `load_weights`, but from the group's sender."""
         self._running().receive_weights(names, dtypes, shapes)
 
     def end_weights(self, version: int) -> None:

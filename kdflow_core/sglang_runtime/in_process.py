@@ -67,7 +67,7 @@ class RunnerOptions:
 
 
 class _StatesOnly(torch.nn.Module):
-    """In the place of SGLang's logits processor: hands on the states, computes no logits."""
+    """Replaces SGLang's logits processor: hands on the states and computes no logits."""
 
     def forward(
         self,

@@ -57,7 +57,7 @@ def check_names(*, attention_backend: str | None, quantization: str | None) -> N
 
 
 def require_sglang() -> None:
-    """As `check_sglang`. Call it before SGLang's other modules are imported: some of them need the
+    """Like `check_sglang`. Call it before SGLang's other modules are imported: some need the
     platform to be chosen.
     """
     check_sglang()

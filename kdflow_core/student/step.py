@@ -16,7 +16,7 @@ from kdflow_core.batching import pad_right, select_rows, teacher_rows
 from kdflow_core.contracts import Example, Examples, HiddenSignal, SignalSource, TokenSequence
 from kdflow_core.errors import TrainingError
 from kdflow_core.student.module import DistillationModule
-from kdflow_core.student.plan import StepBatches
+from kdflow_core.student.schedule import StepBatches
 
 
 @dataclass(frozen=True, kw_only=True)

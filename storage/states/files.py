@@ -74,12 +74,12 @@ def record(name: str, content: bytes) -> FileRecord:
     return FileRecord(path=name, num_bytes=len(content), xxh3=checksum)
 
 
-def read_hidden(content: np.ndarray, layout: Layout, *, label: str) -> ShardFile:
+def read_hidden(content: np.ndarray, layout: Layout, *, title: str) -> ShardFile:
     """The rows of a shard [1 or 2, R, W] from the bytes of its file."""
     codec = codec_named(layout.codec)
     return ShardFile(
         content,
-        label=label,
+        title=title,
         planes=codec.planes,
         chunks_of_shard=layout.shard_rows // layout.chunk_rows,
         chunk_shape=(layout.chunk_rows, codec.width(layout.hidden_size)),
@@ -88,11 +88,11 @@ def read_hidden(content: np.ndarray, layout: Layout, *, label: str) -> ShardFile
     )
 
 
-def read_targets(content: np.ndarray, layout: Layout, *, label: str) -> ShardFile:
+def read_targets(content: np.ndarray, layout: Layout, *, title: str) -> ShardFile:
     """The target ids of a shard [1, R] from the bytes of its file."""
     return ShardFile(
         content,
-        label=label,
+        title=title,
         planes=1,
         chunks_of_shard=layout.shard_rows // layout.chunk_rows,
         chunk_shape=(layout.chunk_rows,),

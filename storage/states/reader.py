@@ -1,4 +1,4 @@
-"""Reading hidden states: the rows of a sequence, for who can show its digest and target ids.
+"""Reading hidden states: the rows of a sequence, by its digest and target ids.
 
 Dimensions: N rows of a sequence, H hidden size.
 """
@@ -164,8 +164,8 @@ class HiddenStateReader:
         try:
             hidden, targets = (self._cache.map(self._record(name)) for name in names)
             return (
-                read_hidden(hidden, self.layout, label=names[0]),
-                read_targets(targets, self.layout, label=names[1]),
+                read_hidden(hidden, self.layout, title=names[0]),
+                read_targets(targets, self.layout, title=names[1]),
             )
         except StoreCorruptError as error:
             raise StoreCorruptError(f"shard {shard} cannot be read: {error}; {REMEDY}") from error

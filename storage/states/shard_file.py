@@ -46,7 +46,7 @@ def _crc(content: bytes) -> bytes:
 
 
 class ShardFile:
-    """A shard's bytes (uint8, in memory or mapped), read. `label` names them in errors.
+    """A shard's bytes (uint8, in memory or mapped), read. `title` names them in errors.
 
     Raises StoreCorruptError when they are not a whole shard.
     """
@@ -55,14 +55,14 @@ class ShardFile:
         self,
         content: np.ndarray,
         *,
-        label: str,
+        title: str,
         planes: int,
         chunks_of_shard: int,
         chunk_shape: tuple[int, ...],
         dtype: np.dtype[np.generic],
         compressed: bool,
     ) -> None:
-        self._label = label
+        self._title = title
         self._shape = chunk_shape
         self._dtype = dtype
         self._bytes = content
@@ -92,7 +92,7 @@ class ShardFile:
         return np.asarray(rows).reshape(1, count * self._shape[0], *self._shape[1:])
 
     def _damaged(self, how: str) -> StoreCorruptError:
-        return StoreCorruptError(f"{self._label} is not a whole shard: {how}")
+        return StoreCorruptError(f"{self._title} is not a whole shard: {how}")
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """The rows [P, start:stop, W]; where nothing is compressed, without a copy."""

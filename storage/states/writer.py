@@ -199,9 +199,9 @@ class HiddenStateWriter:
             content = self._files.create(name, mine)
             return content, self._rows_of(content, len(bits_RH), name)
 
-    def _rows_of(self, content: bytes, rows: int, label: str) -> np.ndarray:
+    def _rows_of(self, content: bytes, rows: int, title: str) -> np.ndarray:
         data = np.frombuffer(content, np.uint8)
-        return read_hidden(data, self.layout, label=label).rows(0, rows)
+        return read_hidden(data, self.layout, title=title).rows(0, rows)
 
     def _fit(self, bits_RH: np.ndarray) -> None:
         """Fix what the codec fixes once, by the first shard of all writers; or take it over."""

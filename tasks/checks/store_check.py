@@ -24,33 +24,33 @@ def descendants(known: Iterable[Entry], damaged: Iterable[Entry]) -> list[Entry]
     doubtful, result = list(damaged), []
     rest = [e for e in known if e.manifest is not None and e not in doubtful]
     while doubtful:
-        source = doubtful.pop()
-        children = [e for e in rest if _is_made_of(e, source)]
+        origin = doubtful.pop()
+        children = [e for e in rest if _is_made_of(e, origin)]
         rest = [e for e in rest if e not in children]
         doubtful += children
         result += children
     return result
 
 
-def _is_made_of(entry: Entry, source: Entry) -> bool:
+def _is_made_of(entry: Entry, origin: Entry) -> bool:
     if entry.manifest is None:
         return False
-    if source.digest in entry.manifest.inputs.values():
+    if origin.digest in entry.manifest.inputs.values():
         return True
-    return source.manifest is not None and _is_later_round(entry.manifest, source.manifest)
+    return origin.manifest is not None and _is_later_round(entry.manifest, origin.manifest)
 
 
-def _is_later_round(manifest: Manifest, source: Manifest) -> bool:
+def _is_later_round(manifest: Manifest, origin: Manifest) -> bool:
     """Whether an artifact of an on-policy run comes behind a round's, which no input says."""
-    if source.kind not in ROUND_ARTIFACTS:
+    if origin.kind not in ROUND_ARTIFACTS:
         return False
-    number, whole = _round_and_run(source)
+    number, whole = _round_and_run(origin)
     if _round_and_run(manifest)[1] != whole:
         return False
     if manifest.kind not in ROUND_ARTIFACTS:
         return True  # the student, which has been through all rounds
     other = _round_and_run(manifest)[0]
-    return other > number or (other == number and (source.kind, manifest.kind) == AFTER)
+    return other > number or (other == number and (origin.kind, manifest.kind) == AFTER)
 
 
 AFTER = (ROLLOUTS.kind, ROUND.kind)

@@ -36,15 +36,15 @@ def evaluate_student(stage: StageRun) -> ArtifactRef:
     }
     teachers = _teachers(stage)
     models, answers = {}, {}
-    for label, folder in folders.items():
-        models[label], answers[label] = _judge(stage, label, folder, examples, shown, teachers)
+    for title, folder in folders.items():
+        models[title], answers[title] = _judge(stage, title, folder, examples, shown, teachers)
     tokenizer = parts.tokenizer(stage, "teacher")
     samples = [
         {
             "source": example.source,
             "prompt": tokenizer.decode(example.teacher.prompt_ids_T),
-            "answer": example.answer,
-            **{label: texts[number] for label, texts in answers.items()},
+            "label": example.label,
+            **{title: texts[number] for title, texts in answers.items()},
         }
         for number, example in enumerate(shown)
     ]
@@ -57,7 +57,7 @@ def evaluate_student(stage: StageRun) -> ArtifactRef:
 
 
 def _teachers(stage: StageRun) -> dict[str, TeacherAtHand[StoredStates]]:
-    """Whom the models are compared with, by data source; `all` is the run's own teacher."""
+    """The teachers that models are compared with, by data source; `all` is the run's own."""
     signals = {}
     for name in stage.run.teacher_names:
         signals[name] = parts.stored_teacher(stage.of_teacher(name))
@@ -69,14 +69,14 @@ def _teachers(stage: StageRun) -> dict[str, TeacherAtHand[StoredStates]]:
 
 def _judge(
     stage: StageRun,
-    label: str,
+    title: str,
     folder: Path,
     examples: TokenExamples,
     shown: list[Example],
     teachers: Mapping[str, TeacherAtHand[StoredStates]],
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
     """A model's scores by source, and its greedy answers to the shown examples' prompts."""
-    side: Literal["teacher", "student"] = "teacher" if label == "teacher" else "student"
+    side: Literal["teacher", "student"] = "teacher" if title == "teacher" else "student"
     teacher, student = stage.run.teacher, stage.run.student
     model = load_causal_lm(
         folder,
@@ -93,7 +93,7 @@ def _judge(
         teachers=teachers,
         tokens_per_batch=stage.run.eval.tokens_per_batch,
         reporter=stage.reporter,
-        label=label,
+        title=title,
         side=side,
     )
     by_source: dict[str, dict[str, float]] = {name: asdict(s) for name, s in scores.items()}
@@ -103,9 +103,9 @@ def _judge(
         sequences=[e.teacher if side == "teacher" else e.student for e in shown],
         max_new_tokens=stage.run.eval.max_new_tokens,
         reporter=stage.reporter,
-        label=label,
+        title=title,
     )
-    shares = exact_match(texts, [e.answer for e in shown], [e.source for e in shown])
+    shares = exact_match(texts, [e.label for e in shown], [e.source for e in shown])
     for name, share in shares.items():
         by_source[name]["exact_match"] = share
     return by_source, texts

@@ -118,7 +118,7 @@ def extract_states(stage: StageRun) -> ArtifactRef | None:
 def _require_room(stage: StageRun, layout: Layout) -> None:
     """Refuse what will not fit the disk, before the teacher runs. Raises StoreFullError."""
     there = sum(stage.store.sizes(stage.store.folder(stage.kind, stage.digest)).values())
-    what = f"what is missing of the teacher's {layout.num_rows} hidden states"
+    what = f"the missing part of the teacher's {layout.num_rows:,} hidden states"
     stage.store.require_room(layout.num_bytes - there, what)
 
 

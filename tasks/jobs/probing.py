@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from kdflow_core.contracts import OutputHead, TokenSequence
 from kdflow_core.loops.probe import TeacherProbe, probe_teacher, probe_training
-from kdflow_core.student.plan import TrainingPlan
+from kdflow_core.student.schedule import BatchSchedule
 from kdflow_core.teacher import build_engine
 from kdflow_core.teacher.codec_loss import codec_loss, compare_states
 from storage.artifact import ArtifactRef
@@ -19,7 +19,7 @@ from tasks.jobs.extraction import TeacherWork, distinct_sequences
 from tasks.jobs.stage_run import StageRun, job
 from tasks.jobs.stored import TeacherSequences, TokenExamples, bfloat16_bits, bfloat16_tensor
 from tasks.jobs.student_module import build_module
-from tasks.jobs.training import training_plan
+from tasks.jobs.training import batch_schedule
 
 PROBED_BATCHES = 3
 SAMPLE_ROWS = 1024
@@ -33,7 +33,7 @@ def estimate_run(stage: StageRun) -> ArtifactRef | None:
     tables = stage.tables()
     train = tables["train"]
     work = distinct_sequences(list(tables.values()))
-    plan = training_plan(stage, train, groups=None)
+    schedule = batch_schedule(stage, train, groups=None)
     heads = {n: parts.teacher_head(stage.of_teacher(n), device) for n in stage.run.teacher_names}
     others = "" if len(heads) == 1 else ": the run's own, not the others"
     stage.reporter.message(f"probing the teacher{others}")
@@ -42,7 +42,7 @@ def estimate_run(stage: StageRun) -> ArtifactRef | None:
     _reset_peak(device)
     student_rate = probe_training(
         module=build_module(stage, heads, device),
-        plan=plan,
+        schedule=schedule,
         examples=TokenExamples(train),
         config=stage.run.student,
         rank=dist.get_rank(),
@@ -55,10 +55,10 @@ def estimate_run(stage: StageRun) -> ArtifactRef | None:
     estimate = Estimate(
         sequences=len(work.sequences),
         replay_tokens=int(work.lengths.sum()),
-        live_tokens=_trained_tokens(plan, train, "teacher") + heldout,
+        live_tokens=_trained_tokens(schedule, train, "teacher") + heldout,
         rows=int(work.sequences.num_rows.sum()),
-        student_tokens=_trained_tokens(plan, train, "student"),
-        steps=plan.num_steps,
+        student_tokens=_trained_tokens(schedule, train, "student"),
+        steps=schedule.num_steps,
         teacher_rate=teacher.tokens_per_s,
         student_rate=student_rate,
         row_bytes=row_bytes,
@@ -95,11 +95,11 @@ def _probe_teacher(
     return probe, peak
 
 
-def _trained_tokens(plan: TrainingPlan, table: TokenTable, side: str) -> int:
+def _trained_tokens(schedule: BatchSchedule, table: TokenTable, side: str) -> int:
     """Tokens of one side over all steps."""
     lengths = table.lengths(side)
-    epochs, rest = divmod(plan.num_steps, plan.steps_per_epoch)
-    partial = sum(int(lengths[plan.sequences(k)].sum()) for k in range(rest))
+    epochs, rest = divmod(schedule.num_steps, schedule.steps_per_epoch)
+    partial = sum(int(lengths[schedule.sequences(k)].sum()) for k in range(rest))
     return epochs * int(lengths.sum()) + partial
 
 

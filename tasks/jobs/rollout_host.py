@@ -66,7 +66,7 @@ class RolloutHost:
 
     @offered
     def ready(self) -> None:
-        """To be waited for: this far it has come when it is at hand."""
+        """Reply once the host is built."""
 
     @offered
     def begin_weights(self) -> None:
@@ -165,7 +165,7 @@ class RolloutHost:
     def _row(self, number: int, asked: _Asked, completion: Completion) -> dict[str, Any]:
         prompt = str(self._tokenizer.decode(asked.prompt.ids_T))
         answer = str(self._tokenizer.decode(completion.ids_N, skip_special_tokens=True))
-        label = asked.example.answer
+        label = asked.example.label
         reward = None if self._reward is None else reward_of(self._reward, prompt, answer, label)
         return {
             "round": number,

@@ -32,7 +32,7 @@ def _sequence(row: Mapping[str, Any], view: str) -> TokenSequence:
 
 
 def _alignments(row: Mapping[str, Any], views: Sequence[str]) -> dict[str, Alignment]:
-    """Those that a token row has."""
+    """The alignments of a token row."""
     return {
         view: Alignment(
             pairs_P2=row[f"{view}_pairs"].reshape(-1, 2),
@@ -58,7 +58,7 @@ class TokenExamples:
             source=row["source"],
             views={view: _sequence(row, view) for view in self._table.views},
             alignments=_alignments(row, self._table.views[1:]),
-            answer=row["answer"],
+            label=row["label"],
             sampled_log_prob_N=row.get("sampled_log_prob"),
         )
 
@@ -80,7 +80,7 @@ def token_row(example: Example) -> dict[str, Any]:
     """An example as a row of a token table."""
     row: dict[str, Any] = {
         "source": example.source,
-        "answer": example.answer,
+        "label": example.label,
         "sampled_log_prob": example.sampled_log_prob_N,
     }
     for view, sequence in example.views.items():
@@ -132,7 +132,7 @@ class StoredStates:
         return self._reader.layout.hidden_size
 
     def shard_of(self, digests: np.ndarray) -> np.ndarray:
-        """In which shard each sequence lies, by digests uint8 [N, 16]."""
+        """The shard that holds each sequence, by digests uint8 [N, 16]."""
         return self._reader.shard_of(digests)
 
     def begin_step(self, step: int) -> None:

@@ -15,8 +15,8 @@ from kdflow_core.errors import TrainingError
 from kdflow_core.loops.rounds import RoundSettings, RoundTrainer
 from kdflow_core.models.folders import context_length
 from kdflow_core.models.loading import DTYPES
-from kdflow_core.student.plan import TrainingPlan
 from kdflow_core.student.publish import WeightPublisher
+from kdflow_core.student.schedule import BatchSchedule
 from kdflow_core.student.sleeping import StudentOffload
 from kdflow_core.workers.base import RankContext, offered
 from kdflow_core.workers.ports import free_port
@@ -93,7 +93,7 @@ class TrainerHost:
 
     @offered
     def ready(self) -> None:
-        """To be waited for: this far it has come when it is at hand."""
+        """Reply once the host is built."""
 
     @offered
     def progress(self) -> dict[str, int]:
@@ -170,7 +170,7 @@ class TrainerHost:
 
     @offered
     def broadcast_place(self) -> dict[str, Any]:
-        """Where the engine's ranks can meet rank 0: its reply counts."""
+        """Address and port at which the engine's ranks can meet rank 0, by rank 0's reply."""
         return {"address": self._stage.context.address, "port": free_port()}
 
     @offered
@@ -217,12 +217,12 @@ class _LiveSignals:
         self._stage, self._head, self._steps = stage, teacher.head, steps
         self._engine = teacher_engine(stage, teacher.head, longest)
 
-    def __call__(self, examples: Examples, plan: TrainingPlan) -> SignalSource:
+    def __call__(self, examples: Examples, schedule: BatchSchedule) -> SignalSource:
         teacher = self._stage.run.teacher
         assert isinstance(teacher, InProcessTeacher)
 
         def sequences_of(step: int, rank: int) -> list[TokenSequence]:
-            batches = plan.step(step).micro_batches[rank]
+            batches = schedule.step(step).micro_batches[rank]
             return [examples[i].teacher for batch in batches for i in batch]
 
         return live_states(

@@ -7,8 +7,8 @@ import torch.distributed as dist
 
 from configs.schema.teacher import InProcessTeacher
 from kdflow_core.contracts import OutputHead, TeacherAtHand, TokenSequence
-from kdflow_core.student.plan import TrainingPlan
 from kdflow_core.student.prefetch import PrefetchedStates
+from kdflow_core.student.schedule import BatchSchedule
 from kdflow_core.teacher.live import LiveStates
 from storage.artifact import ArtifactRef
 from storage.tokens import TokenTable
@@ -26,41 +26,43 @@ def train_student(stage: StageRun) -> ArtifactRef | None:
     parts.join(stage)
     tables = stage.tables()
     table = tables["train"]
-    plan, states, heads = _plan_and_teachers(stage, table)
+    schedule, states, heads = _schedule_and_teachers(stage, table)
     session = TrainingSession(
         stage,
         heads=heads,
-        num_steps=plan.num_steps,
+        num_steps=schedule.num_steps,
         heldout=tables["heldout"],
         judged_by=_judge(stage),
     )
-    _train(session, plan, table, states)
+    _train(session, schedule, table, states)
     for source in states:
         source.close()
-    tokens = int(sum(plan.lengths[plan.sequences(s)].sum() for s in range(plan.num_steps)))
-    return session.finish({"steps": plan.num_steps, "tokens": tokens}, files={})
+    tokens = int(
+        sum(schedule.lengths[schedule.sequences(s)].sum() for s in range(schedule.num_steps))
+    )
+    return session.finish({"steps": schedule.num_steps, "tokens": tokens}, files={})
 
 
 def _judge(stage: StageRun) -> TeacherAtHand[StoredStates] | None:
-    """By whose held-out states the curve goes, where one is asked for."""
+    """The teacher that the held-out curve is measured against, if one is asked for."""
     return parts.stored_teacher(stage) if stage.run.measures_heldout else None
 
 
 def _train(
-    session: TrainingSession, plan: TrainingPlan, table: TokenTable, states: Sequence[States]
+    session: TrainingSession, schedule: BatchSchedule, table: TokenTable, states: Sequence[States]
 ) -> None:
     trainer, every = session.trainer, session.stage.run.eval.every_steps
     if trainer.step == 0:
         session.write_heldout()
 
     def after_step(step: int) -> None:
-        if every is not None and (step % every == 0 or step == plan.num_steps):
+        if every is not None and (step % every == 0 or step == schedule.num_steps):
             session.write_heldout()
 
-    if trainer.step < plan.num_steps:
+    if trainer.step < schedule.num_steps:
         trainer.run(
-            plan.num_steps,
-            batches_of=plan.step,
+            schedule.num_steps,
+            batches_of=schedule.step,
             examples=TokenExamples(table),
             states=states,
             metrics=session.metrics,
@@ -69,60 +71,62 @@ def _train(
         trainer.save()
 
 
-def _plan_and_teachers(
+def _schedule_and_teachers(
     stage: StageRun, table: TokenTable
-) -> tuple[TrainingPlan, Sequence[States], Mapping[str, OutputHead]]:
+) -> tuple[BatchSchedule, Sequence[States], Mapping[str, OutputHead]]:
     """The steps; the states of every teacher that is asked, stored or from an engine in these
     ranks; and the teachers' heads by name.
     """
     run = stage.run
     if not run.algorithm.reads_signals:
-        return training_plan(stage, table, groups=None), (), {}
+        return batch_schedule(stage, table, groups=None), (), {}
     if run.source == "live":
-        plan = training_plan(stage, table, groups=None)
-        live, head = _live(stage, table, plan)
-        return plan, (live,), {"teacher": head}
+        schedule = batch_schedule(stage, table, groups=None)
+        live, head = _live(stage, table, schedule)
+        return schedule, (live,), {"teacher": head}
     stored = {name: parts.stored_teacher(stage.of_teacher(name)) for name in run.teacher_names}
     windowed = run.student.shuffle_window_shards is not None
     first = next(iter(stored.values()))
     groups = first.signals.shard_of(table.digests()) if windowed else None
-    plan = training_plan(stage, table, groups=groups)
+    schedule = batch_schedule(stage, table, groups=groups)
     examples = TokenExamples(table)
     prefetched = [
-        _prefetched(teacher.signals, plan, examples, run.sources_of(name))
+        _prefetched(teacher.signals, schedule, examples, run.sources_of(name))
         for name, teacher in stored.items()
     ]
-    return plan, prefetched, {name: teacher.head for name, teacher in stored.items()}
+    return schedule, prefetched, {name: teacher.head for name, teacher in stored.items()}
 
 
 def _prefetched(
     stored: StoredStates,
-    plan: TrainingPlan,
+    schedule: BatchSchedule,
     examples: TokenExamples,
     sources: frozenset[str] | None,
 ) -> PrefetchedStates:
     rank = dist.get_rank()
     return PrefetchedStates(
         stored,
-        sequences_of=lambda step: _teacher_sequences(plan, examples, step, rank, sources),
-        num_steps=plan.num_steps,
+        sequences_of=lambda step: _teacher_sequences(schedule, examples, step, rank, sources),
+        num_steps=schedule.num_steps,
     )
 
 
 def _teacher_sequences(
-    plan: TrainingPlan,
+    schedule: BatchSchedule,
     examples: TokenExamples,
     step: int,
     rank: int,
     sources: frozenset[str] | None = None,
 ) -> list[TokenSequence]:
     """What a teacher of some data sources (None: of all) saw of a rank's part of a step."""
-    batches = plan.step(step).micro_batches[rank]
+    batches = schedule.step(step).micro_batches[rank]
     chosen = [examples[i] for batch in batches for i in batch]
     return [e.teacher for e in chosen if sources is None or e.source in sources]
 
 
-def _live(stage: StageRun, table: TokenTable, plan: TrainingPlan) -> tuple[LiveStates, OutputHead]:
+def _live(
+    stage: StageRun, table: TokenTable, schedule: BatchSchedule
+) -> tuple[LiveStates, OutputHead]:
     """A teacher in these ranks."""
     teacher = stage.run.teacher
     assert isinstance(teacher, InProcessTeacher)  # RunConfig refuses others for a live run
@@ -132,17 +136,17 @@ def _live(stage: StageRun, table: TokenTable, plan: TrainingPlan) -> tuple[LiveS
         stage,
         engine=teacher_engine(stage, head, int(table.lengths("teacher").max())),
         head=head,
-        sequences_of=lambda step, rank: _teacher_sequences(plan, examples, step, rank),
-        num_steps=plan.num_steps,
+        sequences_of=lambda step, rank: _teacher_sequences(schedule, examples, step, rank),
+        num_steps=schedule.num_steps,
         steps_at_once=teacher.forward_batches or 1,
     )
     return states, head
 
 
-def training_plan(stage: StageRun, table: TokenTable, groups: np.ndarray | None) -> TrainingPlan:
+def batch_schedule(stage: StageRun, table: TokenTable, groups: np.ndarray | None) -> BatchSchedule:
     """The steps of the run; `groups` are the shards of the sequences' stored states."""
     config = stage.run.student
-    return TrainingPlan(
+    return BatchSchedule(
         lengths=table.lengths("student"),
         supervised_counts=table.supervised_counts("student"),
         global_batch_size=config.global_batch_size,

@@ -65,7 +65,7 @@ def _step_curves(metrics: list[dict[str, Any]], heldout: list[dict[str, Any]]) -
     figures: dict[str, tuple[tuple[str, str], ...]] = {}
     for metric in STEP_METRICS:
         own = figures.get(metric.figure, ())
-        figures[metric.figure] = (*own, (metric.name, metric.label))
+        figures[metric.figure] = (*own, (metric.name, metric.legend))
     curves = [_curve(title, series, metrics) for title, series in figures.items()]
     return curves + ([_curve(HELDOUT_CURVE, HELDOUT_SERIES, heldout)] if heldout else [])
 

@@ -207,4 +207,4 @@ class RolloutRank(_Ranks):
 
 
 def _nothing() -> None:
-    """For nobody to be told."""
+    """Tell nobody."""

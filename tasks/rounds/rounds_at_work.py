@@ -14,7 +14,7 @@ from kdflow_core.errors import WorkerError
 from kdflow_core.workers.base import Pending
 from storage.artifact import ArtifactRef
 from tasks.execution.launch import Logger, launcher_of, stage_lease
-from tasks.forecast.memory_plan import memory_plan, plan_lines
+from tasks.forecast.memory import memory_lines, memory_phases
 from tasks.rounds.processes import RoundProcesses
 from tasks.rounds.round_record import (
     ROUND_FILE,
@@ -76,12 +76,12 @@ class RoundsAtWork:
         """Whether the trained student is there."""
         return find(self.spec.run, self.spec.identity) is not None
 
-    def memory_plan(self) -> list[str]:
+    def memory_forecast(self) -> list[str]:
         """What each part of a round holds, in lines for people."""
-        return plan_lines(memory_plan(self.spec))
+        return memory_lines(memory_phases(self.spec))
 
     def identity(self, made: RoundArtifact, number: int) -> StageIdentity:
-        """That of a round's rollouts or record."""
+        """The identity of a round's rollouts or record."""
         return round_identity(self.spec.identity, made, number)
 
     def spec_of(self, made: RoundArtifact, number: int) -> StageSpec:

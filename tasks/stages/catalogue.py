@@ -25,19 +25,19 @@ QUIET = MappingProxyType({"PYTHONWARNINGS": "ignore"})
 
 
 def one(run: RunConfig) -> int:
-    """One, of whatever a record counts."""
+    """One, for whatever a record counts."""
     del run
     return 1
 
 
 def no_engine(run: RunConfig) -> tuple[str, ...]:
-    """For a stage that runs no model in an engine."""
+    """The engines of a stage that runs no model."""
     del run
     return ()
 
 
 def never(run: RunConfig) -> bool:
-    """For what no run has a stage do."""
+    """False, for whatever a record asks."""
     del run
     return False
 

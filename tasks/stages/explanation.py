@@ -27,7 +27,7 @@ class StageStatus(BaseModel):
 
 
 def stage_status(run: RunConfig, plan: Mapping[str, StageIdentity]) -> list[StageStatus]:
-    """For each stage of a plan: whether it would be served from cache, else why not. Where an
+    """For each stage of a plan: whether it will be served from cache, or why not. Where an
     estimate has decided on the source, the stages behind it follow.
     """
     store, statuses = open_store(run), []

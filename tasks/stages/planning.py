@@ -53,7 +53,7 @@ def round_identity(train: StageIdentity, made: RoundArtifact, number: int) -> St
 
 
 def round_identities(train: StageIdentity, run: RunConfig) -> dict[str, StageIdentity]:
-    """Those of all rounds of a run, by task and round."""
+    """The identities of all rounds' artifacts, by task and round."""
     rounds = 0 if run.on_policy is None else run.on_policy.rounds
     return {
         f"{made.task}-{number}": round_identity(train, made, number)

@@ -216,7 +216,7 @@ def gguf_path(model: GgufModel) -> Path:
 
 
 def gguf_slice(model: GgufModel) -> dict[str, Any]:
-    """Of a converted model."""
+    """What identifies a converted model."""
     gguf_path(model)
     return {"type": "gguf", "sha256": model.sha256, "dtype": model.dtype}
 
@@ -226,7 +226,7 @@ def model_identity(
     prepared: str | None,
     prints: Fingerprints,
 ) -> str:
-    """By the files that loading it opens; of a model that a stage makes, that artifact's digest."""
+    """A model by the files that loading it opens; one that a stage makes, by that artifact."""
     if prepared is not None:
         return prepared
     assert isinstance(model, PretrainedModel)
@@ -242,7 +242,7 @@ def model_identity(
 def tokenizer_identity(
     model: PretrainedModel | GgufModel, prepared: str | None, prints: Fingerprints
 ) -> str:
-    """By the tokenizer's files alone, so that models of one family share tokens and states."""
+    """A tokenizer by its files alone, so that models of one family share tokens and states."""
     if prepared is not None:
         return prepared
     assert isinstance(model, PretrainedModel)
@@ -284,7 +284,7 @@ def _source_identity(source: Source, prints: Fingerprints) -> str:
 
 
 def tokens_slice(run: RunConfig) -> dict[str, Any]:
-    """Of the token ids."""
+    """The part of the config that identifies token ids."""
     data = run.data.model_dump(
         mode="json", exclude={"sources", "max_length", "max_malformed_fraction", "answers"}
     )
@@ -333,7 +333,9 @@ def state_splits(run: RunConfig) -> tuple[Split, ...]:
 
 
 def states_slice(run: RunConfig, sources: frozenset[str] | None) -> dict[str, Any]:
-    """Of a teacher's states, of some data sources (None: all); `run` has it as its own."""
+    """The part that identifies the states of the run's own teacher, for some data sources (None:
+    all).
+    """
     fields: dict[str, Any] = {
         "teacher": _results_slice(run.teacher),
         "splits": list(state_splits(run)),
@@ -345,7 +347,7 @@ def states_slice(run: RunConfig, sources: frozenset[str] | None) -> dict[str, An
 
 
 def answers_slice(run: RunConfig) -> dict[str, Any]:
-    """Of the answers that a model writes to the training prompts."""
+    """The part that identifies the answers that a model writes."""
     assert run.data.answers is not None
     lacking = None if run.on_policy is None else {"heldout_only": run.on_policy.all_sampled}
     return {
@@ -358,7 +360,7 @@ def answers_slice(run: RunConfig) -> dict[str, Any]:
 
 
 def evaluation_slice(run: RunConfig) -> dict[str, Any]:
-    """Of the evaluation."""
+    """The part that identifies the evaluation."""
     return {
         "eval": run.eval.model_dump(
             mode="json", exclude={"tokens_per_batch", "every_steps", "curve_sequences"}
@@ -369,12 +371,12 @@ def evaluation_slice(run: RunConfig) -> dict[str, Any]:
 
 
 def training_slice(run: RunConfig) -> dict[str, Any]:
-    """Of the trained student. What an algorithm does not use is no part of it."""
+    """The part that identifies the trained student; what an algorithm does not use is left out."""
     algorithm = run.algorithm.model_dump(mode="json", exclude={"teachers"})
     if isinstance(run.algorithm, MultiTeacherConfig):
-        shares = run.algorithm.teachers.items()
+        parts = run.algorithm.teachers.items()
         algorithm["teachers"] = {
-            name: share.model_dump(mode="json", exclude={"teacher"}) for name, share in shares
+            name: part.model_dump(mode="json", exclude={"teacher"}) for name, part in parts
         }
     fields = {
         "student": run.student.model_dump(mode="json", exclude=OPERATIONAL_STUDENT_FIELDS),

@@ -188,7 +188,7 @@ def main() -> None:
     args = parser.parse_args()
     args.teacher = args.teacher or quickstart_model("teacher")
     args.student = args.student or quickstart_model("student")
-    from tasks.forecast.memory_plan import num_parameters
+    from tasks.forecast.memory import num_parameters
 
     subjects = {"trl": trl(args)}
     for engine in ("sglang", "transformers"):

@@ -29,8 +29,8 @@ from kdflow_core.losses.chunked import LossSpec
 from kdflow_core.losses.forward_kl import ForwardKL
 from kdflow_core.student.module import DistillationModule, shard
 from kdflow_core.student.optim import build_optimizer
-from kdflow_core.student.plan import TrainingPlan
 from kdflow_core.student.prefetch import PrefetchedStates
+from kdflow_core.student.schedule import BatchSchedule
 from kdflow_core.student.step import training_step
 from tasks.jobs.stored import StoredStates, bfloat16_tensor
 from tests.benchmarks.store import CODECS, Kdflow, Rows
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
     store = f"file://{args.folder.absolute()}/rendezvous"
     dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     rows = Rows(args.megabytes * 10**6, args.hidden)
-    plan = TrainingPlan(
+    schedule = BatchSchedule(
         lengths=rows.lengths + 1,
         supervised_counts=rows.lengths,
         global_batch_size=8,
@@ -132,15 +132,15 @@ def run(args: argparse.Namespace) -> None:
         subject.write()
         sources[codec] = PrefetchedStates(
             StoredStates(subject.open()),
-            sequences_of=lambda step: [rows.sequences[i] for i in plan.sequences(step)],
-            num_steps=plan.num_steps,
+            sequences_of=lambda step: [rows.sequences[i] for i in schedule.sequences(step)],
+            num_steps=schedule.num_steps,
         )
-    seconds = train(module_of(args.student_hidden, args.hidden), plan, rows, sources)
+    seconds = train(module_of(args.student_hidden, args.hidden), schedule, rows, sources)
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     result = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "numpy")},
-        "steps": plan.steps_per_epoch,
+        "steps": schedule.steps_per_epoch,
         "seconds a step": medians,
         "relative to memory": {name: taken / medians["memory"] for name, taken in medians.items()},
     }
@@ -150,28 +150,28 @@ def run(args: argparse.Namespace) -> None:
 
 def train(
     module: DistillationModule,
-    plan: TrainingPlan,
+    schedule: BatchSchedule,
     rows: Rows,
     sources: dict[str, SignalSource],
 ) -> dict[str, list[float]]:
     """Seconds of the second epoch's steps, by source; every step is made once with each."""
     optimizer = build_optimizer(module, lr=1e-4, weight_decay=0.0, betas=(0.9, 0.95))
     examples, seconds = AsExamples(rows), {name: [] for name in sources}
-    for step in range(plan.num_steps):
+    for step in range(schedule.num_steps):
         for name, states in sources.items():
             begin = time.perf_counter()
             states.begin_step(step)
             training_step(
                 module=module,
                 optimizer=optimizer,
-                batches=plan.step(step),
+                batches=schedule.step(step),
                 examples=examples,
                 states=[states],
                 rank=0,
                 max_grad_norm=1.0,
                 device=torch.device("cpu"),
             )
-            if step >= plan.steps_per_epoch:
+            if step >= schedule.steps_per_epoch:
                 seconds[name].append(time.perf_counter() - begin)
     return seconds
 

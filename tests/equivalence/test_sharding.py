@@ -21,7 +21,7 @@ from kdflow_core.models.heads import load_head
 from kdflow_core.models.loading import load_causal_lm, load_config
 from kdflow_core.student.module import DistillationModule, shard
 from kdflow_core.student.optim import build_optimizer
-from kdflow_core.student.plan import StepBatches
+from kdflow_core.student.schedule import StepBatches
 from kdflow_core.student.step import training_step
 from tests.conftest import VOCABULARY
 

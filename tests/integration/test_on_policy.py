@@ -312,7 +312,7 @@ def test_a_teacher_that_knows_the_answer(
     assert record.kd > 0.01  # with the same context it would be 0
     tokenizer = AutoTokenizer.from_pretrained(student_folder)
     for example in examples.all:
-        assert f"Answer {example.answer}." in tokenizer.decode(example.teacher.prompt_ids_T)
+        assert f"Answer {example.label}." in tokenizer.decode(example.teacher.prompt_ids_T)
         assert "Answer" not in tokenizer.decode(example.student.prompt_ids_T)
         np.testing.assert_array_equal(example.student.target_ids_N, example.teacher.target_ids_N)
 

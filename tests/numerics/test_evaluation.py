@@ -39,7 +39,7 @@ def test_scores_are_those_of_full_logits(
         },
         tokens_per_batch=100,
         reporter=SilentReporter(),
-        label=side,
+        title=side,
         side=side,  # type: ignore[arg-type]
     )["all"]
 

@@ -45,7 +45,7 @@ def test_columns_are_mapped_and_answers_kept() -> None:
         columns={"prompt": "question", "completion": "response", "answer": "gold"},
     )
     assert parsed.messages[0]["content"] == "2+2?"
-    assert parsed.answer == "4"
+    assert parsed.label == "4"
 
 
 @pytest.mark.parametrize(

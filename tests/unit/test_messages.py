@@ -205,14 +205,14 @@ def test_a_mapped_column_is_not_overwritten_by_one_of_its_name() -> None:
     for ordered in (row, dict(reversed(row.items()))):
         parsed = parse_row(ordered, layout="auto", columns=columns)
         assert parsed.messages[0]["content"] == "right"
-        assert parsed.answer == "gold"
+        assert parsed.label == "gold"
 
 
 def test_a_column_that_is_mapped_has_no_other_meaning() -> None:
     """GSM8K's `answer` is the completion, and then it is no gold answer."""
     row = {"question": "2+2?", "answer": "It is 4."}
     columns = {"prompt": "question", "completion": "answer"}
-    assert parse_row(row, layout="auto", columns=columns).answer is None
+    assert parse_row(row, layout="auto", columns=columns).label is None
 
 
 @pytest.mark.parametrize("blank", ["", "  ", None, []])
@@ -220,7 +220,7 @@ def test_empty_optional_columns_are_absent(blank: Any) -> None:
     row = {"prompt": "hi", "completion": "yo", "system": blank, "answer": blank, "tools": blank}
     conversation = parse(row)
     assert conversation.messages == (USER, BOT)
-    assert conversation.answer is None
+    assert conversation.label is None
     assert conversation.tools == ()
 
 

@@ -46,7 +46,7 @@ def render(
 ) -> TokenSequence:
     chat = ChatFormat(tokenizer=tokenizer, template=template)
     renderer = Renderer(chat, supervise=supervise)  # type: ignore[arg-type]
-    return renderer.render(Conversation(messages=TURNS, answer=None))
+    return renderer.render(Conversation(messages=TURNS, label=None))
 
 
 def supervised_text(tokenizer: PreTrainedTokenizerBase, sequence: TokenSequence) -> str:
@@ -86,7 +86,7 @@ def test_template_arguments_reach_the_template(tokenizer: PreTrainedTokenizerBas
     )
     chat = ChatFormat(tokenizer=tokenizer, template=template, args={"loud": True})
     renderer = Renderer(chat, supervise="last")
-    sequence = renderer.render(Conversation(messages=TURNS[:2], answer=None))
+    sequence = renderer.render(Conversation(messages=TURNS[:2], label=None))
     assert "user loud" in tokenizer.decode(sequence.ids_T)
 
 
@@ -358,8 +358,8 @@ def test_without_a_template_prompt_and_completion_are_joined(teacher_folder: Pat
     tokenizer = AutoTokenizer.from_pretrained(teacher_folder)
     tokenizer.chat_template = None
     renderer = Renderer(ChatFormat(tokenizer=tokenizer), supervise="all")
-    sequence = renderer.render(Conversation(messages=TURNS[:2], answer=None))
+    sequence = renderer.render(Conversation(messages=TURNS[:2], label=None))
     assert tokenizer.decode(sequence.ids_T) == "onefirst<|im_end|>"
     assert supervised_text(tokenizer, sequence) == "first<|im_end|>"
     with pytest.raises(SampleError, match="no chat template"):
-        renderer.render(Conversation(messages=TURNS, answer=None))
+        renderer.render(Conversation(messages=TURNS, label=None))

@@ -14,7 +14,7 @@ from configs.schema.on_policy import AdaptiveFraction, Fraction, LinearFraction,
 from kdflow_core.errors import DataError
 from kdflow_core.rollout.prompts import round_prompts
 from kdflow_core.rollout.rewards import advantages, load_reward, reward_of
-from tasks.forecast.memory_plan import memory_plan, num_parameters, plan_lines
+from tasks.forecast.memory import memory_lines, memory_phases, num_parameters
 from tasks.rounds.round_record import RoundRecord, next_fraction
 from tasks.stages.identity import StageSpec
 from tasks.stages.planning import plan_stages
@@ -116,8 +116,8 @@ def planned(
     section = {"rounds": 1, "prompts_per_round": 4} | on_policy
     recipe = str(make_recipe(max_steps=None))
     run = load_run(recipe, {"mode": "onpolicy", "on_policy": section} | more)
-    phases = memory_plan(StageSpec(identity=plan_stages(run)["train"], run=run, inputs={}))
-    return {phase.name: dict(phase.parts) for phase in phases}, plan_lines(phases)[-1]
+    phases = memory_phases(StageSpec(identity=plan_stages(run)["train"], run=run, inputs={}))
+    return {phase.name: dict(phase.parts) for phase in phases}, memory_lines(phases)[-1]
 
 
 def test_the_memory_plan_of_parts_that_sleep(

@@ -77,7 +77,7 @@ def test_jsonl_parquet_arrow_and_saved_folders_read_alike(
     for source in sources:
         examples, tally = run(renderer, {"sources": [source]})
         assert not tally.dropped
-        seen.append([(split, e.teacher.digest, e.answer) for split, e in examples])
+        seen.append([(split, e.teacher.digest, e.label) for split, e in examples])
     assert len(seen[0]) == len(ROWS)
     assert all(other == seen[0] for other in seen)
 

@@ -1,4 +1,4 @@
-"""The training plan: every sequence once an epoch, however the work is divided."""
+"""The training schedule: every sequence once an epoch, however the work is divided."""
 
 import itertools
 from dataclasses import replace
@@ -9,15 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdflow_core.batching import batch_by_tokens
-from kdflow_core.student.plan import TrainingPlan, learning_rate
+from kdflow_core.student.schedule import BatchSchedule, learning_rate
 
 LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=40)
 
 
-def make_plan(
+def make_schedule(
     lengths: list[int], *, ranks: int = 1, batch: int = 8, budget: int = 64
-) -> TrainingPlan:
-    return TrainingPlan(
+) -> BatchSchedule:
+    return BatchSchedule(
         lengths=np.array(lengths),
         supervised_counts=np.array(lengths) // 2,
         global_batch_size=batch,
@@ -36,9 +36,9 @@ def test_a_windowed_epoch_stays_within_its_groups() -> None:
     groups = np.random.default_rng(0).integers(0, 20, 600)
 
     def order(ranks: int, epoch: int) -> list[int]:
-        plan = replace(make_plan([10] * 600, ranks=ranks), groups=groups, window=4)
-        first = epoch * plan.steps_per_epoch
-        return [i for k in range(plan.steps_per_epoch) for i in plan.sequences(first + k)]
+        schedule = replace(make_schedule([10] * 600, ranks=ranks), groups=groups, window=4)
+        first = epoch * schedule.steps_per_epoch
+        return [i for k in range(schedule.steps_per_epoch) for i in schedule.sequences(first + k)]
 
     once = order(1, 0)
     assert sorted(once) == list(range(600))
@@ -56,16 +56,18 @@ def test_a_windowed_epoch_stays_within_its_groups() -> None:
 def test_an_epoch_sees_every_sequence_once_on_any_number_of_ranks(
     lengths: list[int], ranks: int, batch: int
 ) -> None:
-    plan = make_plan(lengths, ranks=ranks, batch=batch)
+    schedule = make_schedule(lengths, ranks=ranks, batch=batch)
     for epoch in range(2):
         seen: list[int] = []
-        for step in range(plan.steps_per_epoch):
-            batches = plan.step(epoch * plan.steps_per_epoch + step)
+        for step in range(schedule.steps_per_epoch):
+            batches = schedule.step(epoch * schedule.steps_per_epoch + step)
             counts = {len(micro) for micro in batches.micro_batches}
             assert len(counts) == 1  # the ranks' collectives stay in step
             chosen = [i for rank in batches.micro_batches for micro in rank for i in micro]
             assert batches.num_tokens == sum(lengths[i] // 2 for i in chosen)
-            assert sorted(chosen) == sorted(plan.sequences(epoch * plan.steps_per_epoch + step))
+            assert sorted(chosen) == sorted(
+                schedule.sequences(epoch * schedule.steps_per_epoch + step)
+            )
             seen += chosen
         assert sorted(seen) == list(range(len(lengths)))
 
@@ -79,9 +81,9 @@ def test_batches_stay_within_the_token_budget(lengths: list[int], budget: int) -
 
 
 def test_epochs_differ_and_are_repeatable() -> None:
-    plan, again = make_plan(list(range(2, 60))), make_plan(list(range(2, 60)))
-    assert plan.sequences(0) == again.sequences(0)
-    assert plan.sequences(0) != plan.sequences(plan.steps_per_epoch)
+    schedule, again = make_schedule(list(range(2, 60))), make_schedule(list(range(2, 60)))
+    assert schedule.sequences(0) == again.sequences(0)
+    assert schedule.sequences(0) != schedule.sequences(schedule.steps_per_epoch)
 
 
 def test_learning_rate_warms_up_and_decays() -> None:

@@ -1,6 +1,6 @@
 """Which sequences go into which optimizer step, on which rank, in which micro-batch.
 
-A pure function of lengths, seed and sizes: every rank computes the whole plan, so all of them know
+A pure function of lengths, seed and sizes: every rank computes the whole schedule, so all know
 the global token count of a step without talking, and a resumed run goes on in the same order.
 """
 
@@ -26,7 +26,7 @@ class StepBatches:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingPlan:
+class BatchSchedule:
     """The steps of a run. Every epoch is a permutation of its own; its last batch may be small.
 
     With a `window`, an epoch visits the `groups` (one number per sequence: what lies together on

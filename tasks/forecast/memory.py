@@ -41,7 +41,7 @@ class _Part:
     leaves: bool = True
 
 
-def memory_plan(spec: StageSpec) -> list[Phase]:
+def memory_phases(spec: StageSpec) -> list[Phase]:
     """The phases of a round, on the device of a rank that also has the rollout engine, if one has.
 
     The teacher's states and the engine's cache are those of texts of the full length. Activations
@@ -84,7 +84,7 @@ def memory_plan(spec: StageSpec) -> list[Phase]:
 
 
 def _engine_parts(spec: StageSpec, rollout: Rollout, student: int) -> dict[str, _Part]:
-    """Of the rollout engine's share on a rank's device; nothing where it is on another one."""
+    """The rollout engine's share of a rank's device; nothing where it is on another one."""
     folder, run = _folder(spec, "student"), spec.run
     buckets = _Part(size=2 * rollout.bucket_mb * 10**6, needed=frozenset({"swap weights"}))
     if isinstance(rollout, TransformersRollout):
@@ -112,7 +112,7 @@ def _engine_parts(spec: StageSpec, rollout: Rollout, student: int) -> dict[str, 
     }
 
 
-def plan_lines(phases: list[Phase]) -> list[str]:
+def memory_lines(phases: list[Phase]) -> list[str]:
     """The plan for people."""
     lines = [
         f"memory to {phase.name}: {phase.total / 1e9:.2f} GB ("
@@ -145,7 +145,7 @@ def _folder(spec: StageSpec, side: str) -> Path:
 
 
 def _teacher_bytes(spec: StageSpec) -> int:
-    """Of one rank's part of the teacher; none where the student teaches itself."""
+    """The bytes of one rank's part of the teacher; none where the student teaches itself."""
     run = spec.run
     if not run.algorithm.reads_signals:
         return 0
@@ -154,7 +154,7 @@ def _teacher_bytes(spec: StageSpec) -> int:
 
 
 def _state_bytes(spec: StageSpec, config: OnPolicyConfig) -> int:
-    """Of the states that wait on one rank for the loss."""
+    """The bytes of the states that wait on one rank for the loss."""
     run = spec.run
     if not run.algorithm.reads_signals:
         return 0
