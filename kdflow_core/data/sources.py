@@ -1,4 +1,4 @@
-"""Raw rows of data sources, in order: files through a `RowFiles`, the rest through `datasets`.
+"""Raw rows of data sources, in order: files through a `RowFiles`, the rest through `dataset_rows`.
 
 A row that cannot be read costs itself alone, and is told with its file and number.
 """
@@ -7,9 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
-import datasets
-
-from configs.schema.data import FilesSource, HubSource, SavedSource, Source
+from configs.schema.data import FilesSource, Source
 from kdflow_core.data.messages import SampleError
 from kdflow_core.errors import DataError
 
@@ -41,11 +39,11 @@ def iterate_rows(source: Source, files: RowFiles) -> Iterator[Row]:
     try:
         if isinstance(source, FilesSource):
             yield from _rows_of_files(source, files)
-        elif isinstance(source, SavedSource):
-            yield from _saved(source)
         else:
-            yield from _hub(source)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+            from kdflow_core.data.dataset_rows import dataset_rows  # noqa: PLC0415 - half a second
+
+            yield from dataset_rows(source)
+    except (ValueError, OSError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(
@@ -132,23 +130,3 @@ def _json(data: bytes, where: str) -> Any:
         return SampleError("malformed", f"{where} is nested too deeply")
     except ValueError as error:  # not JSON, or an integer of thousands of digits
         return SampleError("malformed", f"{where} is not JSON: {error}")
-
-
-def _saved(source: SavedSource) -> Iterator[Row]:
-    loaded = datasets.load_from_disk(source.path)
-    if isinstance(loaded, datasets.DatasetDict):
-        raise DataError(
-            f"{source.path} holds several splits ({', '.join(loaded)}); "
-            f"name one: {source.path}/{next(iter(loaded))}"
-        )
-    yield from loaded
-
-
-def _hub(source: HubSource) -> Iterator[Row]:
-    yield from datasets.load_dataset(
-        source.path,
-        source.subset,
-        split=source.split,
-        revision=source.revision,
-        streaming=True,
-    )

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from kdflow_core.contracts import TokenSequence
 from kdflow_core.data.chat import ChatFormat
 from kdflow_core.eval.answers import answer_matches
-from kdflow_core.models.loading import true_vocabulary_size
+from kdflow_core.models.tokenizers import true_vocabulary_size
 from kdflow_core.rollout.base import Prompt, Sampling
 from kdflow_core.rollout.decoding import generate_ids
 from kdflow_core.sinks import Reporter

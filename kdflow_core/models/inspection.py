@@ -18,11 +18,10 @@ from kdflow_core.models.loading import (
     check_attention,
     check_tied_head,
     load_config,
-    load_tokenizer,
     refuse_incomplete,
-    true_vocabulary_size,
 )
 from kdflow_core.models.structure import adapter_targets, decoder_layers, meta_model
+from kdflow_core.models.tokenizers import load_tokenizer, true_vocabulary_size
 
 DTYPES = {
     "F64": torch.float64,

@@ -14,13 +14,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from kdflow_core.errors import ModelError
 from kdflow_core.models.families.base import LAYER_FIELDS, LEADING_COUNTS
-from kdflow_core.models.loading import load_causal_lm, load_config, load_tokenizer
+from kdflow_core.models.loading import load_causal_lm, load_config
 from kdflow_core.models.saving import save_model_folder
 from kdflow_core.models.structure import (
     decoder_layers,
     layers_prefix,
     meta_model,
 )
+from kdflow_core.models.tokenizers import load_tokenizer
 
 # Where each layer stands; equal in no two models.
 PLACES = frozenset({"layer_idx", "layer_id", "layer_number", "block_idx"})

@@ -1,4 +1,4 @@
-"""Tokenizers and causal language models from local folders."""
+"""Causal language models from local folders."""
 
 import re
 from collections.abc import Mapping
@@ -6,15 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.utils.import_utils import is_flash_attn_2_available
 
@@ -23,33 +20,13 @@ from kdflow_core.models.checkpoints import TensorHeader, read_checkpoint
 from kdflow_core.models.families import architecture_of, known_family
 from kdflow_core.models.folders import text_config
 from kdflow_core.models.heads import head_tensor
+from kdflow_core.models.tokenizers import LIBRARY_ERRORS, reason_of
 
 # Tensors of older checkpoints that models now compute by themselves.
 DERIVED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|\.attention\.(masked_)?bias$")
 SHOWN = 5
-REASON_SIGNS = 600
-# What libraries may raise over files that are not what they should be: nothing less.
-LIBRARY_ERRORS = (
-    ArithmeticError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-)
 ROWS_COMPARED = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder. Raises ModelError."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except LIBRARY_ERRORS as error:
-        raise ModelError(f"cannot load the tokenizer of {folder}: {_reason(error)}") from error
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -60,17 +37,8 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
             folder, trust_remote_code=trust_remote_code
         )
     except LIBRARY_ERRORS as error:
-        raise ModelError(f"cannot load the model config of {folder}: {_reason(error)}") from error
+        raise ModelError(f"cannot load the model config of {folder}: {reason_of(error)}") from error
     return config
-
-
-def _reason(error: Exception) -> str:
-    if "trust_remote_code" in str(error):
-        return (
-            "it brings Python code of its own, which is not run unless you allow it: read that "
-            "code, then set trust_remote_code=true beside the model's path"
-        )
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:REASON_SIGNS]
 
 
 def check_attention(config: PretrainedConfig, attention: str) -> None:
@@ -119,7 +87,7 @@ def load_causal_lm(
             output_loading_info=True,
         )
     except LIBRARY_ERRORS as error:
-        raise ModelError(f"cannot load the model in {folder}: {_reason(error)}") from error
+        raise ModelError(f"cannot load the model in {folder}: {reason_of(error)}") from error
     model: PreTrainedModel = loaded[0]
     refuse_incomplete(folder, loaded[1])
     if device is not None:
@@ -184,27 +152,3 @@ def _equal(one: TensorHeader, name: str, other: TensorHeader, other_name: str) -
         a, b = first.get_slice(name), second.get_slice(other_name)
         blocks = range(0, one.shape[0], ROWS_COMPARED)
         return all(torch.equal(a[k : k + ROWS_COMPARED], b[k : k + ROWS_COMPARED]) for k in blocks)
-
-
-def true_vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the highest token id. Rows of the head beyond it are padding."""
-    return max(tokenizer.get_vocab().values()) + 1
-
-
-def check_same_vocabulary(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
-) -> None:
-    """Refuse two tokenizers that give ids different meanings. Raises ModelError."""
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    if ours == theirs:
-        return
-    differing = sorted(
-        token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)
-    )
-    token = differing[0]
-    raise ModelError(
-        f"student and teacher have different vocabularies: {len(ours)} and {len(theirs)} tokens, "
-        f"{len(differing)} differ, for instance {token!r} (id {ours.get(token)} and "
-        f"{theirs.get(token)}). Their logits cannot be compared; choose a student of the teacher's "
-        "family (same tokenizer)"
-    )

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from kdflow_core.errors import ModelError
 from kdflow_core.models.families import BY_ARCHITECTURE, known_family
 from kdflow_core.models.families.plain import PLAIN
-from kdflow_core.models.loading import LIBRARY_ERRORS
+from kdflow_core.models.tokenizers import LIBRARY_ERRORS
 
 
 def meta_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:

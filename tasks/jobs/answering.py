@@ -18,14 +18,14 @@ from configs.schema.data import AnswersConfig
 from configs.schema.engines import Engine, SglangEngine
 from configs.schema.run import RunConfig
 from kdflow_core.contracts import Example, TokenSequence
-from kdflow_core.models.loading import true_vocabulary_size
+from kdflow_core.models.tokenizers import true_vocabulary_size
 from kdflow_core.rollout import build_rollout_engine
 from kdflow_core.rollout.base import Sampling
 from kdflow_core.workers.devices import barrier
 from storage.artifact import ArtifactRef
 from storage.sealed import is_whole, seal
 from storage.tokens import TokenTable, TokenWriter
-from tasks.jobs import parts
+from tasks.jobs import chats, parts
 from tasks.jobs.stage_run import StageRun, job
 from tasks.jobs.stored import TokenExamples, token_row
 from tasks.stages.slices import SPLITS, Split
@@ -128,7 +128,7 @@ class _Answerer:
         self._config = config
         self._written, self._wanted = 0, wanted
         self._stage = stage
-        folder, chat = stage.model_folder(config.by), parts.chat(stage, config.by)
+        folder, chat = stage.model_folder(config.by), chats.chat(stage, config.by)
         self._sampling = Sampling(
             stop_ids=chat.end_ids,
             temperature=config.temperature,

@@ -15,7 +15,7 @@ from kdflow_core.eval.distribution import score_distributions, state_difference
 from kdflow_core.eval.greedy import exact_match, generate_greedily
 from kdflow_core.models.loading import DTYPES, load_causal_lm
 from storage.artifact import ArtifactRef
-from tasks.jobs import parts
+from tasks.jobs import chats, parts
 from tasks.jobs.reference import state_limit
 from tasks.jobs.stage_run import StageRun, job
 from tasks.jobs.stored import StoredStates, TokenExamples
@@ -38,7 +38,7 @@ def evaluate_student(stage: StageRun) -> ArtifactRef:
     models, answers = {}, {}
     for title, folder in folders.items():
         models[title], answers[title] = _judge(stage, title, folder, examples, shown, teachers)
-    tokenizer = parts.tokenizer(stage, "teacher")
+    tokenizer = chats.tokenizer(stage, "teacher")
     samples = [
         {
             "source": example.source,
@@ -99,7 +99,7 @@ def _judge(
     by_source: dict[str, dict[str, float]] = {name: asdict(s) for name, s in scores.items()}
     texts = generate_greedily(
         model=model,
-        chat=parts.chat(stage, side),
+        chat=chats.chat(stage, side),
         sequences=[e.teacher if side == "teacher" else e.student for e in shown],
         max_new_tokens=stage.run.eval.max_new_tokens,
         reporter=stage.reporter,

@@ -2,17 +2,16 @@
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
 
 from kdflow_core.contracts import Example, OutputHead, TeacherAtHand
-from kdflow_core.data.chat import ChatFormat
 from kdflow_core.errors import AlignmentError
 from kdflow_core.models.heads import head_digest, load_head
-from kdflow_core.models.loading import load_config, load_tokenizer, true_vocabulary_size
+from kdflow_core.models.loading import load_config
+from kdflow_core.models.tokenizers import true_vocabulary_size
 from kdflow_core.rollout.base import Prompt
 from kdflow_core.workers.devices import device_of, join_group
 from storage.states.reader import HiddenStateReader
-from tasks.checks.model_check import chat_format
+from tasks.jobs.chats import tokenizer
 from tasks.jobs.stage_run import StageRun
 from tasks.jobs.stored import StoredStates
 from tasks.stages.slices import Side
@@ -27,16 +26,6 @@ def join(stage: StageRun) -> None:
     """Meet the other ranks of the stage, where it was launched as such."""
     if stage.context.rendezvous and not dist.is_initialized():
         join_group(stage.context)
-
-
-def tokenizer(stage: StageRun, side: Side) -> PreTrainedTokenizerBase:
-    """The tokenizer of a side's model."""
-    return load_tokenizer(stage.model_folder(side), trust_remote_code=stage.trusts(side))
-
-
-def chat(stage: StageRun, side: Side) -> ChatFormat:
-    """How a side's model is spoken to, and how it ends its turns."""
-    return chat_format(stage.run, side, stage.model_folder(side))
 
 
 def prompt(stage: StageRun, example: Example, side: Side, most: int) -> Prompt:

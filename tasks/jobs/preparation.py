@@ -1,27 +1,18 @@
-"""The stages that make models and tokens."""
+"""The job that makes models."""
 
 import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 
 from configs.schema.models import GgufModel, LayerDropModel
-from kdflow_core.contracts import Example
-from kdflow_core.data.rendering import Renderer
-from kdflow_core.data.tokenization import Split, Tally, tokenize
 from kdflow_core.errors import ModelError
 from kdflow_core.models.conversion import convert_gguf
-from kdflow_core.models.folders import context_length
 from kdflow_core.models.inspection import check_model
 from kdflow_core.models.layer_drop import drop_layers
 from kdflow_core.models.loading import DTYPES
 from storage.artifact import ArtifactRef
-from storage.data_files import DataFiles
-from storage.tokens import TokenTable, TokenWriter
-from tasks.checks.model_check import check_pair, use_of
-from tasks.jobs import parts
-from tasks.jobs.stage_run import SIDES, StageRun, job
-from tasks.jobs.stored import token_row
-from tasks.stages.slices import SPLITS, gguf_path
+from tasks.checks.model_check import use_of
+from tasks.jobs.stage_run import StageRun, job
+from tasks.stages.slices import gguf_path
 
 
 @job("prepare-teacher", "prepare-student")
@@ -52,71 +43,3 @@ def prepare_model(stage: StageRun) -> ArtifactRef:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@job("tokenize")
-def tokenize_data(stage: StageRun) -> ArtifactRef:
-    """Text to token ids, once for both models."""
-    run, folder = stage.run, stage.workdir
-    folders = {side: stage.model_folder(side) for side in SIDES}
-    chats = {side: parts.chat(stage, side) for side in SIDES}
-    check_pair(chats["student"], chats["teacher"])
-    renderers = {side: Renderer(chats[side], supervise=run.data.supervise) for side in SIDES}
-    inputs = stage.spec.identity.inputs
-    same_tokenizer = inputs["teacher_tokenizer"] == inputs["student_tokenizer"]
-    same_template = run.teacher.chat_template == run.student.chat_template
-    same_ends = chats["teacher"].end_ids == chats["student"].end_ids
-    if same_tokenizer and same_template and same_ends:
-        renderers["teacher"] = renderers["student"]
-    tally = Tally()
-    examples = tokenize(
-        config=run.data,
-        seed=run.seed,
-        files=DataFiles(),
-        student=renderers["student"],
-        teacher=renderers["teacher"],
-        max_student_length=context_length(folders["student"]),
-        max_teacher_length=context_length(folders["teacher"]),
-        reporter=stage.reporter,
-        tally=tally,
-    )
-    _write_examples(folder, examples)
-    counts = _counts(folder)
-    dropped = {source: dict(reasons) for source, reasons in tally.dropped.items()}
-    ignored = {side: dict(r.ignored) for side, r in renderers.items() if r.ignored}
-    stage.reporter.message(
-        f"{counts['train_sequences']} training and "
-        f"{counts['heldout_sequences']} held-out samples; dropped: {dropped or 'none'}"
-        + (f"; fields that the chat template leaves out: {ignored}" if ignored else "")
-    )
-    return stage.publish(
-        counts=counts,
-        info={
-            "read": dict(tally.read),
-            "prompts": dict(tally.prompts),
-            "dropped": dropped,
-            "first_dropped": tally.first_detail,
-            "ignored": ignored,
-            "end_ids": {side: list(chat.end_ids) for side, chat in chats.items()},
-        },
-    )
-
-
-def _write_examples(folder: Path, examples: Iterable[tuple[Split, Example]]) -> None:
-    with (
-        TokenWriter(folder / "train.arrow") as train,
-        TokenWriter(folder / "heldout.arrow") as heldout,
-    ):
-        writers = {"train": train, "heldout": heldout}
-        for split, example in examples:
-            writers[split].add(token_row(example))
-
-
-def _counts(folder: Path) -> dict[str, int]:
-    counts = {}
-    for split in SPLITS:
-        table = TokenTable(folder / f"{split}.arrow")
-        counts[f"{split}_sequences"] = len(table)
-        counts[f"{split}_tokens"] = int(table.lengths("student").sum())
-        counts[f"{split}_supervised_tokens"] = int(table.supervised_counts("student").sum())
-    return counts

@@ -11,7 +11,7 @@ import numpy as np
 
 from configs.schema.on_policy import OnPolicyConfig
 from kdflow_core.contracts import Example
-from kdflow_core.models.loading import true_vocabulary_size
+from kdflow_core.models.tokenizers import true_vocabulary_size
 from kdflow_core.rollout import build_rollout_engine
 from kdflow_core.rollout.base import Completion, Prompt, RolloutEngine, Sampling
 from kdflow_core.rollout.rewards import RewardFunction, load_reward, reward_of
@@ -19,7 +19,7 @@ from kdflow_core.rollout.sglang import SglangRolloutEngine
 from kdflow_core.weight_buckets import Bucket
 from kdflow_core.workers.base import RankContext, offered
 from storage.rollouts import write_rollouts
-from tasks.jobs import parts
+from tasks.jobs import chats, parts
 from tasks.jobs.round_examples import prompts_of_round
 from tasks.jobs.stage_host import EventReporter
 from tasks.jobs.stage_run import StageRun
@@ -49,7 +49,7 @@ class RolloutHost:
         self._config: OnPolicyConfig = stage.run.on_policy
         self._table = stage.tables()["train"]
         folder = stage.model_folder("student")
-        chat = parts.chat(stage, "student")
+        chat = chats.chat(stage, "student")
         self._tokenizer, self._stop_ids = chat.tokenizer, chat.end_ids
         reward = self._config.reward
         self._reward: RewardFunction | None = None

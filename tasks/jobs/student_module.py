@@ -15,11 +15,12 @@ from kdflow_core.losses.elementwise import LossSpec
 from kdflow_core.losses.surrogate import PolicyGradient
 from kdflow_core.losses.token_weights import build_token_weight
 from kdflow_core.losses.vocabulary import WholeVocabulary
-from kdflow_core.models.loading import DTYPES, load_causal_lm, true_vocabulary_size
+from kdflow_core.models.loading import DTYPES, load_causal_lm
+from kdflow_core.models.tokenizers import true_vocabulary_size
 from kdflow_core.student.head_part import HeadPart, part_of, teacher_part
 from kdflow_core.student.lora import add_adapters
 from kdflow_core.student.module import DistillationModule, shard
-from tasks.jobs import parts
+from tasks.jobs import chats
 from tasks.jobs.stage_run import StageRun
 
 
@@ -40,7 +41,7 @@ def build_module(
         add_adapters(model, config.lora)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    vocabulary_size = true_vocabulary_size(parts.tokenizer(stage, "student"))
+    vocabulary_size = true_vocabulary_size(chats.tokenizer(stage, "student"))
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     compute_dtype = DTYPES[config.compute_dtype]
     part = None

@@ -23,7 +23,7 @@ from kdflow_core.teacher import build_engine
 from kdflow_core.teacher.live import LiveStates
 from storage.artifact import ArtifactRef
 from storage.tokens import TokenTable
-from tasks.jobs import parts
+from tasks.jobs import chats, parts
 from tasks.jobs.stage_run import StageRun
 from tasks.jobs.stored import StoredStates, TokenExamples
 from tasks.jobs.student_module import build_module, loss_spec
@@ -99,7 +99,7 @@ class TrainingSession:
         self.metrics.close()
         export_student(
             self.module,
-            chat=parts.chat(stage, "student"),
+            chat=chats.chat(stage, "student"),
             dtype=DTYPES[config.save_dtype],
             model_card=model_card(stage.spec),
             target=self.output / "model",

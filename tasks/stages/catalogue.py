@@ -116,7 +116,7 @@ _STAGES = (
         output="tokens",
         code_version=3,
         description="Text to supervised token ids",
-        job="tasks.jobs.preparation:tokenize_data",
+        job="tasks.jobs.tokenizing:tokenize_data",
         slice=slices.tokens,
         behind_source=False,
     ),

@@ -22,7 +22,8 @@ from pydantic import TypeAdapter
 from configs.schema.teacher import Teacher
 from kdflow_core.contracts import TeacherEngine, TokenSequence
 from kdflow_core.models.heads import load_head
-from kdflow_core.models.loading import load_config, load_tokenizer, true_vocabulary_size
+from kdflow_core.models.loading import load_config
+from kdflow_core.models.tokenizers import load_tokenizer, true_vocabulary_size
 from kdflow_core.teacher import build_engine
 from kdflow_core.teacher.streaming import stream_states
 from tests.benchmarks.generate import best_of

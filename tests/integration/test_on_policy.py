@@ -257,6 +257,7 @@ def test_how_it_is_run_does_not_matter(make_recipe: Callable[..., Path]) -> None
         assert one.log_prob_difference["largest"] < 1e-4
 
 
+@pytest.mark.slow  # the estimator itself: tests/numerics
 def test_a_policy_gradient_on_what_the_engine_reports(make_recipe: Callable[..., Path]) -> None:
     """The sampled reverse KL by the engine's own log-probabilities: at its first step, where the
     ratio is 1, the mean of log q - log p over the samples.
@@ -365,6 +366,7 @@ def test_what_a_dead_trainer_had_not_saved_is_trained_again(
     assert steps == list(range(1, 7))
 
 
+@pytest.mark.slow  # a killed engine: test_kill_on_policy, every time
 def test_an_engine_killed_at_work_is_asked_again(make_recipe: Callable[..., Path]) -> None:
     """Its answers, sampled in SGLang, are then those of a run without an accident."""
     settings: dict[str, Any] = {"max_staleness": 1, "rollout": SGLANG}

@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.ranks
 def test_commands_for_own_models(folder: Path) -> None:
     """All of them; the one that trains the real quick start is cut to a few samples and steps."""
-    short = ["data.max_samples=120", "student.max_steps=4", "eval.max_generations=2"]
+    short = ["data.max_samples=60", "student.max_steps=4", "eval.max_generations=2"]
     shown = commands("Your own models")
     expected = {"doctor", "recipes", "config", "plan", "estimate", "run", "store"}
     assert {words[1] for words in shown} == expected
@@ -71,11 +71,11 @@ def test_commands_for_own_models(folder: Path) -> None:
 def test_commands_on_policy(folder: Path) -> None:
     """The real models, SGLang as teacher and as rollout engine; cut to two short rounds."""
     short = [
-        "data.max_samples=60",
+        "data.max_samples=40",
         "student.global_batch_size=8",
         "on_policy.rounds=2",
         "on_policy.prompts_per_round=16",
-        "on_policy.max_new_tokens=12",
+        "on_policy.max_new_tokens=8",
         "on_policy.heldout_sequences=4",
         "eval.max_generations=2",
     ]

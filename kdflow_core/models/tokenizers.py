@@ -1,0 +1,64 @@
+"""Tokenizers from local folders. Loads no model code."""
+
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from kdflow_core.errors import ModelError
+
+REASON_SIGNS = 600
+# What libraries may raise over files that are not what they should be: nothing less.
+LIBRARY_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder. Raises ModelError."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except LIBRARY_ERRORS as error:
+        raise ModelError(f"cannot load the tokenizer of {folder}: {reason_of(error)}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """What a library's error says, on one line."""
+    if "trust_remote_code" in str(error):
+        return (
+            "it brings Python code of its own, which is not run unless you allow it: read that "
+            "code, then set trust_remote_code=true beside the model's path"
+        )
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:REASON_SIGNS]
+
+
+def true_vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the highest token id. Rows of the head beyond it are padding."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def check_same_vocabulary(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+) -> None:
+    """Refuse two tokenizers that give ids different meanings. Raises ModelError."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours == theirs:
+        return
+    differing = sorted(
+        token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)
+    )
+    token = differing[0]
+    raise ModelError(
+        f"student and teacher have different vocabularies: {len(ours)} and {len(theirs)} tokens, "
+        f"{len(differing)} differ, for instance {token!r} (id {ours.get(token)} and "
+        f"{theirs.get(token)}). Their logits cannot be compared; choose a student of the teacher's "
+        "family (same tokenizer)"
+    )
