@@ -1,7 +1,6 @@
 """Records and protocols that the parts of the core, and the layers around it, agree on.
 
-Dimensions: N supervised tokens (rows) of a sequence, T tokens, H hidden size, V vocabulary,
-R rank of a low-rank update.
+Dimensions: N supervised tokens (rows) of a sequence, T tokens, H hidden size, V vocabulary.
 """
 
 import hashlib
@@ -137,18 +136,8 @@ class Examples(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowRankUpdate:
-    """What LoRA (arXiv 2106.09685, equation 3) adds to a weight: scale * B A."""
-
-    a_RH: torch.Tensor
-    b_VR: torch.Tensor
-    scale: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class OutputHead:
-    """What turns post-norm hidden states into logits: softcap(scale * (h W^T + b)), where W may
-    have a low-rank update.
+    """What turns post-norm hidden states into logits: softcap(scale * (h W^T + b)).
 
     `weight_VH` has only the rows of the true vocabulary; padded rows are left out, so they carry
     no probability.
@@ -158,7 +147,6 @@ class OutputHead:
     bias_V: torch.Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
-    lora: LowRankUpdate | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

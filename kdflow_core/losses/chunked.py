@@ -7,7 +7,7 @@ forward computed, so no logits are kept and nothing is recomputed.
 The loss is a weighted sum, never a mean: whoever calls it divides (see student/step.py).
 
 Dimensions: T supervised tokens, C tokens of a chunk, B tokens of a block, V vocabulary, H hidden
-size of the student, G hidden size of the teacher, R rank of a low-rank update, M per-token terms.
+size of the student, G hidden size of the teacher, M per-token terms.
 """
 
 import math
@@ -83,13 +83,10 @@ def distillation_loss(
     optional = (sampled_log_prob_T, advantage_T)
     per_token = [target_ids_T, weights_T, *(t for t in optional if t is not None)]
     _check(student_hidden_TH, student_head, teacher, per_token, spec)
-    lora = student_head.lora
     outputs = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         student_hidden_TH,
         student_head.weight_VH,
         student_head.bias_V,
-        None if lora is None else lora.a_RH,
-        None if lora is None else lora.b_VR,
         _Inputs(
             head=student_head,
             teacher=teacher,
@@ -123,14 +120,12 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden_TH: torch.Tensor,
         weight_VH: torch.Tensor,
         bias_V: torch.Tensor | None,
-        a_RH: torch.Tensor | None,
-        b_VR: torch.Tensor | None,
         inputs: _Inputs,
     ) -> tuple[torch.Tensor, ...]:
         spec = inputs.spec
         dtype = accumulation_dtype(hidden_TH)
         exchange = RowExchange(len(hidden_TH), spec.vocabulary, hidden_TH.device)
-        given = (hidden_TH, weight_VH, bias_V, a_RH, b_VR)
+        given = (hidden_TH, weight_VH, bias_V)
         hidden_TH = exchange.gather(hidden_TH.detach())
         gradients = _Gradients(hidden_TH, given, ctx.needs_input_grad, inputs.head, dtype)
         terms_MT = _run_chunks(hidden_TH, inputs, exchange, gradients, dtype)
@@ -234,11 +229,10 @@ class _Gradients:
     ) -> None:
         self.producer = LogitProducer(head, dtype)
         self.hidden_TH = torch.zeros_like(hidden_TH) if needed[0] else None
-        self.weight_VH, self.bias_V, self.a_RH, self.b_VR = (
+        self.weight_VH, self.bias_V = (
             torch.zeros_like(tensor, dtype=dtype) if tensor is not None and need else None
             for tensor, need in zip(given[1:], needed[1:], strict=False)
         )
-        self._lora = head.lora
 
     def add(self, rows: slice, hidden_CH: torch.Tensor, grad_CV: torch.Tensor) -> None:
         """Add the gradients of some rows, from the gradient of h W^T + b."""
@@ -248,18 +242,10 @@ class _Gradients:
             add_weight_gradient_(self.weight_VH, grad_CV, hidden_CH)
         if self.bias_V is not None:
             self.bias_V += grad_CV.sum(0)
-        if self._lora is None:
-            return
-        hidden_CH = hidden_CH.to(grad_CV.dtype)
-        a_RH, b_VR = (t.detach().to(grad_CV.dtype) for t in (self._lora.a_RH, self._lora.b_VR))
-        if self.b_VR is not None:
-            self.b_VR.addmm_(grad_CV.T, hidden_CH @ a_RH.T, alpha=self._lora.scale)
-        if self.a_RH is not None:
-            self.a_RH.addmm_((grad_CV @ b_VR).T, hidden_CH, alpha=self._lora.scale)
 
     def as_given(self, given: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
         """The gradients, each in the dtype of its tensor."""
-        grads = (self.hidden_TH, self.weight_VH, self.bias_V, self.a_RH, self.b_VR)
+        grads = (self.hidden_TH, self.weight_VH, self.bias_V)
         return tuple(
             None if grad is None or tensor is None else grad.to(tensor.dtype)
             for grad, tensor in zip(grads, given, strict=True)

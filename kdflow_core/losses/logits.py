@@ -6,8 +6,7 @@ in float32. A CPU has no such product: weights are widened a block of the vocabu
 the product of what was bfloat16 may take bfloat16 instructions, which lose nothing of it. The
 logit gradient, too, enters its products as bfloat16 where the other factor is.
 
-Dimensions: C tokens of a chunk, V vocabulary, W rows of a block of it, H hidden size, R rank of a
-low-rank update.
+Dimensions: C tokens of a chunk, V vocabulary, W rows of a block of it, H hidden size.
 """
 
 from collections.abc import Iterator
@@ -33,9 +32,6 @@ class LogitProducer:
         self._dtype = dtype
         self._weight_VH = head.weight_VH.detach()
         self._bias_V = None if head.bias_V is None else head.bias_V.detach().to(dtype)
-        lora = head.lora
-        self._a_RH = None if lora is None else lora.a_RH.detach().to(dtype)
-        self._b_VR = None if lora is None else lora.b_VR.detach().to(dtype) * lora.scale
 
     def logits(self, hidden_CH: torch.Tensor, out_CV: torch.Tensor | None = None) -> torch.Tensor:
         """softcap(scale * (h W^T + b)), [C, V], written to `out_CV` where it is given."""
@@ -49,8 +45,6 @@ class LogitProducer:
             with bfloat16_products(hidden_CH, self._weight_VH):
                 for rows, weight_WH in self._blocks():
                     torch.mm(wide_CH, weight_WH.T, out=out_CV[:, rows])
-        if self._a_RH is not None and self._b_VR is not None:
-            out_CV.addmm_(hidden_CH.to(self._dtype) @ self._a_RH.T, self._b_VR.T)
         if self._bias_V is not None:
             out_CV += self._bias_V
         if head.logit_scale != 1.0:
@@ -77,8 +71,6 @@ class LogitProducer:
             with bfloat16_products(weight_VH):
                 for rows, weight_WH in self._blocks():
                     grad_CH.addmm_(grad_CV[:, rows], weight_WH)
-        if self._a_RH is not None and self._b_VR is not None:
-            grad_CH.addmm_(grad_CV @ self._b_VR, self._a_RH)
         return grad_CH
 
     def _blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
