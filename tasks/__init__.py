@@ -1,1 +1,1 @@
-"""Between flows and compute: stage identities, caching, worker launch, wiring."""
+"""Between flows and compute: the stages of a run, a room for each subject (see the README)."""

@@ -120,7 +120,7 @@ def planned(
     return {phase.name: dict(phase.parts) for phase in phases}, memory_lines(phases)[-1]
 
 
-def test_the_memory_plan_of_parts_that_sleep(
+def test_the_memory_forecast_of_parts_that_sleep(
     make_recipe: Callable[..., Path], student_folder: Path
 ) -> None:
     """Weights in float32 with AdamW's two moments, gradients while training; who sleeps is away."""
@@ -141,7 +141,7 @@ def test_the_memory_plan_of_parts_that_sleep(
     assert peak.startswith("peak memory of a device: 0.00 GB, to swap weights; activations and the")
 
 
-def test_the_memory_plan_of_an_engine_whose_cache_is_known(
+def test_the_memory_forecast_of_an_engine_whose_cache_is_known(
     make_recipe: Callable[..., Path],
 ) -> None:
     """Keys and values of two layers, two heads and eight dimensions."""
