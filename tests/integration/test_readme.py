@@ -29,6 +29,13 @@ def test_the_two_commands_are_targets_of_the_makefile() -> None:
         subprocess.run([*words, "--dry-run"], cwd=ROOT, check=True, capture_output=True)
 
 
+def test_the_commands_for_contributors_are_targets_of_the_makefile() -> None:
+    targets = set(re.findall(r"`?(make [a-z-]+)", (ROOT / "CONTRIBUTING.md").read_text()))
+    assert {"make install", "make test-fast", "make check", "make test", "make test-all"} <= targets
+    for target in sorted(targets):
+        subprocess.run([*target.split(), "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+
+
 def test_ci_calls_the_test_command() -> None:
     assert "make test\n" in (ROOT / ".ci/run").read_text()
 
@@ -43,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.ranks
 def test_commands_for_own_models(folder: Path) -> None:
     """All of them; the one that trains the real quick start is cut to a few samples and steps."""
-    short = ["data.max_samples=60", "student.max_steps=4", "eval.max_generations=2"]
+    short = ["data.max_samples=120", "student.max_steps=4", "eval.max_generations=2"]
     shown = commands("Your own models")
     expected = {"doctor", "recipes", "config", "plan", "estimate", "run", "store"}
     assert {words[1] for words in shown} == expected
