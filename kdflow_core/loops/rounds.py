@@ -90,7 +90,10 @@ MakeSignals = Callable[[Examples, BatchSchedule], SignalSource]
 
 
 class RoundTrainer:
-    """Scores and trains rounds, on every rank. Between the two, the signals wait here."""
+    """Scores and trains rounds, on every rank. Between the two, the signals wait here.
+
+    Without a `sleeper`, the student stays on the device while others work.
+    """
 
     def __init__(
         self,
@@ -99,8 +102,7 @@ class RoundTrainer:
         measuring: Measuring,
         measure_heldout: Callable[[], HeldoutScores | None],
         make_signals: MakeSignals | None,
-        sleeper: Sleeper,
-        sleeps: bool,
+        sleeper: Sleeper | None,
         spec: LossSpec,
         settings: RoundSettings,
     ) -> None:
@@ -109,7 +111,6 @@ class RoundTrainer:
         self._measure_heldout = measure_heldout
         self._make_signals = make_signals
         self._sleeper = sleeper
-        self._sleeps = sleeps
         self._spec = spec
         self._settings = settings
         self._scored: _Scored | None = None
@@ -153,7 +154,8 @@ class RoundTrainer:
             self.score(number, examples)  # a new process, where an old one had scored it
         assert self._scored is not None
         scored = self._scored
-        self._sleeper.wake()
+        if self._sleeper is not None:
+            self._sleeper.wake()
         started = time.perf_counter()
         before = self._measure_heldout() if self.step == 0 else None
         difference = self._check_samples(scored.examples.sampled)
@@ -181,7 +183,7 @@ class RoundTrainer:
 
     def leave_device(self) -> None:
         """Make room for others, where the student may sleep."""
-        if self._sleeps:
+        if self._sleeper is not None:
             self._sleeper.sleep()
 
     def _schedule(self, number: int, examples: Examples) -> BatchSchedule:

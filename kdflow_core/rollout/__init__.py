@@ -1,8 +1,8 @@
 """Rollout engines: prompts' ids in, answers' ids with their log-probabilities out."""
 
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from types import MappingProxyType
 
 import torch
@@ -33,8 +33,7 @@ def build_rollout_engine(
     It samples from the first `vocabulary_size` tokens, and takes prompts with answers of up to
     `max_length` tokens in all. Raises ModelError.
     """
-    module, _, name = ENGINES[config.type].partition(":")
-    engine: RolloutEngine = getattr(import_module(module), name)(
+    engine: RolloutEngine = resolve_name(ENGINES[config.type])(
         config,
         folder=folder,
         vocabulary_size=vocabulary_size,

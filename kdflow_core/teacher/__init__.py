@@ -1,8 +1,8 @@
 """Teacher engines: token ids in, post-norm hidden states of the supervised rows out."""
 
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from types import MappingProxyType
 
 import torch
@@ -34,8 +34,7 @@ def build_engine(
 
     It takes sequences of up to `longest` tokens. Raises ModelError.
     """
-    module, _, name = ENGINES[config.type].partition(":")
-    engine: TeacherEngine = getattr(import_module(module), name)(
+    engine: TeacherEngine = resolve_name(ENGINES[config.type])(
         config, folder=folder, head=head, longest=longest, device=device
     )
     return engine

@@ -3,13 +3,11 @@
 What it is comes with the first request; its arguments are for people who look at processes.
 """
 
-import importlib
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
-from typing import Any
+from pkgutil import resolve_name
 
 from kdflow_core.workers.rank_side import begin, emit, receive_requests, reply
 
@@ -29,7 +27,7 @@ def serve() -> int:
 
         start = Start.model_validate_json(first)
         logging.basicConfig(level=logging.WARNING)
-        host: Host = _loaded(start.job)(start.context, start.spec)
+        host: Host = resolve_name(start.job)(start.context, start.spec)
         for text in requests:
             request = Request.model_validate_json(text)
             if request.role == "leave":
@@ -40,13 +38,6 @@ def serve() -> int:
     except Exception as error:  # noqa: BLE001 - the process boundary: all must reach the launcher
         report_error(error)
     return 1
-
-
-def _loaded(job: str) -> Callable[..., Any]:
-    """What `"module:function"` names."""
-    module, _, name = job.partition(":")
-    made: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    return made
 
 
 def _leave_group() -> None:

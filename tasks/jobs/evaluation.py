@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from transformers import PreTrainedModel
 
 from kdflow_core.contracts import Example, TeacherAtHand
@@ -18,7 +17,7 @@ from storage.artifact import ArtifactRef
 from tasks.jobs import chats, parts
 from tasks.jobs.reference import state_limit
 from tasks.jobs.stage_run import StageRun, job
-from tasks.jobs.stored import StoredStates, TokenExamples
+from tasks.jobs.stored import StoredStates, TokenExamples, evenly_spread
 
 CHECKED_SEQUENCES = 4
 
@@ -27,7 +26,7 @@ CHECKED_SEQUENCES = 4
 def evaluate_student(stage: StageRun) -> ArtifactRef:
     """Held-out scores of the teacher and of the student before and after training."""
     examples = TokenExamples(stage.tables()["heldout"])
-    chosen = _generation_indices(examples, stage.run.eval.max_generations)
+    chosen = evenly_spread(range(len(examples)), stage.run.eval.max_generations)
     shown = [examples[i] for i in chosen]
     folders = {
         "teacher": stage.model_folder("teacher"),
@@ -118,8 +117,7 @@ def _check_own_states(
     teacher: TeacherAtHand[StoredStates],
 ) -> None:
     """Refuse a teacher whose states are not those that were stored. Raises AlignmentError."""
-    own = stage.run.sources_of("teacher") if "teacher" in stage.run.teacher_names else None
-    chosen = [i for i in range(len(examples)) if own is None or examples[i].source in own]
+    chosen = examples.of_sources(stage.run.sources_of("teacher"))
     sequences = [examples[i].teacher for i in chosen[:CHECKED_SEQUENCES]]
     if not sequences:
         return  # none of the held-out ones is this teacher's
@@ -133,9 +131,3 @@ def _check_own_states(
             f"{stage.model_folder('teacher')} as they are. Check the checkpoint; then delete "
             f"{stage.spec.inputs['states'].uri} and run again"
         )
-
-
-def _generation_indices(examples: TokenExamples, limit: int) -> list[int]:
-    """Up to `limit` examples, spread evenly over the split."""
-    count = min(limit, len(examples))
-    return [int(i) for i in np.linspace(0, len(examples) - 1, count)] if count else []

@@ -1,5 +1,7 @@
 """The parts of a run as the core takes them: models' tokenizers, heads, stored signals, prompts."""
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 
@@ -62,12 +64,8 @@ def teacher_head(stage: StageRun, where: torch.device) -> OutputHead:
     folder = stage.model_folder("teacher")
     config = load_config(folder, trust_remote_code=stage.trusts("teacher"))
     head = load_head(folder, config, true_vocabulary_size(tokenizer(stage, "teacher")))
-    return OutputHead(
-        weight_VH=head.weight_VH.to(where),
-        bias_V=None if head.bias_V is None else head.bias_V.to(where),
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-    )
+    bias_V = None if head.bias_V is None else head.bias_V.to(where)
+    return replace(head, weight_VH=head.weight_VH.to(where), bias_V=bias_V)
 
 
 def rank_and_size() -> tuple[int, int]:

@@ -21,11 +21,10 @@ from kdflow_core.workers.base import RankContext, offered
 from storage.rollouts import write_rollouts
 from tasks.jobs import chats, parts
 from tasks.jobs.round_examples import prompts_of_round
-from tasks.jobs.stage_host import EventReporter
+from tasks.jobs.stage_host import open_stage
 from tasks.jobs.stage_run import StageRun
 from tasks.jobs.stored import TokenExamples
 from tasks.stages.catalogue import ROLLOUTS
-from tasks.stages.identity import StageSpec
 from tasks.stages.planning import round_identity
 
 
@@ -42,8 +41,7 @@ class RolloutHost:
     """Answers a round's prompts and takes new weights, as the methods are called."""
 
     def __init__(self, context: RankContext, spec: str) -> None:
-        own = StageSpec.model_validate_json(spec)
-        stage = StageRun(own, EventReporter(context.rank), context)
+        stage = open_stage(context, spec)
         assert stage.run.on_policy is not None
         self._stage = stage
         self._config: OnPolicyConfig = stage.run.on_policy

@@ -1,8 +1,8 @@
 """The host of a stage's ranks: it does the stage's job once, and reports."""
 
-import importlib
 import time
 from collections.abc import Callable
+from pkgutil import resolve_name
 
 from configs.secrets import public
 from kdflow_core.workers.base import RankContext, offered
@@ -40,12 +40,16 @@ class EventReporter:
             emit({"event": "message", "text": public(text)})
 
 
+def open_stage(context: RankContext, spec: str) -> StageRun:
+    """The stage of a spec in JSON, with its reports as events."""
+    return StageRun(StageSpec.model_validate_json(spec), EventReporter(context.rank), context)
+
+
 class StageHost:
     """A rank of a stage."""
 
     def __init__(self, context: RankContext, spec: str) -> None:
-        own = StageSpec.model_validate_json(spec)
-        self._stage = StageRun(own, EventReporter(context.rank), context)
+        self._stage = open_stage(context, spec)
 
     @offered
     def work(self) -> None:
@@ -58,6 +62,5 @@ class StageHost:
 
 def job_of(stage: str) -> Callable[[StageRun], ArtifactRef | None]:
     """The job of a stage; loaded when it is asked for, with no more than it needs."""
-    module, _, name = CATALOGUE[stage].job.partition(":")
-    found: Callable[[StageRun], ArtifactRef | None] = getattr(importlib.import_module(module), name)
+    found: Callable[[StageRun], ArtifactRef | None] = resolve_name(CATALOGUE[stage].job)
     return found

@@ -67,6 +67,10 @@ class TokenExamples:
         number, names = self._table.sources()
         return [names[k] for k in number]
 
+    def of_sources(self, chosen: frozenset[str] | None) -> list[int]:
+        """The examples of some data sources (None: of all)."""
+        return [i for i, name in enumerate(self.sources()) if chosen is None or name in chosen]
+
     def lengths(self, view: str) -> np.ndarray:
         """See `Examples`."""
         return self._table.lengths(view)
@@ -74,6 +78,12 @@ class TokenExamples:
     def supervised_counts(self, view: str) -> np.ndarray:
         """See `Examples`."""
         return self._table.supervised_counts(view)
+
+
+def evenly_spread(indices: Sequence[int], count: int) -> list[int]:
+    """Up to `count` of some indices, at even distances."""
+    places = np.linspace(0, len(indices) - 1, min(count, len(indices)))
+    return [indices[int(place)] for place in places]
 
 
 def token_row(example: Example) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from configs.schema.on_policy import OnPolicyConfig
 from configs.schema.teacher import InProcessTeacher
-from kdflow_core.contracts import Examples, SignalSource, TeacherAtHand, TokenSequence
+from kdflow_core.contracts import Examples, SignalSource, TeacherAtHand
 from kdflow_core.errors import TrainingError
 from kdflow_core.loops.rounds import RoundSettings, RoundTrainer
 from kdflow_core.models.folders import context_length
@@ -23,22 +23,25 @@ from kdflow_core.workers.ports import free_port
 from storage.sealed import is_whole, seal
 from tasks.jobs import parts
 from tasks.jobs.round_examples import round_examples
-from tasks.jobs.stage_host import EventReporter
+from tasks.jobs.stage_host import open_stage
 from tasks.jobs.stage_run import StageRun
 from tasks.jobs.stored import StoredStates
 from tasks.jobs.student_module import loss_spec
-from tasks.jobs.training_session import TrainingSession, live_states, teacher_engine
+from tasks.jobs.training_session import (
+    TrainingSession,
+    live_states,
+    teacher_engine,
+    teacher_sequences,
+)
 from tasks.presentation.tracking import METRICS_FILE, read_metrics
 from tasks.rounds.round_record import ROUNDS_FILE, RoundRequest, round_figures
-from tasks.stages.identity import StageSpec
 
 
 class TrainerHost:
     """Scores and trains rounds, and hands over weights, as every rank is asked to."""
 
     def __init__(self, context: RankContext, spec: str) -> None:
-        own = StageSpec.model_validate_json(spec)
-        stage = StageRun(own, EventReporter(context.rank), context)
+        stage = open_stage(context, spec)
         run = stage.run
         assert run.on_policy is not None
         parts.join(stage)
@@ -74,8 +77,7 @@ class TrainerHost:
             measuring=session.measuring,
             measure_heldout=session.measure_heldout,
             make_signals=self._live_signals(teacher) if run.algorithm.reads_signals else None,
-            sleeper=self._sleeper,
-            sleeps=run.student.sleep,
+            sleeper=self._sleeper if run.student.sleep else None,
             spec=loss_spec(run, session.module.head_part),
             settings=RoundSettings(
                 steps=self._steps,
@@ -221,15 +223,11 @@ class _LiveSignals:
         teacher = self._stage.run.teacher
         assert isinstance(teacher, InProcessTeacher)
 
-        def sequences_of(step: int, rank: int) -> list[TokenSequence]:
-            batches = schedule.step(step).micro_batches[rank]
-            return [examples[i].teacher for batch in batches for i in batch]
-
         return live_states(
             self._stage,
             engine=self._engine,
             head=self._head,
-            sequences_of=sequences_of,
+            sequences_of=lambda step, rank: teacher_sequences(schedule, examples, step, rank),
             num_steps=self._steps,
             steps_at_once=teacher.forward_batches or self._steps,
         )

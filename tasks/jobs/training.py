@@ -6,7 +6,7 @@ import numpy as np
 import torch.distributed as dist
 
 from configs.schema.teacher import InProcessTeacher
-from kdflow_core.contracts import OutputHead, TeacherAtHand, TokenSequence
+from kdflow_core.contracts import OutputHead, TeacherAtHand
 from kdflow_core.student.prefetch import PrefetchedStates
 from kdflow_core.student.schedule import BatchSchedule
 from kdflow_core.teacher.live import LiveStates
@@ -15,7 +15,12 @@ from storage.tokens import TokenTable
 from tasks.jobs import parts
 from tasks.jobs.stage_run import StageRun, job
 from tasks.jobs.stored import StoredStates, TokenExamples
-from tasks.jobs.training_session import TrainingSession, live_states, teacher_engine
+from tasks.jobs.training_session import (
+    TrainingSession,
+    live_states,
+    teacher_engine,
+    teacher_sequences,
+)
 
 States = PrefetchedStates | LiveStates
 
@@ -26,13 +31,14 @@ def train_student(stage: StageRun) -> ArtifactRef | None:
     parts.join(stage)
     tables = stage.tables()
     table = tables["train"]
-    schedule, states, heads = _schedule_and_teachers(stage, table)
+    teachers = _stored_teachers(stage)
+    schedule, states = _schedule_and_states(stage, table, teachers)
     session = TrainingSession(
         stage,
-        heads=heads,
+        heads={n: t.head for n, t in teachers.items()} if stage.run.algorithm.reads_signals else {},
         num_steps=schedule.num_steps,
         heldout=tables["heldout"],
-        judged_by=_judge(stage),
+        judged_by=teachers["teacher"] if stage.run.measures_heldout else None,
     )
     _train(session, schedule, table, states)
     for source in states:
@@ -43,9 +49,12 @@ def train_student(stage: StageRun) -> ArtifactRef | None:
     return session.finish({"steps": schedule.num_steps, "tokens": tokens}, files={})
 
 
-def _judge(stage: StageRun) -> TeacherAtHand[StoredStates] | None:
-    """The teacher that the held-out curve is measured against, if one is asked for."""
-    return parts.stored_teacher(stage) if stage.run.measures_heldout else None
+def _stored_teachers(stage: StageRun) -> dict[str, TeacherAtHand[StoredStates]]:
+    """The teachers that training asks by name, or measures against."""
+    run = stage.run
+    if not run.algorithm.reads_signals and not run.measures_heldout:
+        return {}
+    return {name: parts.stored_teacher(stage.of_teacher(name)) for name in run.teacher_names}
 
 
 def _train(
@@ -71,30 +80,27 @@ def _train(
         trainer.save()
 
 
-def _schedule_and_teachers(
-    stage: StageRun, table: TokenTable
-) -> tuple[BatchSchedule, Sequence[States], Mapping[str, OutputHead]]:
-    """The steps; the states of every teacher that is asked, stored or from an engine in these
-    ranks; and the teachers' heads by name.
+def _schedule_and_states(
+    stage: StageRun, table: TokenTable, teachers: Mapping[str, TeacherAtHand[StoredStates]]
+) -> tuple[BatchSchedule, Sequence[States]]:
+    """The steps, and the states of every teacher that is asked: stored ones, or those of an engine
+    in these ranks.
     """
     run = stage.run
     if not run.algorithm.reads_signals:
-        return batch_schedule(stage, table, groups=None), (), {}
+        return batch_schedule(stage, table, groups=None), ()
     if run.source == "live":
         schedule = batch_schedule(stage, table, groups=None)
-        live, head = _live(stage, table, schedule)
-        return schedule, (live,), {"teacher": head}
-    stored = {name: parts.stored_teacher(stage.of_teacher(name)) for name in run.teacher_names}
+        return schedule, (_live(stage, table, schedule, teachers["teacher"].head),)
     windowed = run.student.shuffle_window_shards is not None
-    first = next(iter(stored.values()))
+    first = next(iter(teachers.values()))
     groups = first.signals.shard_of(table.digests()) if windowed else None
     schedule = batch_schedule(stage, table, groups=groups)
     examples = TokenExamples(table)
-    prefetched = [
+    return schedule, [
         _prefetched(teacher.signals, schedule, examples, run.sources_of(name))
-        for name, teacher in stored.items()
+        for name, teacher in teachers.items()
     ]
-    return schedule, prefetched, {name: teacher.head for name, teacher in stored.items()}
 
 
 def _prefetched(
@@ -106,41 +112,26 @@ def _prefetched(
     rank = dist.get_rank()
     return PrefetchedStates(
         stored,
-        sequences_of=lambda step: _teacher_sequences(schedule, examples, step, rank, sources),
+        sequences_of=lambda step: teacher_sequences(schedule, examples, step, rank, sources),
         num_steps=schedule.num_steps,
     )
-
-
-def _teacher_sequences(
-    schedule: BatchSchedule,
-    examples: TokenExamples,
-    step: int,
-    rank: int,
-    sources: frozenset[str] | None = None,
-) -> list[TokenSequence]:
-    """What a teacher of some data sources (None: of all) saw of a rank's part of a step."""
-    batches = schedule.step(step).micro_batches[rank]
-    chosen = [examples[i] for batch in batches for i in batch]
-    return [e.teacher for e in chosen if sources is None or e.source in sources]
 
 
 def _live(
-    stage: StageRun, table: TokenTable, schedule: BatchSchedule
-) -> tuple[LiveStates, OutputHead]:
+    stage: StageRun, table: TokenTable, schedule: BatchSchedule, head: OutputHead
+) -> LiveStates:
     """A teacher in these ranks."""
     teacher = stage.run.teacher
     assert isinstance(teacher, InProcessTeacher)  # RunConfig refuses others for a live run
-    head = parts.teacher_head(stage, parts.device(stage))
     examples = TokenExamples(table)
-    states = live_states(
+    return live_states(
         stage,
         engine=teacher_engine(stage, head, int(table.lengths("teacher").max())),
         head=head,
-        sequences_of=lambda step, rank: _teacher_sequences(schedule, examples, step, rank),
+        sequences_of=lambda step, rank: teacher_sequences(schedule, examples, step, rank),
         num_steps=schedule.num_steps,
         steps_at_once=teacher.forward_batches or 1,
     )
-    return states, head
 
 
 def batch_schedule(stage: StageRun, table: TokenTable, groups: np.ndarray | None) -> BatchSchedule:

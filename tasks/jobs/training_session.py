@@ -10,22 +10,29 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch.distributed as dist
 
 from configs.schema.teacher import InProcessTeacher
-from kdflow_core.contracts import Example, OutputHead, TeacherAtHand, TeacherEngine, TokenSequence
+from kdflow_core.contracts import (
+    Example,
+    Examples,
+    OutputHead,
+    TeacherAtHand,
+    TeacherEngine,
+    TokenSequence,
+)
 from kdflow_core.loops.measure import HeldoutCurve, HeldoutScores, Measuring
 from kdflow_core.loops.trainer import Trainer
 from kdflow_core.models.loading import DTYPES
 from kdflow_core.student.export import export_student
+from kdflow_core.student.schedule import BatchSchedule
 from kdflow_core.teacher import build_engine
 from kdflow_core.teacher.live import LiveStates
 from storage.artifact import ArtifactRef
 from storage.tokens import TokenTable
 from tasks.jobs import chats, parts
 from tasks.jobs.stage_run import StageRun
-from tasks.jobs.stored import StoredStates, TokenExamples
+from tasks.jobs.stored import StoredStates, TokenExamples, evenly_spread
 from tasks.jobs.student_module import build_module, loss_spec
 from tasks.presentation.model_card import model_card
 from tasks.presentation.tracking import MetricsLog, NoMetrics
@@ -131,10 +138,8 @@ class TrainingSession:
     def _heldout_examples(self, examples: TokenExamples) -> list[Example]:
         """Evenly spread over those that the run's own teacher has states of."""
         run = self.stage.run
-        own = run.sources_of("teacher") if "teacher" in run.teacher_names else None
-        known = [i for i, name in enumerate(examples.sources()) if own is None or name in own]
-        count = min(run.heldout_sequences, len(known))
-        return [examples[known[int(k)]] for k in np.linspace(0, len(known) - 1, count)]
+        known = examples.of_sources(run.sources_of("teacher"))
+        return [examples[i] for i in evenly_spread(known, run.heldout_sequences)]
 
 
 def teacher_engine(stage: StageRun, head: OutputHead, longest: int) -> TeacherEngine:
@@ -146,6 +151,19 @@ def teacher_engine(stage: StageRun, head: OutputHead, longest: int) -> TeacherEn
         longest=longest,
         device=parts.device(stage),
     )
+
+
+def teacher_sequences(
+    schedule: BatchSchedule,
+    examples: Examples,
+    step: int,
+    rank: int,
+    sources: frozenset[str] | None = None,
+) -> list[TokenSequence]:
+    """What a teacher of some data sources (None: of all) saw of a rank's part of a step."""
+    batches = schedule.step(step).micro_batches[rank]
+    chosen = [examples[i] for batch in batches for i in batch]
+    return [e.teacher for e in chosen if sources is None or e.source in sources]
 
 
 def live_states(
