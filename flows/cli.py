@@ -192,7 +192,7 @@ def estimate_table(run: RunConfig, found: Estimate, outcome: Prospect) -> Table:
         "teacher, live": f"{duration(outcome.live_teacher_s)} per run",
         "replay in all": duration(outcome.replay_s),
         "live in all": duration(outcome.live_s),
-        "source: auto": f"{outcome.source}: {outcome.reason}",
+        "delivery: auto": f"{outcome.delivery}: {outcome.reason}",
     }
     for name, text in rows.items():
         table.add_row(name, text)

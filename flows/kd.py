@@ -70,12 +70,12 @@ def kd(
 
 
 def _run(planned: PlannedRun) -> dict[str, ArtifactRef]:
-    """All stages, those of a run whose source an estimate chooses in two parts."""
+    """All stages, those of a run whose delivery an estimate chooses in two parts."""
     done: dict[str, ArtifactRef] = {}
-    if planned.run.source == "auto":
+    if planned.run.delivery == "auto":
         done = _run_stages(planned, done)
         run = decided(planned.run, done["estimate"])
-        get_run_logger().info("source: auto is %s here", run.source)
+        get_run_logger().info("delivery: auto is %s here", run.delivery)
         planned = PlannedRun(run=run, stages=checked_plan(run, download=True))
     run, stages = planned.run, planned.stages
     made = stages | round_identities(stages["train"], run)

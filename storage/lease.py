@@ -78,7 +78,7 @@ def exclusive(
 
 
 def is_held(store: ArtifactStore, name: str) -> bool:
-    """Whether somebody holds the lease or a share of it, or did until their machine died."""
+    """Whether somebody holds the lease or a portion of it, or did until their machine died."""
     return bool(held_leases(store, name))
 
 

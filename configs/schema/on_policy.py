@@ -56,8 +56,8 @@ class ReplayConfig(StrictModel):
 
     rounds: int = Field(default=1, gt=0, le=MOST)
     """From how many earlier rounds answers are taken."""
-    share: float = Field(default=0.5, gt=0)
-    """How many of them, as a share of the new ones."""
+    ratio: float = Field(default=0.5, gt=0)
+    """How many of them, as a ratio to the new ones."""
 
 
 class RewardConfig(StrictModel):
@@ -181,8 +181,8 @@ class OnPolicyConfig(StrictModel):
 
 def check_on_policy(run: "RunConfig", on_policy: OnPolicyConfig) -> None:
     """Refuse sections of an on-policy run that do not fit it. Raises ValueError."""
-    if run.source != "replay":
-        raise ValueError("`source` is for `mode: offpolicy`; leave it out")
+    if run.delivery != "replay":
+        raise ValueError("`delivery` is for `mode: offpolicy`; leave it out")
     if run.data.answers is not None and run.data.answers.fraction != 1:
         raise ValueError(
             "data.answers.fraction is for `mode: offpolicy`; here only prompts without an answer "

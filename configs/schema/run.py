@@ -93,7 +93,7 @@ class TrackingConfig(StrictModel):
 class RunConfig(StrictModel):
     """One complete run.
 
-    On-policy, the teacher runs inside the training ranks, and `source` has no effect; nor has it
+    On-policy, the teacher runs inside the training ranks, and `delivery` has no effect; nor has it
     for an algorithm that reads no teacher signals in training. Both leave it at its default.
     """
 
@@ -107,13 +107,13 @@ class RunConfig(StrictModel):
     """
     data: DataConfig
     """Data sources, their blend, and how conversations become token sequences."""
-    source: Literal["replay", "live", "auto"] = "replay"
+    delivery: Literal["replay", "live", "auto"] = "replay"
     """`replay` (store the teacher's states, train on them as often as you like), `live` (the
     teacher runs inside the training ranks, only held-out states are stored) or `auto` (a short
     probe decides, given `planned_runs`).
     """
     planned_runs: int = Field(default=1, gt=0, le=MOST)
-    """How many runs will use the same teacher and data; `source: auto` goes by it."""
+    """How many runs will use the same teacher and data; `delivery: auto` goes by it."""
     stall_limit_s: float = Field(default=1800, gt=0)
     """After how many seconds without progress a rank ends its stage, which is then tried again."""
     teacher: Teacher
@@ -141,12 +141,13 @@ class RunConfig(StrictModel):
     @model_validator(mode="after")
     def _live_teacher_fits(self) -> "RunConfig":
         width = self.teacher.ranks_per_replica
-        inside = "mode: onpolicy" if self.mode == "onpolicy" else "source: live"
+        inside = "mode: onpolicy" if self.mode == "onpolicy" else "delivery: live"
         if not isinstance(self.teacher, InProcessTeacher):
             if self.teacher_in_training:
                 raise ValueError(
                     f"{inside} runs the teacher inside the training ranks, and teacher.type="
-                    f"{self.teacher.type} runs elsewhere; set source=replay or teacher.type=sglang"
+                    f"{self.teacher.type} runs elsewhere; set delivery=replay or "
+                    "teacher.type=sglang"
                 )
             return self
         if self.teacher_in_training and self.student.num_ranks % width:
@@ -155,13 +156,14 @@ class RunConfig(StrictModel):
                 f"{self.student.num_ranks} is not a multiple of the {width} ranks of one copy "
                 "of it (teacher.tensor_parallel x teacher.pipeline_parallel)"
             )
-        if self.source == "live" and self.student.shuffle_window_shards is not None:
+        if self.delivery == "live" and self.student.shuffle_window_shards is not None:
             raise ValueError(
-                "student.shuffle_window_shards is about stored states, and source: live stores none"
+                "student.shuffle_window_shards is about stored states, and delivery: live "
+                "stores none"
             )
         if self.replays and (self.teacher.sleep or self.teacher.forward_batches is not None):
             raise ValueError(
-                "teacher.sleep and teacher.forward_batches are for `source: live` and `mode: "
+                "teacher.sleep and teacher.forward_batches are for `delivery: live` and `mode: "
                 "onpolicy`; this run replays"
             )
         return self
@@ -194,11 +196,11 @@ class RunConfig(StrictModel):
     def _algorithm_fits(self) -> "RunConfig":
         kind = self.algorithm.type
         reads_stored = kind == "multi_teacher" or not self.algorithm.reads_signals
-        if self.source != "replay" and reads_stored:
+        if self.delivery != "replay" and reads_stored:
             raise ValueError(
-                f"source={self.source} is not for algorithm.type={kind}, which reads "
+                f"delivery={self.delivery} is not for algorithm.type={kind}, which reads "
                 + ("stored states" if self.algorithm.reads_signals else "no teacher states")
-                + "; leave `source` out"
+                + "; leave `delivery` out"
             )
         if self.student.vocabulary_parallel and (
             kind == "self_distillation" or self.loss.needs_whole_vocabulary
@@ -264,7 +266,7 @@ class RunConfig(StrictModel):
     @property
     def replays(self) -> bool:
         """Whether teachers run before training, not in it."""
-        return self.mode == "offpolicy" and self.source == "replay"
+        return self.mode == "offpolicy" and self.delivery == "replay"
 
     @property
     def stores_training_states(self) -> bool:
@@ -286,7 +288,7 @@ class RunConfig(StrictModel):
     @property
     def teacher_in_training(self) -> bool:
         """Whether the teacher runs inside the training ranks."""
-        return self.source == "live" or self.mode == "onpolicy"
+        return self.delivery == "live" or self.mode == "onpolicy"
 
     @property
     def teacher_names(self) -> tuple[str, ...]:

@@ -75,19 +75,19 @@ def launch_stage(spec: StageSpec, logger: Logger) -> ArtifactRef:
 
 
 def launch_share(spec: StageSpec, logger: Logger) -> None:
-    """Do one share of a stage's work; `launch_stage` then finds it done. Raises WorkerError."""
-    share = spec.share
-    assert share is not None
-    logger.info("stage %s, share %d of %d", spec.identity.stage, share.number + 1, share.of)
+    """Do one portion of a stage's work; `launch_stage` then finds it done. Raises WorkerError."""
+    portion = spec.portion
+    assert portion is not None
+    logger.info("stage %s, portion %d of %d", spec.identity.stage, portion.number + 1, portion.of)
     with stage_lease(spec, logger) as pulse:
         _run_ranks(spec, logger, pulse)
 
 
 def stage_lease(spec: StageSpec, logger: Logger) -> AbstractContextManager[Pulse]:
-    """The lease of a stage, or of a share of it; without progress it runs out after its ranks."""
+    """The lease of a stage, or of a portion of it; without progress it runs out after its ranks."""
     name = lease_name(spec.identity.kind, spec.identity.digest)
-    if spec.share is not None:
-        name += f"-share-{spec.share.number}-of-{spec.share.of}"
+    if spec.portion is not None:
+        name += f"-portion-{spec.portion.number}-of-{spec.portion.of}"
 
     def tell(holder: str) -> None:
         logger.info("%s is computing this artifact; waiting for it", holder)

@@ -14,7 +14,7 @@ from storage.artifact import ArtifactRef
 from tasks.execution.caching import StageCachePolicy
 from tasks.execution.launch import launch_share, launch_stage
 from tasks.stages.catalogue import CATALOGUE
-from tasks.stages.identity import Share, StageSpec, find
+from tasks.stages.identity import Portion, StageSpec, find
 
 P = ParamSpec("P")
 
@@ -45,25 +45,27 @@ def cached_task(
 
 
 @task(
-    name="extract-share",
-    description="A share of the teacher's hidden states",
+    name="extract-portion",
+    description="A portion of the teacher's hidden states",
     cache_policy=NO_CACHE,  # what it has stored is the cache
     retries=1,
     retry_condition_fn=died_unexpectedly,
     tags=["kdflow"],
 )
-def extract_share(spec: StageSpec) -> None:
-    """Compute the shards of one share; the stage itself commits them."""
+def extract_portion(spec: StageSpec) -> None:
+    """Compute the shards of one portion; the stage itself commits them."""
     launch_share(spec, get_run_logger())
 
 
 def share_out(spec: StageSpec) -> None:
     """Map a stage's work over as many tasks as the catalogue says, unless its artifact is there."""
-    shares = CATALOGUE[spec.identity.stage].shares(spec.run)
-    if shares == 1 or find(spec.run, spec.identity) is not None:
+    portions = CATALOGUE[spec.identity.stage].portions(spec.run)
+    if portions == 1 or find(spec.run, spec.identity) is not None:
         return
-    specs = [spec.model_copy(update={"share": Share(number=k, of=shares)}) for k in range(shares)]
-    futures = extract_share.map(specs)
+    specs = [
+        spec.model_copy(update={"portion": Portion(number=k, of=portions)}) for k in range(portions)
+    ]
+    futures = extract_portion.map(specs)
     futures.wait()  # all of them: what one has computed is kept when another fails
     futures.result()
 

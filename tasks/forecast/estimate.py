@@ -42,7 +42,7 @@ class Estimate(BaseModel):
 
 
 class Prospect(BaseModel):
-    """What `planned_runs` runs take in all, by source, and which one is the choice and why."""
+    """What `planned_runs` runs take in all, by delivery, and which one is the choice and why."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -54,7 +54,7 @@ class Prospect(BaseModel):
     live_s: float
     free_bytes: int | None
     fits: bool
-    source: Literal["replay", "live"]
+    delivery: Literal["replay", "live"]
     reason: str
 
 
@@ -65,7 +65,7 @@ def read_estimate(store: ArtifactStore, ref: ArtifactRef) -> Estimate:
 
 
 def prospect(run: RunConfig, estimate: Estimate, free_bytes: int | None) -> Prospect:
-    """The times and sizes of a run with this config, and the cheaper source."""
+    """The times and sizes of a run with this config, and the cheaper delivery."""
     width = run.teacher.ranks_per_replica
     copies = run.teacher.num_ranks // width * run.teacher.num_workers
     stored = {name: int(size * estimate.rows) for name, size in estimate.row_bytes.items()}
@@ -77,13 +77,13 @@ def prospect(run: RunConfig, estimate: Estimate, free_bytes: int | None) -> Pros
     live_s = run.planned_runs * (train_s + live_teacher_s)
     fits = free_bytes is None or stored[run.storage.codec] <= free_bytes
     problem = why_not_live(run, estimate)
-    source: Literal["replay", "live"] = "replay"
+    delivery: Literal["replay", "live"] = "replay"
     if problem:
         reason = problem
     elif not fits:
-        source, reason = "live", "the states do not fit the disk"
+        delivery, reason = "live", "the states do not fit the disk"
     elif live_s <= replay_s:
-        source, reason = "live", "the teacher has no more to do than for storing its states"
+        delivery, reason = "live", "the teacher has no more to do than for storing its states"
     else:
         reason = f"live takes {live_s / replay_s:.1f} times as long"
     return Prospect(
@@ -95,7 +95,7 @@ def prospect(run: RunConfig, estimate: Estimate, free_bytes: int | None) -> Pros
         live_s=live_s,
         free_bytes=free_bytes,
         fits=fits,
-        source=source,
+        delivery=delivery,
         reason=reason,
     )
 
@@ -123,29 +123,29 @@ def why_not_live(run: RunConfig, estimate: Estimate) -> str:
     return ""
 
 
-def with_source(run: RunConfig, source: Literal["replay", "live"]) -> RunConfig:
-    """The run with `source: auto` decided; what a replay has no use for is left at its default."""
+def with_delivery(run: RunConfig, delivery: Literal["replay", "live"]) -> RunConfig:
+    """A run with `delivery: auto` decided. What a replay has no use for is left at its default."""
     fields: Mapping[str, Any] = run.model_dump(mode="json")
-    changed = dict(fields) | {"source": source}
-    if source == "replay" and isinstance(run.teacher, InProcessTeacher):
+    changed = dict(fields) | {"delivery": delivery}
+    if delivery == "replay" and isinstance(run.teacher, InProcessTeacher):
         changed["teacher"] = dict(fields["teacher"]) | {"sleep": False, "forward_batches": None}
     return RunConfig.model_validate(changed)
 
 
 def decided(run: RunConfig, estimate: ArtifactRef) -> RunConfig:
-    """The run with the source that its estimate chooses."""
+    """The run with the delivery that its estimate chooses."""
     store = open_store(run)
     outcome = prospect(run, read_estimate(store, estimate), store.free_bytes())
-    return with_source(run, outcome.source)
+    return with_delivery(run, outcome.delivery)
 
 
 def check_room(run: RunConfig, outcome: Prospect) -> None:
     """Refuse a replay that will not fit. Raises DataError."""
-    if outcome.fits or run.source == "live" or not run.storage.check_room:
+    if outcome.fits or run.delivery == "live" or not run.storage.check_room:
         return
     size, free = outcome.stored_bytes[run.storage.codec], outcome.free_bytes or 0
     raise DataError(
         f"the states take {size / 1e9:.3f} GB as {run.storage.codec}, and {run.storage.root} has "
         f"{free / 1e9:.3f} GB free; set storage.codec to a smaller one, storage.root to a larger "
-        "disk, source=live, or storage.check_room=false to go on all the same"
+        "disk, delivery=live, or storage.check_room=false to go on all the same"
     )

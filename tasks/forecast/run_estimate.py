@@ -20,7 +20,9 @@ def estimate(run: RunConfig, logger: Logger) -> tuple[Estimate, Prospect]:
             "no choice between live and replay to estimate; set algorithm.type=vanilla_kd"
         )
     done: dict[str, ArtifactRef] = {}
-    for identity in checked_plan(run.model_copy(update={"source": "auto"}), download=True).values():
+    for identity in checked_plan(
+        run.model_copy(update={"delivery": "auto"}), download=True
+    ).values():
         ref = launch_stage(stage_spec(identity, run, done), logger)
         done = done | {identity.output: ref}
     store = open_store(run)

@@ -57,8 +57,8 @@ class TeacherWork:
 def extract_states(stage: StageRun) -> ArtifactRef | None:
     """Run the teacher once over all sequences and stream its hidden states into the store.
 
-    Every rank runs this, rank 0 returns the artifact's reference. Of a share, only every
-    `share.of`-th shard is written.
+    Every rank runs this, rank 0 returns the artifact's reference. Of a portion, only every
+    `portion.of`-th shard is written.
     """
     parts.join(stage)
     rank, _ = parts.rank_and_size()
@@ -91,13 +91,13 @@ def extract_states(stage: StageRun) -> ArtifactRef | None:
         stage.reporter.message(
             f"{layout.num_shards - len(missing)} of {layout.num_shards} shards are there already"
         )
-    share = stage.spec.share
-    if share is not None:
-        missing = [k for k in missing if k % share.of == share.number]
+    portion = stage.spec.portion
+    if portion is not None:
+        missing = [k for k in missing if k % portion.of == portion.number]
     if missing:
         _run_teacher(stage, head, work, writer, missing)
     barrier()
-    if rank != 0 or share is not None:
+    if rank != 0 or portion is not None:
         return None
     files, measured = writer.close()
     info = _info(stage, head, layout)

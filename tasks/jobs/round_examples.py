@@ -68,7 +68,7 @@ def round_examples(stage: StageRun, table: TokenTable, request: RoundRequest) ->
     replayed: list[Example] = []
     if config.replay is not None and request.replayed:
         earlier = [e for ref in request.replayed for e in _answered(stage, config, data, ref)]
-        count = min(len(earlier), round(config.replay.share * len(sampled)))
+        count = min(len(earlier), round(config.replay.ratio * len(sampled)))
         rng = np.random.default_rng([seed, request.number, 1])
         replayed = [earlier[i] for i in rng.permutation(len(earlier))[:count]]
     return RoundExamples(sampled=sampled, all=[*sampled, *(data[i] for i in kept), *replayed])

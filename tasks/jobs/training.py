@@ -89,7 +89,7 @@ def _schedule_and_states(
     run = stage.run
     if not run.algorithm.reads_signals:
         return batch_schedule(stage, table, groups=None), ()
-    if run.source == "live":
+    if run.delivery == "live":
         schedule = batch_schedule(stage, table, groups=None)
         return schedule, (_live(stage, table, schedule, teachers["teacher"].head),)
     windowed = run.student.shuffle_window_shards is not None

@@ -49,11 +49,11 @@ class Stage:
     `kind` is that of its artifact, which later stages find under the name `output`. `code_version`
     is raised whenever its code gives another output for the same config: that is what makes old
     artifacts stale. `slice` yields what identifies its artifacts, none where a run has none; one
-    that stands `behind_source` is planned once `source: auto` is decided.
+    that stands `behind_delivery` is planned once `delivery: auto` is decided.
 
     `job` is what its ranks do, as `"module:function"`; `ranks` how many they are, with `env` in
-    their environment where it is not set. `shares` is the number of tasks that its work is divided
-    among. `engines` are the sections of the config that say in which engine it runs a model.
+    their environment where it is not set. `portions` is the number of tasks that divide its work.
+    `engines` are the sections of the config that say in which engine it runs a model.
     `in_rounds` says that rounds make its artifact in a run, and no job.
     """
 
@@ -64,10 +64,10 @@ class Stage:
     description: str
     job: str
     slice: Callable[[Known], Iterator[Slice]]
-    behind_source: bool = True
+    behind_delivery: bool = True
     ranks: Callable[[RunConfig], int] = one
     env: Mapping[str, str] = field(default_factory=dict)
-    shares: Callable[[RunConfig], int] = one
+    portions: Callable[[RunConfig], int] = one
     engines: Callable[[RunConfig], tuple[str, ...]] = no_engine
     in_rounds: Callable[[RunConfig], bool] = never
 
@@ -98,7 +98,7 @@ _STAGES = (
         description="Convert the teacher to a Hugging Face folder",
         job="tasks.jobs.preparation:prepare_model",
         slice=slices.teacher_models,
-        behind_source=False,
+        behind_delivery=False,
     ),
     Stage(
         name="prepare-student",
@@ -108,7 +108,7 @@ _STAGES = (
         description="Make the student's initial weights",
         job="tasks.jobs.preparation:prepare_model",
         slice=slices.student_model,
-        behind_source=False,
+        behind_delivery=False,
     ),
     Stage(
         name="tokenize",
@@ -118,7 +118,7 @@ _STAGES = (
         description="Text to supervised token ids",
         job="tasks.jobs.tokenizing:tokenize_data",
         slice=slices.tokens,
-        behind_source=False,
+        behind_delivery=False,
     ),
     Stage(
         name="generate",
@@ -128,7 +128,7 @@ _STAGES = (
         description="A model's answers to the training prompts",
         job="tasks.jobs.answering:generate_answers",
         slice=slices.answers,
-        behind_source=False,
+        behind_delivery=False,
         ranks=lambda run: run.answering_ranks,
         env=QUIET,
         engines=lambda _run: ("data.answers.engine",),
@@ -141,7 +141,7 @@ _STAGES = (
         description="Probe teacher and student",
         job="tasks.jobs.probing:estimate_run",
         slice=slices.estimate,
-        behind_source=False,
+        behind_delivery=False,
         ranks=lambda run: max(run.student.num_ranks, run.teacher.ranks_per_replica),
         env=KEEP_BUFFERS,
         engines=lambda _run: ("teacher",),
@@ -155,7 +155,7 @@ _STAGES = (
         job="tasks.jobs.extraction:extract_states",
         slice=slices.states,
         ranks=lambda run: run.teacher.num_ranks,
-        shares=lambda run: run.teacher.num_workers,
+        portions=lambda run: run.teacher.num_workers,
         engines=lambda _run: ("teacher",),
     ),
     Stage(

@@ -46,7 +46,7 @@ class StageIdentity(BaseModel):
         )
 
 
-class Share(BaseModel):
+class Portion(BaseModel):
     """One of `of` parts of a stage's work, counted from 0."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,7 +58,7 @@ class Share(BaseModel):
 class StageSpec(BaseModel):
     """All that a stage gets: its identity, the run, and the artifacts made so far, by name.
 
-    With a `share`, it does that part of the work, and leaves the artifact uncommitted.
+    With a `portion`, it does that part of the work, and leaves the artifact uncommitted.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -66,7 +66,7 @@ class StageSpec(BaseModel):
     identity: StageIdentity
     run: RunConfig
     inputs: dict[str, ArtifactRef]
-    share: Share | None = None
+    portion: Portion | None = None
 
 
 def open_store(run: RunConfig) -> ArtifactStore:

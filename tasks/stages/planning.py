@@ -13,13 +13,13 @@ from tasks.stages.slices import Known, Slice
 def plan_stages(run: RunConfig) -> dict[str, StageIdentity]:
     """The stages of a run by name, in the order in which they run.
 
-    Those of `source: auto` end with its estimate, which decides on what follows.
+    Those of `delivery: auto` end with its estimate, which decides on what follows.
 
     Raises DataError, ModelError or StoreError for data or models that are not there.
     """
     known, plan = Known(run), {}
     for stage in CATALOGUE.values():
-        if run.source == "auto" and stage.behind_source:
+        if run.delivery == "auto" and stage.behind_delivery:
             continue
         for own in stage.slice(known):
             identity = _identity(stage, own)

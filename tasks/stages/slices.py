@@ -144,9 +144,9 @@ def answers(known: Known) -> Iterator[Slice]:
 
 
 def estimate(known: Known) -> Iterator[Slice]:
-    """The probe that decides on `source: auto`, identified by all that is run, and where."""
+    """The probe that decides on `delivery: auto`, identified by all that is run, and where."""
     run = known.run
-    if run.source != "auto":
+    if run.delivery != "auto":
         return
     config = {
         "teacher": run.teacher.model_dump(mode="json"),

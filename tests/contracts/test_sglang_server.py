@@ -144,8 +144,8 @@ def test_a_server_without_the_flags(server: str, teacher_folder: Path, missing: 
 
 def test_live_is_refused(make_recipe: Callable[..., Path]) -> None:
     server = {"teacher.type": "sglang_server", "teacher.url": "http://127.0.0.1:1"}
-    with pytest.raises(ConfigError, match=r"sglang_server runs elsewhere; set source=replay"):
-        load_run(str(make_recipe()), server | {"source": "live"})
+    with pytest.raises(ConfigError, match=r"sglang_server runs elsewhere; set delivery=replay"):
+        load_run(str(make_recipe()), server | {"delivery": "live"})
 
 
 @pytest.mark.ranks

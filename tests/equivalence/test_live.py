@@ -39,10 +39,10 @@ def losses(make_recipe: Callable[..., Path], teacher_folder: Path) -> Callable[.
     some differ in nothing that identifies one.
     """
 
-    def train(*, source: str, num_ranks: int = 1, **teacher: Any) -> list[float]:
+    def train(*, delivery: str, num_ranks: int = 1, **teacher: Any) -> list[float]:
         model = {"type": "pretrained", "path": str(teacher_folder)}
         config = {"model": model, "num_ranks": num_ranks} | TEACHER | teacher
-        overrides = {"teacher": config, "source": source}
+        overrides = {"teacher": config, "delivery": delivery}
         run = load_run(str(make_recipe(max_steps=5, num_ranks=num_ranks)), overrides)
         done: dict[str, ArtifactRef] = {}
         for stage in ("tokenize", "extract", "train"):
@@ -61,14 +61,14 @@ def test_live_is_replay(losses: Callable[..., list[float]]) -> None:
     """To the last bit with one rank, two steps scored at a time and the teacher asleep in between;
     with ranks that have a teacher each, or share one, as far as sums of bfloat16 allow.
     """
-    replayed = losses(source="replay")
+    replayed = losses(delivery="replay")
     assert len(replayed) == 5
     assert replayed[-1] < replayed[0]
-    assert losses(source="live", forward_batches=2, sleep=True) == replayed
-    each_its_own = losses(source="live", num_ranks=2)
+    assert losses(delivery="live", forward_batches=2, sleep=True) == replayed
+    each_its_own = losses(delivery="live", num_ranks=2)
     np.testing.assert_allclose(each_its_own, replayed, rtol=1e-4)
     # The shards' partial sums are rounded to bfloat16 before they are added.
-    shared = losses(source="live", num_ranks=2, tensor_parallel=2, forward_batches=3)
+    shared = losses(delivery="live", num_ranks=2, tensor_parallel=2, forward_batches=3)
     np.testing.assert_allclose(shared, replayed, rtol=1e-2)
 
 

@@ -152,7 +152,7 @@ def test_tensorboard_has_the_curves(variant: Callable[..., Any]) -> None:
     np.testing.assert_allclose(values, losses(folder), rtol=1e-6)
 
 
-@pytest.mark.parametrize("more", [{"source": "live"}, {"algorithm": {"type": "sft"}}, {}])
+@pytest.mark.parametrize("more", [{"delivery": "live"}, {"algorithm": {"type": "sft"}}, {}])
 def test_the_held_out_curve_changes_nothing_and_is_right(
     make_recipe: Callable[..., Path], more: dict[str, Any]
 ) -> None:

@@ -281,10 +281,10 @@ def test_a_sequence_over_the_teachers_context_is_refused_before_the_teacher_star
             "expert_parallel=4 does not divide",
         ),
         (
-            {"source": "live", "teacher.tensor_parallel": 2, "teacher.num_ranks": 2},
+            {"delivery": "live", "teacher.tensor_parallel": 2, "teacher.num_ranks": 2},
             "student.num_ranks=1 is not a multiple of the 2 ranks of one copy",
         ),
-        ({"teacher.sleep": True}, "are for `source: live`"),
+        ({"teacher.sleep": True}, "are for `delivery: live`"),
     ],
 )
 def test_ranks_that_do_not_fit_are_refused(

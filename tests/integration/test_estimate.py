@@ -1,4 +1,4 @@
-"""`kdflow estimate` and `source: auto`, as users start them."""
+"""`kdflow estimate` and `delivery: auto`, as users start them."""
 
 import re
 from collections.abc import Callable
@@ -24,9 +24,9 @@ def test_an_estimate_foretells_the_stored_states(
     output = run("estimate", recipe, "planned_runs=3")
     assert "3 runs planned" in output
     assert re.search(r"states as raw \(chosen\) .* bytes per supervised token", output)
-    assert re.search(r"source: auto +│ (live|replay): ", output)
+    assert re.search(r"delivery: auto +│ (live|replay): ", output)
     config = load_run(recipe)
-    auto = plan_stages(config.model_copy(update={"source": "auto"}))["estimate"]
+    auto = plan_stages(config.model_copy(update={"delivery": "auto"}))["estimate"]
     store = open_store(config)
     ref = store.find(auto.kind, auto.digest)
     assert ref is not None
@@ -41,16 +41,16 @@ def test_an_estimate_foretells_the_stored_states(
     assert found.student_rate > 0
 
 
-def test_auto_takes_the_cheaper_source_and_says_so(make_recipe: Callable[..., Path]) -> None:
+def test_auto_takes_the_cheaper_delivery_and_says_so(make_recipe: Callable[..., Path]) -> None:
     """Six steps of eight sequences are fewer than there are: live has less to do."""
     recipe = str(make_recipe())
-    output = run("run", recipe, "source=auto")
-    assert "source: auto is live here" in output
-    for source in ("auto", "live"):
-        again = load_run(recipe, {"source": source})
+    output = run("run", recipe, "delivery=auto")
+    assert "delivery: auto is live here" in output
+    for delivery in ("auto", "live"):
+        again = load_run(recipe, {"delivery": delivery})
         assert all(s.cached for s in stage_status(again, plan_stages(again)))
-    often = load_run(recipe, {"source": "auto", "planned_runs": 50})
+    often = load_run(recipe, {"delivery": "auto", "planned_runs": 50})
     estimate = plan_stages(often)["estimate"]  # the same one
     ref = open_store(often).find(estimate.kind, estimate.digest)
     assert ref is not None
-    assert decided(often, ref).source == "replay"
+    assert decided(often, ref).delivery == "replay"

@@ -203,7 +203,7 @@ def test_mixes(make_recipe: Callable[..., Path]) -> None:
         {"student.num_ranks": 1},
         samples_per_prompt=4,
         fraction={"type": "constant", "value": 0.5},
-        replay={"rounds": 1, "share": 0.5},
+        replay={"rounds": 1, "ratio": 0.5},
         reward={"function": f"{path}:length"},
     )
     with at_work(run) as work:

@@ -137,8 +137,8 @@ SECOND = {"type": "transformers", "model": {"type": "pretrained", "path": "./sec
     ("overrides", "message"),
     [
         (
-            {"algorithm.type": "sft", "source": "live"},
-            "no teacher states; leave `source` out",
+            {"algorithm.type": "sft", "delivery": "live"},
+            "no teacher states; leave `delivery` out",
         ),
         ({"algorithm.type": "self_distillation"}, "give teacher.model the same model"),
         ({"algorithm.type": "vanilla"}, "vanilla_kd"),
@@ -222,7 +222,7 @@ ON_POLICY = {"rounds": 2, "prompts_per_round": 4}
         ({"on_policy": None}, "`mode: onpolicy` and the section `on_policy` go together"),
         ({"mode": "offpolicy"}, "`mode: onpolicy` and the section `on_policy` go together"),
         ({"student.max_steps": 3}, r"student\.max_steps are for `mode: offpolicy`"),
-        ({"source": "live"}, "is for `mode: offpolicy`; leave it out"),
+        ({"delivery": "live"}, "is for `mode: offpolicy`; leave it out"),
         (
             {"data.answers": {"by": "student", "fraction": 0.5}},
             "answers.fraction is for `mode: off",

@@ -1,4 +1,4 @@
-"""Which source is cheaper, from an estimate."""
+"""Which delivery is cheaper, from an estimate."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from configs.load import load_run
 from configs.schema.run import RunConfig
 from kdflow_core.errors import DataError
-from tasks.forecast.estimate import Estimate, check_room, prospect, with_source
+from tasks.forecast.estimate import Estimate, check_room, prospect, with_delivery
 
 GB = 10**9
 
@@ -40,14 +40,14 @@ def run(make_recipe: Callable[..., Path]) -> Callable[..., RunConfig]:
     )
 
 
-@pytest.mark.parametrize(("runs", "source"), [(1, "live"), (2, "live"), (3, "replay")])
+@pytest.mark.parametrize(("runs", "delivery"), [(1, "live"), (2, "live"), (3, "replay")])
 def test_the_more_runs_share_the_states_the_better_is_replay(
-    run: Callable[..., RunConfig], runs: int, source: str
+    run: Callable[..., RunConfig], runs: int, delivery: str
 ) -> None:
-    outcome = prospect(run(source="auto", planned_runs=runs), estimate(), 2 * GB)
+    outcome = prospect(run(delivery="auto", planned_runs=runs), estimate(), 2 * GB)
     assert outcome.extract_s == 100
     assert (outcome.replay_s, outcome.live_s) == (100 + runs * 200, runs * 240)
-    assert outcome.source == source
+    assert outcome.delivery == delivery
     assert outcome.stored_bytes == {"raw": GB, "planes": 7 * GB // 10, "int8": GB // 2}
 
 
@@ -62,14 +62,14 @@ def test_more_copies_of_the_teacher_store_its_states_sooner(
 def test_what_does_not_fit_the_disk(run: Callable[..., RunConfig]) -> None:
     config = run(planned_runs=9)
     outcome = prospect(config, estimate(), GB - 1)
-    assert (outcome.fits, outcome.source) == (False, "live")
+    assert (outcome.fits, outcome.delivery) == (False, "live")
     with pytest.raises(
         DataError, match=r"take 1\.000 GB as raw.*1\.000 GB free; set storage\.codec"
     ):
         check_room(config, outcome)
     check_room(run(planned_runs=9, storage__check_room=False), outcome)
     smaller = run(planned_runs=9, storage__codec="int8")
-    assert prospect(smaller, estimate(), GB - 1).source == "replay"
+    assert prospect(smaller, estimate(), GB - 1).delivery == "replay"
 
 
 @pytest.mark.parametrize(
@@ -94,14 +94,14 @@ def test_where_live_is_not_possible(
     measured: dict[str, object],
     reason: str,
 ) -> None:
-    outcome = prospect(run(source="auto", **overrides), estimate(**measured), 2 * GB)
-    assert outcome.source == "replay"
+    outcome = prospect(run(delivery="auto", **overrides), estimate(**measured), 2 * GB)
+    assert outcome.delivery == "replay"
     assert reason in outcome.reason
 
 
 def test_a_sleeping_teacher_shares_the_device(run: Callable[..., RunConfig]) -> None:
-    config = run(source="auto", teacher__sleep=True)
+    config = run(delivery="auto", teacher__sleep=True)
     peaks = {"device_bytes": 10, "teacher_peak_bytes": 6, "student_peak_bytes": 5}
-    assert prospect(config, estimate(**peaks), 2 * GB).source == "live"
-    assert with_source(config, "live").teacher.sleep  # type: ignore[union-attr]
-    assert not with_source(config, "replay").teacher.sleep  # type: ignore[union-attr]
+    assert prospect(config, estimate(**peaks), 2 * GB).delivery == "live"
+    assert with_delivery(config, "live").teacher.sleep  # type: ignore[union-attr]
+    assert not with_delivery(config, "replay").teacher.sleep  # type: ignore[union-attr]
