@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from kdflow_core.contracts import HiddenSignal, OutputHead, Signal
 from kdflow_core.losses.chunked import LossOutput, distillation_loss
 from kdflow_core.losses.elementwise import LossSpec
+from kdflow_core.models.forward import post_norm_states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class TokenBatch:
 
     def states_of(self, model: PreTrainedModel) -> torch.Tensor:
         """The model's last hidden states that predict the supervised tokens, [N, H]."""
-        hidden_BTH = model.base_model(input_ids=self.ids_BT, use_cache=False).last_hidden_state
+        hidden_BTH = post_norm_states(model.base_model, self.ids_BT)
         states_NH: torch.Tensor = hidden_BTH[self.row_N, self.position_N]
         return states_NH
 

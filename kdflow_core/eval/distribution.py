@@ -21,6 +21,7 @@ from kdflow_core.losses.forward_kl import ForwardKL
 from kdflow_core.losses.logits import LogitProducer
 from kdflow_core.losses.reverse_kl import ReverseKL
 from kdflow_core.losses.vocabulary import WholeVocabulary
+from kdflow_core.models.forward import post_norm_states
 from kdflow_core.models.heads import live_head
 from kdflow_core.sinks import Reporter
 
@@ -65,7 +66,7 @@ def score_distributions(
         chosen = [examples[i] for i in batch]
         sequences = [e.student if side == "student" else e.teacher for e in chosen]
         ids_BT = pad_right([s.ids_T for s in sequences]).to(model.device)
-        hidden_BTH = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+        hidden_BTH = post_norm_states(model.base_model, ids_BT)
         for row, (example, sequence) in enumerate(zip(chosen, sequences, strict=True)):
             positions_N = torch.from_numpy(sequence.target_positions_N - 1)
             name = example.source if example.source in teachers else "all"
@@ -149,7 +150,7 @@ def state_difference(
     differences = []
     for sequence in sequences:
         ids_BT = torch.from_numpy(sequence.ids_T.astype(np.int64))[None].to(model.device)
-        own_BTH = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+        own_BTH = post_norm_states(model.base_model, ids_BT)
         own_NH = own_BTH[0, torch.from_numpy(sequence.target_positions_N - 1)].float().cpu()
         rows = hidden_rows(states.rows(sequence))
         stored_NH = rows.buffer_RH[rows.index_N].float().cpu()

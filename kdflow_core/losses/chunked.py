@@ -161,12 +161,14 @@ def _run_chunks(
     sampled_T, advantage_T = _of_samples(inputs, exchange, dtype)
     producer = gradients.producer
     vocabulary = inputs.head.weight_VH.shape[0]
-    size = min(chunk_rows(spec, vocabulary, dtype), len(hidden_TH))
+    largest = max(vocabulary, 0 if teacher is None else len(teacher.head.weight_VH))
+    size = min(chunk_rows(spec, largest, dtype), len(hidden_TH))
     student_buffer_CV = hidden_TH.new_empty(size, vocabulary, dtype=dtype)
     if teacher is not None:
         teacher_hidden_TG = exchange.gather(teacher.hidden_TG)
         teacher_producer = LogitProducer(teacher.head, dtype)
-        teacher_buffer_CV = torch.empty_like(student_buffer_CV)
+        words = len(teacher.head.weight_VH)  # the student's number of tokens, or its own
+        teacher_buffer_CV = student_buffer_CV.new_empty(size, words)
     terms_MT = hidden_TH.new_zeros(len(TERM_NAMES), len(hidden_TH), dtype=dtype)
     stage, block_rows = _stage(hidden_TH.device), _block_rows(hidden_TH, vocabulary, spec)
     for begin in range(0, len(hidden_TH), size or 1):
@@ -291,10 +293,11 @@ def _check(
         raise ValueError("a divergence goes with a teacher, and no teacher with kd_ratio 0")
     if teacher is None or spec.divergence is None:
         return
-    if student_head.weight_VH.shape[0] != teacher.head.weight_VH.shape[0]:
+    own, other = len(student_head.weight_VH), len(teacher.head.weight_VH)
+    if (own, other) != ((own, own) if spec.folding is None else spec.folding.sizes):
         raise ValueError(
-            f"the student's head has {student_head.weight_VH.shape[0]} tokens, the teacher's "
-            f"{teacher.head.weight_VH.shape[0]}"
+            f"the student's head has {own} tokens, the teacher's {other}"
+            + ("" if spec.folding is None else f"; the classes are of {spec.folding.sizes}")
         )
     sharded = isinstance(spec.vocabulary, ShardedVocabulary)
     if sharded and spec.divergence.needs_whole_vocabulary:

@@ -1,14 +1,15 @@
 """What happens between the logits and their gradient, for a few tokens at a time.
 
-Dimensions: B tokens of a block, V vocabulary, M per-token terms.
+Dimensions: B tokens of a block, V vocabulary, K classes of tokens, M per-token terms.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
 from kdflow_core.losses.base import Distributions, Divergence
+from kdflow_core.losses.folding import Folding
 from kdflow_core.losses.surrogate import PolicyGradient, clipped_surrogate
 from kdflow_core.losses.token_weights import TokenStatistics, TokenWeight
 from kdflow_core.losses.vocabulary import ShardedVocabulary, WholeVocabulary
@@ -22,7 +23,8 @@ class LossSpec:
 
     Without a divergence there is no teacher, and `kd_ratio` is 0. `logits_bytes` is the memory for
     both models' logits of a chunk of tokens. `vocabulary` says whether heads are whole or spread
-    over ranks.
+    over ranks. With a `folding`, the models have different vocabularies, and the divergence is of
+    the classes that both are folded onto.
     """
 
     divergence: Divergence | None
@@ -31,11 +33,12 @@ class LossSpec:
     token_weight: TokenWeight | None = None
     policy_gradient: PolicyGradient | None = None
     vocabulary: WholeVocabulary | ShardedVocabulary = WholeVocabulary()
+    folding: Folding | None = None
 
 
 class Block(NamedTuple):
-    """Both models' logits [B, V] of some tokens, and what is known of these, [B]. A token that was
-    not sampled has the advantage 0.
+    """Both models' logits [B, V] of some tokens, each over its own vocabulary, and what is known of
+    these, [B]. A token that was not sampled has the advantage 0.
     """
 
     student_BV: torch.Tensor
@@ -52,6 +55,8 @@ def block_terms(block: Block, spec: LossSpec) -> tuple[torch.Tensor, torch.Tenso
 
     The divergence is at its temperature, all others are at 1. What needs a teacher is 0 without.
     """
+    if spec.folding is not None and block.teacher_BV is not None:
+        return _folded_terms(block, spec, spec.folding, block.teacher_BV)
     over = spec.vocabulary
     log_q_BV = over.log_softmax(block.student_BV)
     q_BV = log_q_BV.exp()
@@ -103,6 +108,34 @@ def block_terms(block: Block, spec: LossSpec) -> tuple[torch.Tensor, torch.Tenso
             gradient_BV, block, -cross_entropy_B, log_q_BV, spec, spec.policy_gradient
         )
         terms["loss"] = terms["loss"] + value_B
+    return torch.stack([terms[name] for name in TERM_NAMES]), gradient_BV
+
+
+# What is taken of the classes; the rest is of the student's own tokens.
+_OF_CLASSES = ("kd", "forward_kl", "teacher_entropy", "agreement")
+
+
+def _folded_terms(
+    block: Block, spec: LossSpec, folding: Folding, teacher_BV: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same where vocabularies differ: cross-entropy over the student's tokens, and what
+    compares it with the teacher over classes.
+    """
+    own_MB, gradient_BV = block_terms(block._replace(teacher_BV=None), spec)
+    folded_BK = folding.student(block.student_BV)
+    classes = block._replace(
+        student_BV=folded_BK,
+        teacher_BV=folding.teacher(teacher_BV),
+        target_ids_B=folding.student_class(block.target_ids_B),
+        weights_B=block.weights_B * spec.kd_ratio,
+    )
+    alone = replace(spec, kd_ratio=1.0, policy_gradient=None, folding=None)
+    taught_MB, gradient_BK = block_terms(classes, alone)
+    gradient_BV += folding.unfolded(gradient_BK, folded_BK, block.student_BV)
+    terms = dict(zip(TERM_NAMES, own_MB, strict=True))
+    taught = dict(zip(TERM_NAMES, taught_MB, strict=True))
+    terms |= {name: taught[name] for name in _OF_CLASSES}
+    terms["loss"] = terms["loss"] + spec.kd_ratio * taught["loss"]
     return torch.stack([terms[name] for name in TERM_NAMES]), gradient_BV
 
 

@@ -17,6 +17,7 @@ from kdflow_core.contracts import OutputHead
 from kdflow_core.errors import ModelError
 from kdflow_core.models.checkpoints import TensorHeader, read_checkpoint
 from kdflow_core.models.families import family_of
+from kdflow_core.models.forward import post_norm_states
 
 
 def load_head(folder: Path, config: PretrainedConfig, vocabulary_size: int) -> OutputHead:
@@ -99,7 +100,7 @@ def verify_head(model: PreTrainedModel, head: OutputHead) -> None:
     generator = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(0, size, (1, 8), generator=generator).to(model.device)
     own_TV = model(input_ids=ids_BT, use_cache=False).logits[0, :, :size].float().cpu()
-    hidden_BTH = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+    hidden_BTH = post_norm_states(model.base_model, ids_BT)
     rebuilt_TV = apply_head(hidden_BTH[0].cpu(), head)
     error = ((rebuilt_TV - own_TV).norm() / own_TV.norm()).item()
     # bfloat16 products round at 2^-8; a forgotten scale, cap or bias is off by far more.

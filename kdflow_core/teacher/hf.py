@@ -13,6 +13,7 @@ from configs.schema.teacher import TransformersTeacher
 from kdflow_core.batching import batch_by_tokens, pad_right
 from kdflow_core.contracts import HiddenRows, OutputHead, TokenSequence
 from kdflow_core.errors import ModelError
+from kdflow_core.models.forward import post_norm_states
 from kdflow_core.models.heads import verify_head
 from kdflow_core.models.loading import DTYPES, load_causal_lm
 from kdflow_core.models.offload import OffloadedModule
@@ -57,7 +58,7 @@ class TransformersTeacherEngine:
         if self._model is None:
             raise ModelError("the teacher engine is closed")
         ids_BT = pad_right([s.ids_T for s in sequences]).to(self._device)
-        hidden_BTH = self._model(input_ids=ids_BT, use_cache=False).last_hidden_state
+        hidden_BTH = post_norm_states(self._model, ids_BT)
         buffer_RH = hidden_BTH.to(torch.bfloat16).flatten(0, 1)
         width = ids_BT.shape[1]
         return [

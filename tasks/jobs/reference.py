@@ -12,6 +12,7 @@ from kdflow_core.contracts import TeacherEngine, TokenSequence
 from kdflow_core.errors import ModelError
 from kdflow_core.eval.distribution import relative_difference
 from kdflow_core.models.checkpoints import read_checkpoint
+from kdflow_core.models.forward import post_norm_states
 from kdflow_core.models.loading import DTYPES, load_causal_lm, load_config
 from tasks.jobs.stage_run import StageRun
 
@@ -56,7 +57,7 @@ class Reference:
         with torch.inference_mode():
             for sequence in self.sequences:
                 ids_BT = torch.from_numpy(sequence.ids_T[:LONGEST].astype("int64"))[None]
-                hidden_BTH = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+                hidden_BTH = post_norm_states(model.base_model, ids_BT)
                 self._states.append(hidden_BTH[0, _rows(sequence)].float())
 
     def _why_not(self, dtype: torch.dtype) -> str | None:

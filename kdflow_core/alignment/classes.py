@@ -1,0 +1,168 @@
+"""Two vocabularies folded onto the tokens that they share.
+
+A class is the event that the text goes on with a certain shared token: every other token of either
+side is in the class of the shared token that its text begins with, as the other tokenizer cuts it.
+Ends of a turn are one class, and so is what stands for no text at all. So both sides' probabilities
+of classes add up to 1, and mean the same.
+
+Dimensions: V ids of the student, W ids of the teacher.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from kdflow_core.alignment.token_bytes import TokenBytes
+
+HOPS = 64  # from one vocabulary to the other and back, always to a shorter token
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classes:
+    """The class of every id on both sides, int64, from `count` classes; `shared` are the tokens
+    that both have.
+    """
+
+    student_V: np.ndarray
+    teacher_W: np.ndarray
+    count: int
+    shared: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """A tokenizer by its bytes, its ends of a turn, and the rows of its model's head."""
+
+    tokenizer: PreTrainedTokenizerBase
+    tokens: TokenBytes
+    end_ids: Sequence[int]
+    size: int
+
+
+def same_classes(size: int) -> Classes:
+    """Those of one vocabulary on both sides: every id is its own."""
+    own = np.arange(size)
+    return Classes(student_V=own, teacher_W=own, count=size, shared=size)
+
+
+def fold(student: Vocabulary, teacher: Vocabulary) -> Classes:
+    """The classes of two vocabularies."""
+    own, other = student.tokens.id_of, teacher.tokens.id_of
+    shared = sorted(own.keys() & other.keys())
+    class_of = {token: number for number, token in enumerate(shared)}
+    # How many spaces a token has is where tokenizers differ most, and says least.
+    space = class_of.get(b" ")
+    if space is not None:
+        class_of |= {token: space for token in shared if not token.strip(b" ")}
+    roots = _Roots(student, teacher)
+    end, none = len(shared), len(shared) + 1
+    sides = []
+    for number, side in enumerate((student, teacher)):
+        classes = np.full(side.size, none)
+        for i, token in enumerate(side.tokens.spelled[: side.size]):
+            root = roots.of(token, number) if token else None
+            if root is not None:
+                classes[i] = class_of[root]
+        classes[list(side.end_ids)] = end
+        sides.append(classes)
+    used, (student_V, teacher_W) = _renumbered(sides)
+    return Classes(student_V=student_V, teacher_W=teacher_W, count=used, shared=len(shared))
+
+
+def _renumbered(sides: Sequence[np.ndarray]) -> tuple[int, list[np.ndarray]]:
+    """Classes numbered without gaps."""
+    used, numbers = np.unique(np.concatenate(sides), return_inverse=True)
+    return len(used), np.split(numbers, [len(sides[0])])
+
+
+class _Roots:
+    """The shared token that a token's text begins with."""
+
+    def __init__(self, student: Vocabulary, teacher: Vocabulary) -> None:
+        self._tokens = (student.tokens, teacher.tokens)
+        cutters = [_without_prefix(side.tokenizer) for side in (student, teacher)]
+        # The first token of each side's own tokens, as the other side cuts them.
+        self._first = [
+            _first_pieces(self._tokens[side], cutters[1 - side], self._tokens[1 - side])
+            for side in (0, 1)
+        ]
+
+    def of(self, token: bytes, side: int) -> bytes | None:
+        """The root of a token of a side; None where there is none."""
+        for _ in range(HOPS):
+            if token in self._tokens[1 - side].id_of:
+                return token
+            piece = self._first[side].get(token)
+            if piece is None:
+                return None
+            token, side = piece, 1 - side
+        return None
+
+
+def _first_pieces(tokens: TokenBytes, cutter: Tokenizer, other: TokenBytes) -> dict[bytes, bytes]:
+    """For every token that the other side does not have, the first of the pieces that the other
+    side cuts it into.
+    """
+    missing = [token for token in tokens.id_of if token not in other.id_of]
+    texts, whole = [], []
+    first: dict[bytes, bytes] = {}
+    for token in missing:
+        try:
+            texts.append(token.decode())
+            whole.append(token)
+        except UnicodeDecodeError:
+            first |= _longest_prefix(token, other)
+    for token, cut in zip(
+        whole, cutter.encode_batch_fast(texts, add_special_tokens=False), strict=True
+    ):
+        piece = next((other.spelled[i] for i in cut.ids if other.spelled[i]), b"")
+        # Text that is rewritten, or a mark in front of it: by what both spell, then.
+        if 0 < len(piece) < len(token) and token.startswith(piece):
+            first[token] = piece
+        else:
+            first |= _longest_prefix(token, other)
+    return first
+
+
+def _longest_prefix(token: bytes, other: TokenBytes) -> dict[bytes, bytes]:
+    """A token with the longest of its proper beginnings that is a token of the other side."""
+    ends = range(len(token) - 1, 0, -1)
+    return next(({token: token[:end]} for end in ends if token[:end] in other.id_of), {})
+
+
+def _without_prefix(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """A tokenizer that cuts text as it stands in the middle of other text: nothing is put in front
+    of it, and nothing is rewritten but spaces.
+    """
+    form = json.loads(tokenizer.backend_tokenizer.to_str())
+    form["normalizer"] = _kept(form.get("normalizer"), "normalizers")
+    form["post_processor"] = None
+    made = Tokenizer.from_str(json.dumps(_unprefixed(form)))
+    made.encode_special_tokens = True
+    return made
+
+
+def _kept(normalizer: dict[str, Any] | None, key: str) -> dict[str, Any] | None:
+    """A normalizer without what changes more than spaces."""
+    if normalizer is None:
+        return None
+    if key in normalizer:
+        parts = [part for part in (_kept(p, key) for p in normalizer[key]) if part is not None]
+        return {**normalizer, key: parts}
+    return normalizer if normalizer["type"] == "Replace" else None
+
+
+def _unprefixed(form: dict[str, Any]) -> dict[str, Any]:
+    """The same with a pre-tokenizer that puts no space in front."""
+    pre = form.get("pre_tokenizer")
+    for part in (pre or {}).get("pretokenizers", [pre] if pre else []):
+        if "add_prefix_space" in part:
+            part["add_prefix_space"] = False
+        if "prepend_scheme" in part:
+            part["prepend_scheme"] = "never"
+    return form
