@@ -72,6 +72,7 @@ def test_what_a_consumer_must_check_is_in_the_manifest(
     assert manifest.schema_version == 2
 
 
+@pytest.mark.slow  # resuming: test_kill; the windowed order: tests/unit/test_schedule
 def test_a_windowed_shuffle_resumes_to_the_same_weights(
     make_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -69,6 +69,7 @@ def test_ctrl_c_at_every_stage(
     assert sorted(states) == ["Completed", *["Crashed"] * len(STAGES)]
 
 
+@pytest.mark.slow  # Ctrl-C: at every stage above; rounds that end early: test_kill_on_policy
 def test_ctrl_c_in_a_round(
     make_recipe: Callable[..., Path], tmp_path: Path, env: dict[str, str]
 ) -> None:

@@ -84,7 +84,7 @@ def test_extraction_mapped_over_two_workers(
     recipe = str(make_recipe(max_steps=1))
     shared = [f"{name}={value}" for name, value in small.items()]
     output = run("run", recipe, *shared, "teacher.num_workers=2")
-    assert len(set(re.findall(r"stage extract, share (\d of 2)", output))) == 2
+    assert len(set(re.findall(r"stage extract, portion (\d of 2)", output))) == 2
     there, planned = re.findall(r"(\d+) of (\d+) shards are there already", output)[-1]
     assert there == planned
     assert int(planned) > 10

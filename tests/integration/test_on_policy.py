@@ -117,7 +117,14 @@ def metrics_of(work: RoundsAtWork) -> Path:
     return scratch / "student" / work.spec.identity.digest / "artifact/metrics.jsonl"
 
 
-@pytest.mark.parametrize(("weights", "lora"), [("tensor", None), ("broadcast", {"rank": 4})])
+@pytest.mark.parametrize(
+    ("weights", "lora"),
+    [
+        # As in the five rounds above, whose log-probabilities tell of wrong weights.
+        pytest.param("tensor", None, marks=pytest.mark.slow),
+        ("broadcast", {"rank": 4}),
+    ],
+)
 def test_the_engine_serves_the_trained_weights(
     make_recipe: Callable[..., Path], student_folder: Path, weights: str, lora: dict[str, int]
 ) -> None:
@@ -342,6 +349,7 @@ def kill(group: WorkerGroup | None) -> None:
     os.kill(group._ranks[0].process.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow  # killed trainers, at every moment: test_kill_on_policy
 def test_what_a_dead_trainer_had_not_saved_is_trained_again(
     make_recipe: Callable[..., Path],
 ) -> None:

@@ -73,6 +73,7 @@ def test_commands_for_own_models(folder: Path) -> None:
             check_scores(output)
 
 
+@pytest.mark.slow  # the same with tiny models, and SGLang: test_on_policy, test_deployment
 @pytest.mark.prefect
 @pytest.mark.ranks
 def test_commands_on_policy(folder: Path) -> None:
