@@ -154,7 +154,10 @@ def score_table(rows: list[dict[str, Any]]) -> Table:
     """The held-out scores over all sources."""
     table = Table(title="held-out evaluation (KL to the teacher in nats/token)")
     table.add_column("model", no_wrap=True)
-    for title in ("forward KL", "reverse KL", "same top-1", "perplexity", "answers"):
+    # Perplexities of two tokenizers do not compare; bits per byte of the text do.
+    by_bytes = any(row["bits_per_byte"] is not None for row in rows)
+    text, form = ("bits_per_byte", ".4f") if by_bytes else ("perplexity", ".2f")
+    for title in ("forward KL", "reverse KL", "same top-1", text.replace("_", " "), "answers"):
         table.add_column(title, justify="right")
     for row in rows:
         if row["source"] == "all":
@@ -163,7 +166,7 @@ def score_table(rows: list[dict[str, Any]]) -> Table:
                 _number(row["forward_kl"], ".4f"),
                 _number(row["reverse_kl"], ".4f"),
                 _number(row["agreement"], ".1%"),
-                _number(row["perplexity"], ".2f"),
+                _number(row[text], form),
                 _number(row["exact_match"], ".1%"),
             )
     return table

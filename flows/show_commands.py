@@ -42,3 +42,28 @@ def rollouts(
             known.append(f"label {answer.label!r}")
         typer.echo(printable(f"--- {', '.join(known)}\n{answer.prompt}{answer.answer}"))
     typer.echo(f"--- {min(limit, len(answers))} of {len(answers)} answers of round {number}")
+
+
+@app.command()
+def alignment(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="The run's dotted overrides.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many samples to print.")] = 3,
+) -> None:
+    """Print held-out samples as two rows of tokens, student's and teacher's, cut where both cut."""
+    from tasks.presentation.alignment_view import (  # noqa: PLC0415 - loads transformers
+        aligned_samples,
+        two_rows,
+    )
+
+    run = checked_run(recipe, parse_overrides(overrides or []))
+    for sample in aligned_samples(run, "heldout", limit):
+        typer.echo(
+            printable(
+                f"--- {sample.source}, {sample.pairs} of {sample.tokens} tokens begin together"
+            )
+        )
+        for line in two_rows(sample.spans):
+            typer.echo(printable(line))

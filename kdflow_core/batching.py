@@ -63,21 +63,32 @@ def hidden_rows(rows: SignalRows) -> HiddenRows:
 
 
 def teacher_rows(example: Example, signals: SignalSource, view: str = "teacher") -> HiddenRows:
-    """The states, for an example's supervised tokens, of the teacher that reads one of its views.
+    """The states, for the student's tokens that the teacher of a view says something about (see
+    `taught_tokens`).
 
-    Raises AlignmentError when rows and the student's tokens differ in number, or do not go by the
-    same tokens at all.
+    Raises AlignmentError when rows and the student's tokens differ in number.
     """
-    if view in example.alignments:
-        raise AlignmentError(
-            f"the view '{view}' has other tokens than the student's, and nothing here reads its "
-            "alignment"
-        )
     rows = hidden_rows(signals.rows(example.views[view]))
+    alignment = example.alignments.get(view)
+    if alignment is not None:
+        chosen_P = torch.from_numpy(alignment.pairs_P2[:, 1].astype(np.int64))
+        return HiddenRows(
+            buffer_RH=rows.buffer_RH, index_N=rows.index_N[chosen_P.to(rows.index_N.device)]
+        )
     num_tokens = len(example.student.target_positions_N)
     if len(rows.index_N) != num_tokens:
         raise AlignmentError(f"{len(rows.index_N)} teacher rows for {num_tokens} student tokens")
     return rows
+
+
+def taught_tokens(example: Example, view: str = "teacher") -> np.ndarray:
+    """Which of the student's supervised tokens the teacher of a view says something about: all, or
+    with an alignment those of its pairs.
+    """
+    alignment = example.alignments.get(view)
+    if alignment is not None:
+        return alignment.pairs_P2[:, 0].astype(np.int64)
+    return np.arange(len(example.student.target_positions_N))
 
 
 def select_rows(

@@ -10,10 +10,12 @@ from configs.schema.base import MOST, StrictModel
 
 class _Tempered(StrictModel):
     """What all divergences have. One that `NEEDS_WHOLE_VOCABULARY` cannot do with a part of it on
-    each rank.
+    each rank. One that is `OF_CLASSES` grows as both models' probabilities do (it is homogeneous of
+    degree 1), and so means the same for tokens and for classes of them.
     """
 
     NEEDS_WHOLE_VOCABULARY: ClassVar[bool] = False
+    OF_CLASSES: ClassVar[bool] = True
 
     temperature: float = Field(default=1.0, gt=0)
     """What both models' logits are divided by."""
@@ -83,11 +85,15 @@ class TotalVariationConfig(_Tempered):
 class Top1CrossEntropyConfig(_Tempered):
     """Cross-entropy of the teacher's most probable token, times its probability."""
 
+    OF_CLASSES = False
+
     type: Literal["top1_cross_entropy"] = "top1_cross_entropy"
 
 
 class AlphaBetaConfig(_Tempered):
     """The alpha-beta divergence; (1, 0) would be KL(teacher || student), (0, 1) the reverse."""
+
+    OF_CLASSES = False
 
     type: Literal["alpha_beta"] = "alpha_beta"
     alpha: float = Field(default=0.2, gt=0)
@@ -108,6 +114,7 @@ class HierarchicalRankingConfig(_Tempered):
     """Hinges on the student's order of both models' `top_k` tokens."""
 
     NEEDS_WHOLE_VOCABULARY = True
+    OF_CLASSES = False
 
     type: Literal["hierarchical_ranking"] = "hierarchical_ranking"
     top_k: int = Field(default=5, gt=1, le=MOST)
@@ -118,6 +125,8 @@ class SampledReverseKLConfig(_Tempered):
     """KL(student || teacher) estimated from the sampled token, as a policy gradient: the importance
     ratio stays within [1 - clip_low, 1 + clip_high]. For answers that the student sampled.
     """
+
+    OF_CLASSES = False
 
     type: Literal["sampled_reverse_kl"] = "sampled_reverse_kl"
     clip_low: float = Field(default=0.2, gt=0, lt=1)
@@ -226,6 +235,11 @@ class LossConfig(StrictModel):
     def needs_whole_vocabulary(self) -> bool:
         """Whether the divergence cannot do with a part of the vocabulary on each rank."""
         return any(term.NEEDS_WHOLE_VOCABULARY for term in self._terms)
+
+    @property
+    def is_of_classes(self) -> bool:
+        """Whether the divergence can compare classes of tokens."""
+        return all(term.OF_CLASSES for term in self._terms)
 
     @property
     def _terms(self) -> Sequence[_Tempered]:

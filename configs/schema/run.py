@@ -11,6 +11,7 @@ from configs.schema.algorithm import (
     check_signal,
     check_teachers,
 )
+from configs.schema.alignment import AlignmentMode, check_aligned
 from configs.schema.base import MOST, SEEDS, PathText, StrictModel
 from configs.schema.data import DataConfig
 from configs.schema.loss import LossConfig
@@ -129,6 +130,11 @@ class RunConfig(StrictModel):
     """
     loss: LossConfig = Field(default_factory=LossConfig)
     """The divergence, and how it mixes with cross-entropy."""
+    alignment: AlignmentMode = "auto"
+    """How the teacher's tokens stand to the student's: `exact` (both have one vocabulary; others
+    are refused), `bytes` (by the bytes of their tokens, whatever both tokenizers are), or `auto`:
+    `exact` where it can be, else `bytes`.
+    """
     on_policy: OnPolicyConfig | None = None
     """The rounds of an on-policy run."""
     storage: StorageConfig = Field(default_factory=StorageConfig)
@@ -226,6 +232,12 @@ class RunConfig(StrictModel):
             )
         if isinstance(self.algorithm, MultiTeacherConfig):
             check_teachers(self.algorithm, self.data.source_names, self.teacher)
+        return self
+
+    @model_validator(mode="after")
+    def _alignment_fits(self) -> "RunConfig":
+        if self.alignment == "bytes":
+            check_aligned(self)
         return self
 
     @model_validator(mode="after")

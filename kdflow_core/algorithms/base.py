@@ -6,7 +6,7 @@ H and G hidden sizes of student and teacher.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -59,6 +59,17 @@ class MicroBatch:
     sampled_log_prob_N: torch.Tensor | None
     advantage_N: torch.Tensor | None
 
+    def at(self, index_K: torch.Tensor) -> "MicroBatch":
+        """The tokens of some rows, without signals."""
+        sampled_N, advantage_N = self.sampled_log_prob_N, self.advantage_N
+        return replace(
+            self,
+            target_ids_N=self.target_ids_N[index_K],
+            signals=(),
+            sampled_log_prob_N=None if sampled_N is None else sampled_N[index_K],
+            advantage_N=None if advantage_N is None else advantage_N[index_K],
+        )
+
     @property
     def weights_N(self) -> torch.Tensor:
         """The weight of every token, [N]."""
@@ -97,6 +108,10 @@ class Student:
     hidden_NH: torch.Tensor
     head: OutputHead
 
+    def at(self, index_K: torch.Tensor) -> "Student":
+        """The same, of some rows."""
+        return replace(self, hidden_NH=self.hidden_NH[index_K])
+
 
 class Algorithm(torch.nn.Module, ABC):
     """A module, so that weights of its own are sharded and checkpointed with the student's."""
@@ -123,6 +138,39 @@ class Algorithm(torch.nn.Module, ABC):
     def after_step(self, model: PreTrainedModel) -> None:
         """Called after each optimizer step with the student."""
         del model
+
+
+# The terms that compare the student with a teacher: they are of the taught tokens alone.
+TAUGHT_TERMS = ("kd", "forward_kl", "teacher_entropy", "agreement")
+
+
+def partly_taught_loss(
+    student: Student, batch: MicroBatch, *, taught: TokenSignal, spec: LossSpec
+) -> LossOutput:
+    """The loss of a micro-batch, some of whose tokens a teacher says something about: the others
+    have their part of cross-entropy.
+    """
+    others = torch.ones_like(batch.target_ids_N, dtype=torch.bool)
+    others[taught.index_K] = False
+    rest_M = others.nonzero().squeeze(-1)
+    with_teacher = whole_batch_loss(
+        student.at(taught.index_K), batch.at(taught.index_K), teacher=taught.signal, spec=spec
+    )
+    alone = replace(spec, divergence=None, kd_ratio=0.0, token_weight=None, folding=None)
+    part = 1 - spec.kd_ratio
+    without = whole_batch_loss(
+        student.at(rest_M),
+        replace(batch.at(rest_M), weight=batch.weight * part),
+        teacher=None,
+        spec=alone,
+    )
+    terms = {name: with_teacher.terms[name] for name in TAUGHT_TERMS}
+    for name, values_K in with_teacher.terms.items():
+        if name not in TAUGHT_TERMS:
+            scale = part if name == "loss" else 1.0
+            terms[name] = torch.cat([values_K, without.terms[name] * scale])
+    ordered = {name: terms[name] for name in with_teacher.terms}
+    return LossOutput(with_teacher.loss + without.loss, ordered)
 
 
 def whole_batch_loss(

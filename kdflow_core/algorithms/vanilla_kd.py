@@ -13,13 +13,14 @@ from kdflow_core.algorithms.base import (
     MicroBatch,
     Student,
     Teacher,
+    partly_taught_loss,
     whole_batch_loss,
 )
 from kdflow_core.losses.chunked import LossOutput
 
 
 class VanillaKD(Algorithm):
-    """One teacher, all tokens."""
+    """One teacher, all tokens that it says something about; the others have cross-entropy alone."""
 
     def __init__(self, config: VanillaKDConfig, ingredients: Ingredients) -> None:
         super().__init__()
@@ -35,4 +36,6 @@ class VanillaKD(Algorithm):
     def loss(self, student: Student, batch: MicroBatch) -> LossOutput:
         """See `Algorithm`."""
         (taught,) = batch.signals
-        return whole_batch_loss(student, batch, teacher=taught.signal, spec=self._spec)
+        if len(taught.index_K) == len(batch.target_ids_N):
+            return whole_batch_loss(student, batch, teacher=taught.signal, spec=self._spec)
+        return partly_taught_loss(student, batch, taught=taught, spec=self._spec)

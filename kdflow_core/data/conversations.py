@@ -6,8 +6,8 @@ Layouts: `messages` (role/content), `sharegpt` (conversations of from/value), `a
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -51,6 +51,11 @@ class Conversation:
     def lacks_answer(self) -> bool:
         """Whether there is only a prompt."""
         return str(self.messages[-1]["role"]) != "assistant"
+
+    def rewritten(self, rewrite: Callable[[str], str]) -> "Conversation":
+        """The same with every message's text rewritten."""
+        messages = tuple({**m, "content": rewrite(m["content"])} for m in self.messages)
+        return replace(self, messages=messages)
 
     @cached_property
     def text(self) -> str:

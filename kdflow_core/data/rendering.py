@@ -86,6 +86,13 @@ class Renderer:
             messages, prompt=prompt, tools=conversation.tools, answer=conversation.label
         )
 
+    def learned_answers(self, conversation: Conversation) -> list[str]:
+        """The answers that `render` supervises, as the messages have them."""
+        if conversation.lacks_answer:
+            return []
+        numbers = sorted(self._learned(conversation)) if self.chat.has_template else [-1]
+        return [str(conversation.messages[i]["content"]) for i in numbers]
+
     def _learned(self, conversation: Conversation) -> set[int]:
         """The numbers of the messages that are learned from. Raises SampleError `empty`."""
         turns = [i for i, m in enumerate(conversation.messages) if m["role"] == "assistant"]

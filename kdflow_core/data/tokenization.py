@@ -8,14 +8,14 @@ side.
 import hashlib
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
 from configs.schema.data import DataConfig, Source
-from kdflow_core.contracts import Example, TokenSequence
+from kdflow_core.contracts import Alignment, Example, TokenSequence
 from kdflow_core.data.conversations import Conversation, parse_row
 from kdflow_core.data.messages import SampleError
 from kdflow_core.data.rendering import Renderer
@@ -48,6 +48,20 @@ class Tally:
         self.first_detail.setdefault(error.reason, str(error))
 
 
+class Aligner(Protocol):
+    """What brings the tokens of two tokenizers together; see `kdflow_core.alignment`."""
+
+    def as_both_read(self, text: str) -> str:
+        """A text in the form that both cut."""
+        ...
+
+    def align(
+        self, student: TokenSequence, teacher: TokenSequence, contents: Sequence[str]
+    ) -> Alignment:
+        """The alignment of one sample with these answers. Raises SampleError."""
+        ...
+
+
 def text_hash(text: str, seed: int) -> int:
     """A uniform 64-bit number from a text."""
     data = f"{seed}\0{text}".encode()
@@ -70,10 +84,12 @@ def tokenize(
     max_student_length: int,
     reporter: Reporter,
     tally: Tally,
+    aligner: Aligner | None = None,
 ) -> Iterator[tuple[Split, Example]]:
     """Examples with their split, one by one; counts go to `tally`.
 
-    Where both models render alike, give the same renderer twice: it then renders once.
+    Where both models render alike, give the same renderer twice: it then renders once. Without an
+    `aligner`, both have to supervise the same tokens.
 
     Raises:
         DataError: a source cannot be read, too many samples are dropped, or none are left.
@@ -89,7 +105,7 @@ def tokenize(
             if not selected(conversation):
                 continue
             try:
-                example = _render(conversation, name, limits)
+                example = _render(conversation, name, limits, aligner)
             except SampleError as error:
                 tally.drop(name, error)
                 continue
@@ -183,9 +199,14 @@ def _conversations(
 
 
 def _render(
-    conversation: Conversation, source: str, limits: tuple[tuple[Renderer, int], ...]
+    conversation: Conversation,
+    source: str,
+    limits: tuple[tuple[Renderer, int], ...],
+    aligner: Aligner | None,
 ) -> Example:
     """An example as student and teacher read it, each within its limit of tokens."""
+    if aligner is not None:
+        conversation = conversation.rewritten(aligner.as_both_read)
     sides: list[TokenSequence] = []
     for renderer, limit in limits:
         # Before anything is rendered: a text of this length cannot have fewer tokens.
@@ -202,7 +223,11 @@ def _render(
             )
         sides.append(tokens)
     student, teacher = sides
-    if not np.array_equal(student.target_ids_N, teacher.target_ids_N):
+    alignments = {}
+    if aligner is not None:
+        answers = limits[0][0].learned_answers(conversation)
+        alignments["teacher"] = aligner.align(student, teacher, answers)
+    elif not np.array_equal(student.target_ids_N, teacher.target_ids_N):
         raise SampleError(
             "templates_disagree",
             "the chat templates of student and teacher supervise different tokens for the same "
@@ -213,6 +238,7 @@ def _render(
     return Example(
         source=source,
         views={"student": student, "teacher": teacher},
+        alignments=alignments,
         label=conversation.label,
     )
 

@@ -8,15 +8,23 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from kdflow_core.batching import batch_by_tokens, hidden_rows, pad_right, select_rows, teacher_rows
-from kdflow_core.contracts import Examples, SignalSource, TeacherAtHand, TokenSequence
+from kdflow_core.batching import (
+    batch_by_tokens,
+    hidden_rows,
+    pad_right,
+    select_rows,
+    taught_tokens,
+    teacher_rows,
+)
+from kdflow_core.contracts import Example, Examples, SignalSource, TeacherAtHand, TokenSequence
 from kdflow_core.losses.base import Distributions
+from kdflow_core.losses.folding import Folding
 from kdflow_core.losses.forward_kl import ForwardKL
 from kdflow_core.losses.logits import LogitProducer
 from kdflow_core.losses.reverse_kl import ReverseKL
@@ -27,20 +35,49 @@ from kdflow_core.sinks import Reporter
 
 CHUNK_TOKENS = 256
 COLUMNS = ("forward_kl", "reverse_kl", "agreement", "ce_model", "ce_teacher")
+COUNTS = ("compared", "tokens", "bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistributionScores:
     """Means over supervised tokens. KL in nats per token; agreement is the share of tokens with
-    the teacher's top-1; perplexities are of the text itself.
+    the teacher's top-1; the perplexity is of the text itself, in the model's own tokens, and
+    `bits_per_byte` its cross-entropy by the bytes of the text: that compares models of different
+    tokenizers.
+
+    Where tokens are aligned, KL and agreement are of classes of tokens, at `num_compared` of them,
+    and the teacher's perplexity, of other tokens, is left out; elsewhere the bytes are.
     """
 
     num_tokens: int
+    num_compared: int
     forward_kl: float
     reverse_kl: float
     agreement: float
     perplexity: float
-    teacher_perplexity: float
+    teacher_perplexity: float | None
+    bits_per_byte: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aligned:
+    """What scoring needs where student and teacher have two tokenizers: both vocabularies folded
+    (None where they are the same), and the bytes of each id of the model that is scored.
+    """
+
+    folding: Folding | None
+    length_V: np.ndarray
+
+
+class _Rows(NamedTuple):
+    """A sequence's states [N, H] and targets [N]; the rows [P] that are compared with the teacher,
+    and its states [P, G] there.
+    """
+
+    hidden_NH: torch.Tensor
+    targets_N: torch.Tensor
+    compared_P: torch.Tensor
+    teacher_PG: torch.Tensor
 
 
 @torch.inference_mode()
@@ -53,85 +90,119 @@ def score_distributions(
     reporter: Reporter,
     title: str,
     side: Literal["student", "teacher"],
+    vocabulary_size: int,
+    aligned: Aligned | None = None,
 ) -> dict[str, DistributionScores]:
     """Scores by source, and over all under the name `all`; the model reads the sequences of its
-    `side`. `teachers` are by the data source that they teach; the one named `all` teaches the rest.
+    `side`, and has a true vocabulary of `vocabulary_size` tokens. `teachers` are by the data source
+    that they teach; the one named `all` teaches the rest.
     """
-    size = teachers["all"].head.weight_VH.shape[0]
-    producer = LogitProducer(live_head(model, size), torch.float32)
+    producer = LogitProducer(live_head(model, vocabulary_size), torch.float32)
     teaching = {n: LogitProducer(t.head, torch.float32) for n, t in teachers.items()}
-    sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(len(COLUMNS) + 1))
+    sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(len(COLUMNS) + len(COUNTS)))
+    folding = aligned.folding if aligned is not None and side == "student" else None
     done = 0
     for batch in batch_by_tokens(examples.lengths(side), tokens_per_batch):
         chosen = [examples[i] for i in batch]
-        sequences = [e.student if side == "student" else e.teacher for e in chosen]
+        sequences = [example.views[side] for example in chosen]
         ids_BT = pad_right([s.ids_T for s in sequences]).to(model.device)
         hidden_BTH = post_norm_states(model.base_model, ids_BT)
         for row, (example, sequence) in enumerate(zip(chosen, sequences, strict=True)):
-            positions_N = torch.from_numpy(sequence.target_positions_N - 1)
             name = example.source if example.source in teachers else "all"
-            states = teachers[name].signals
-            teacher_NG = select_rows(
-                [teacher_rows(example, states)],
-                hidden_size=states.hidden_size,
-                device=model.device,
-            )
-            targets_N = torch.from_numpy(sequence.target_ids_N).long().to(model.device)
-            terms = _token_sums(
-                hidden_BTH[row, positions_N], teacher_NG, targets_N, (producer, teaching[name])
-            )
-            for name in ("all", example.source):
-                sums[name] += [*terms, len(positions_N)]
+            rows = _rows(hidden_BTH[row], example, side, teachers[name].signals)
+            terms = _token_sums(rows, (producer, teaching[name]), folding)
+            size = 0 if aligned is None else int(aligned.length_V[sequence.target_ids_N].sum())
+            counts = [len(rows.compared_P), len(rows.targets_N), size]
+            for source in ("all", example.source):
+                sums[source] += [*terms, *counts]
         done += len(batch)
         reporter.progress(done=done, total=len(examples), unit="sequences", detail=title)
-    return {name: _scores(total) for name, total in sums.items()}
+    return {name: _scores(total, aligned=aligned is not None) for name, total in sums.items()}
+
+
+def _rows(
+    hidden_TH: torch.Tensor,
+    example: Example,
+    side: Literal["student", "teacher"],
+    signals: SignalSource,
+) -> _Rows:
+    """A sequence's rows. The teacher is compared with itself at all of its own."""
+    sequence, device = example.views[side], hidden_TH.device
+    positions_N = torch.from_numpy(sequence.target_positions_N - 1)
+    if side == "student":
+        compared, theirs = taught_tokens(example), teacher_rows(example, signals)
+    else:
+        compared = np.arange(len(positions_N))
+        theirs = hidden_rows(signals.rows(example.teacher))
+    return _Rows(
+        hidden_NH=hidden_TH[positions_N],
+        targets_N=torch.from_numpy(sequence.target_ids_N).long().to(device),
+        compared_P=torch.from_numpy(compared).to(device),
+        teacher_PG=select_rows([theirs], hidden_size=signals.hidden_size, device=device),
+    )
 
 
 def _token_sums(
-    hidden_NH: torch.Tensor,
-    teacher_NG: torch.Tensor,
-    targets_N: torch.Tensor,
-    producers: tuple[LogitProducer, LogitProducer],
+    rows: _Rows, producers: tuple[LogitProducer, LogitProducer], folding: Folding | None
 ) -> list[float]:
-    total, over = torch.zeros(len(COLUMNS), dtype=torch.float64), WholeVocabulary()
-    for begin in range(0, len(targets_N), CHUNK_TOKENS):
-        rows = slice(begin, begin + CHUNK_TOKENS)
-        student_CV = producers[0].logits(hidden_NH[rows])
-        teacher_CV = producers[1].logits(teacher_NG[rows])
-        log_q_CV = torch.log_softmax(student_CV, -1)
-        log_p_CV = torch.log_softmax(teacher_CV, -1)
-        targets_C = targets_N[rows]
-        target_C1 = targets_C.unsqueeze(-1)
-        d = Distributions(
-            log_q_CV,
-            log_q_CV.exp(),
-            log_p_CV,
-            log_p_CV.exp(),
-            over,
-            targets_C,
-            None,
-        )
-        columns = (
-            ForwardKL().value_and_gradient(d)[0],
-            ReverseKL().value_and_gradient(d)[0],
-            over.top1(student_CV) == over.top1(teacher_CV),
-            -log_q_CV.gather(-1, target_C1),
-            -log_p_CV.gather(-1, target_C1),
-        )
+    total = torch.zeros(len(COLUMNS), dtype=torch.float64)
+    for begin in range(0, len(rows.compared_P), CHUNK_TOKENS):
+        part = slice(begin, begin + CHUNK_TOKENS)
+        at_C = rows.compared_P[part]
+        student_CV = producers[0].logits(rows.hidden_NH[at_C])
+        teacher_CV = producers[1].logits(rows.teacher_PG[part])
+        columns = _compared(student_CV, teacher_CV, rows.targets_N[at_C], folding)
         total += torch.stack([column.double().sum().cpu() for column in columns])
+    alone = torch.ones_like(rows.targets_N, dtype=torch.bool)
+    alone[rows.compared_P] = False
+    for at_C in torch.split(alone.nonzero().squeeze(-1), CHUNK_TOKENS):
+        log_q_CV = torch.log_softmax(producers[0].logits(rows.hidden_NH[at_C]), -1)
+        ce_C = -log_q_CV.gather(-1, rows.targets_N[at_C].unsqueeze(-1))
+        total[COLUMNS.index("ce_model")] += ce_C.double().sum().cpu()
     return [float(value) for value in total]
 
 
-def _scores(total: np.ndarray) -> DistributionScores:
-    count = int(total[-1])
-    forward_kl, reverse_kl, agreement, ce_model, ce_teacher = total[:-1] / count
+def _compared(
+    student_CV: torch.Tensor,
+    teacher_CV: torch.Tensor,
+    targets_C: torch.Tensor,
+    folding: Folding | None,
+) -> tuple[torch.Tensor, ...]:
+    """The columns of some tokens."""
+    over, target_C1 = WholeVocabulary(), targets_C.unsqueeze(-1)
+    log_q_CV = torch.log_softmax(student_CV, -1)
+    ce_model_C1 = -log_q_CV.gather(-1, target_C1)
+    if folding is not None:
+        student_CV, teacher_CV = folding.student(student_CV), folding.teacher(teacher_CV)
+        log_q_CV = torch.log_softmax(student_CV, -1)
+        target_C1 = folding.student_class(targets_C).unsqueeze(-1)
+    log_p_CV = torch.log_softmax(teacher_CV, -1)
+    d = Distributions(
+        log_q_CV, log_q_CV.exp(), log_p_CV, log_p_CV.exp(), over, target_C1.squeeze(-1), None
+    )
+    return (
+        ForwardKL().value_and_gradient(d)[0],
+        ReverseKL().value_and_gradient(d)[0],
+        over.top1(student_CV) == over.top1(teacher_CV),
+        ce_model_C1,
+        -log_p_CV.gather(-1, target_C1),
+    )
+
+
+def _scores(total: np.ndarray, *, aligned: bool) -> DistributionScores:
+    sums = dict(zip((*COLUMNS, *COUNTS), total.tolist(), strict=True))
+    compared, tokens = max(1.0, sums["compared"]), sums["tokens"]
+    teacher = None if aligned else _perplexity(sums["ce_teacher"] / compared)
+    bits = sums["ce_model"] / math.log(2) / sums["bytes"] if sums["bytes"] else None
     return DistributionScores(
-        num_tokens=count,
-        forward_kl=float(forward_kl),
-        reverse_kl=float(reverse_kl),
-        agreement=float(agreement),
-        perplexity=_perplexity(ce_model),
-        teacher_perplexity=_perplexity(ce_teacher),
+        num_tokens=int(tokens),
+        num_compared=int(sums["compared"]),
+        forward_kl=sums["forward_kl"] / compared,
+        reverse_kl=sums["reverse_kl"] / compared,
+        agreement=sums["agreement"] / compared,
+        perplexity=_perplexity(sums["ce_model"] / tokens),
+        teacher_perplexity=teacher,
+        bits_per_byte=bits,
     )
 
 

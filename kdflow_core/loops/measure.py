@@ -103,7 +103,7 @@ class HeldoutCurve:
             ),
             model=module.model,
             heads={"teacher": module.part_of_head(head)},
-            vocabulary_size=len(head.weight_VH),
+            vocabulary_size=module.vocabulary_size,
         )
         self._judge = VanillaKD(VanillaKDConfig(), ingredients)
 
@@ -119,21 +119,22 @@ def heldout_scores(
     states: SignalSource,
 ) -> HeldoutScores:
     """The scores of held-out examples, by an algorithm whose one divergence is the reverse KL."""
-    sums = torch.zeros(5, dtype=torch.float64, device=measuring.device)
+    names = ("kd", "forward_kl", "cross_entropy", "agreement")
+    sums = torch.zeros(2, len(names), dtype=torch.float64, device=measuring.device)
     for _, output in _outputs(measuring, algorithm, examples, [states]):
-        terms = (
-            *(output.terms[name] for name in ("kd", "forward_kl", "cross_entropy", "agreement")),
-            torch.ones_like(output.terms["kd"]),
-        )
-        sums += torch.stack([term.double().sum() for term in terms])
+        for column, name in enumerate(names):
+            term = output.terms[name]
+            sums[0, column] += term.double().sum()
+            sums[1, column] += len(term)
     dist.all_reduce(sums)
-    reverse_kl, forward_kl, cross_entropy, agreement = (sums[:4] / sums[4]).tolist()
+    # Each by its own count: where tokens are aligned, a teacher says nothing about some.
+    reverse_kl, forward_kl, cross_entropy, agreement = (sums[0] / sums[1].clamp_min(1)).tolist()
     return HeldoutScores(
         reverse_kl=reverse_kl,
         forward_kl=forward_kl,
         cross_entropy=cross_entropy,
         agreement=agreement,
-        num_tokens=int(sums[4]),
+        num_tokens=int(sums[1, names.index("cross_entropy")]),
     )
 
 

@@ -45,13 +45,18 @@ def true_vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers give ids the same meaning."""
+    return bool(student.get_vocab() == teacher.get_vocab())
+
+
 def check_same_vocabulary(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
 ) -> None:
     """Refuse two tokenizers that give ids different meanings. Raises ModelError."""
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    if ours == theirs:
+    if same_vocabulary(student, teacher):
         return
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
     differing = sorted(
         token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)
     )
@@ -59,6 +64,6 @@ def check_same_vocabulary(
     raise ModelError(
         f"student and teacher have different vocabularies: {len(ours)} and {len(theirs)} tokens, "
         f"{len(differing)} differ, for instance {token!r} (id {ours.get(token)} and "
-        f"{theirs.get(token)}). Their logits cannot be compared; choose a student of the teacher's "
-        "family (same tokenizer)"
+        f"{theirs.get(token)}). Their logits cannot be compared token by token; choose a student "
+        "of the teacher's family (same tokenizer), or set alignment=bytes"
     )

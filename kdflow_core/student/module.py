@@ -38,7 +38,7 @@ class DistillationModule(torch.nn.Module):
         self.model = model
         self.algorithm = algorithm
         self.head_part = head_part
-        self._vocabulary_size = vocabulary_size
+        self.vocabulary_size = vocabulary_size
 
     def part_of_head(self, head: OutputHead) -> OutputHead:
         """A teacher's head over the tokens that this rank makes logits for."""
@@ -50,7 +50,7 @@ class DistillationModule(torch.nn.Module):
         """
         hidden_NH = batch.student.states_of(self.model)
         head = (
-            live_head(self.model, self._vocabulary_size)
+            live_head(self.model, self.vocabulary_size)
             if self.head_part is None
             else student_part(self.model, self.head_part)
         )

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from kdflow_core.algorithms.base import Algorithm, MicroBatch, Teacher, TokenBatch, TokenSignal
-from kdflow_core.batching import pad_right, select_rows, teacher_rows
+from kdflow_core.batching import pad_right, select_rows, taught_tokens, teacher_rows
 from kdflow_core.contracts import Example, Examples, HiddenSignal, SignalSource, TokenSequence
 from kdflow_core.errors import TrainingError
 from kdflow_core.student.module import DistillationModule
@@ -97,11 +97,11 @@ def _count(values: torch.Tensor) -> torch.Tensor:
 
 def _means(totals: dict[str, torch.Tensor]) -> dict[str, float]:
     """The mean of each term, from its sum and count on this rank: over all ranks, each by its own
-    count.
+    count. What was never counted is 0.
     """
     both = torch.stack(list(totals.values()))
     dist.all_reduce(both)
-    return dict(zip(totals, (both[:, 0] / both[:, 1]).tolist(), strict=True))
+    return dict(zip(totals, (both[:, 0] / both[:, 1].clamp_min(1)).tolist(), strict=True))
 
 
 def collate(
@@ -176,19 +176,18 @@ def _token_signal(
     examples: Sequence[Example], signals: SignalSource, teacher: Teacher, device: torch.device
 ) -> TokenSignal:
     """What a teacher says of the examples of its data sources."""
-    sources = teacher.sources
-    taught = [e for e in examples if sources is None or e.source in sources]
-    mine = [
-        np.full(len(e.student.target_positions_N), sources is None or e.source in sources)
-        for e in examples
-    ]
-    index_K = np.flatnonzero(np.concatenate([np.zeros(0, bool), *mine]))
+    taught, index, first = [], [np.zeros(0, np.int64)], 0
+    for example in examples:
+        if teacher.sources is None or example.source in teacher.sources:
+            taught.append(example)
+            index.append(first + taught_tokens(example, teacher.view))
+        first += len(example.student.target_positions_N)
     hidden_KG = select_rows(
         [teacher_rows(example, signals, teacher.view) for example in taught],
         hidden_size=signals.hidden_size,
         device=device,
     )
     return TokenSignal(
-        index_K=torch.from_numpy(index_K).to(device),
+        index_K=torch.from_numpy(np.concatenate(index)).to(device),
         signal=HiddenSignal(hidden_KG, teacher.head),
     )

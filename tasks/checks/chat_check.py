@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+from configs.schema.alignment import check_aligned
 from configs.schema.models import ChatTemplate
 from configs.schema.run import RunConfig
+from kdflow_core.alignment.token_bytes import token_bytes
 from kdflow_core.data.chat import ChatFormat
 from kdflow_core.errors import ModelError
 from kdflow_core.models.folders import declared_end_ids
-from kdflow_core.models.tokenizers import check_same_vocabulary, load_tokenizer
+from kdflow_core.models.tokenizers import check_same_vocabulary, load_tokenizer, same_vocabulary
 from tasks.stages.identity import made_of
 
 
@@ -24,9 +26,24 @@ def chat_format(run: RunConfig, side: str, folder: Path) -> ChatFormat:
     )
 
 
-def check_pair(student: ChatFormat, teacher: ChatFormat) -> None:
-    """Refuse models that read the same text as different tokens. Raises ModelError."""
-    check_same_vocabulary(student.tokenizer, teacher.tokenizer)
+def aligns_by_bytes(run: RunConfig, student: ChatFormat, teacher: ChatFormat) -> bool:
+    """Whether the two read a text as different tokens, or are taken as if they did."""
+    if run.alignment != "auto":
+        return run.alignment == "bytes"
+    return not same_vocabulary(student.tokenizer, teacher.tokenizer)
+
+
+def check_pair(run: RunConfig, student: ChatFormat, teacher: ChatFormat) -> None:
+    """Refuse models that cannot be compared on the same text. Raises ModelError."""
+    if run.alignment == "exact":
+        check_same_vocabulary(student.tokenizer, teacher.tokenizer)
+    if aligns_by_bytes(run, student, teacher):
+        try:
+            check_aligned(run)
+        except ValueError as error:
+            raise ModelError(f"student and teacher have different vocabularies; {error}") from error
+        for title, chat in (("student", student), ("teacher", teacher)):
+            token_bytes(chat.tokenizer, title)
     if student.has_template == teacher.has_template:
         return
     lacking, other = ("teacher", "student") if student.has_template else ("student", "teacher")

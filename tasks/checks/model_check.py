@@ -70,6 +70,7 @@ def check_folders(run: RunConfig, folders: Mapping[str, Path]) -> None:
         check_trainable(meta_model(config, trust_remote_code=trust), use_of(run, "student"))
     if folders.keys() >= {"student", "teacher"}:
         check_pair(
+            run,
             chat_format(run, "student", folders["student"]),
             chat_format(run, "teacher", folders["teacher"]),
         )

@@ -10,14 +10,16 @@ from transformers import PreTrainedModel
 
 from kdflow_core.contracts import Example, TeacherAtHand
 from kdflow_core.errors import AlignmentError
-from kdflow_core.eval.distribution import score_distributions, state_difference
+from kdflow_core.eval.distribution import Aligned, score_distributions, state_difference
 from kdflow_core.eval.greedy import exact_match, generate_greedily
 from kdflow_core.models.loading import DTYPES, load_causal_lm
+from kdflow_core.models.tokenizers import true_vocabulary_size
 from storage.artifact import ArtifactRef
-from tasks.jobs import chats, parts
+from tasks.jobs import aligning, chats, parts
 from tasks.jobs.reference import state_limit
-from tasks.jobs.stage_run import StageRun, job
+from tasks.jobs.stage_run import SIDES, StageRun, job
 from tasks.jobs.stored import StoredStates, TokenExamples, evenly_spread
+from tasks.jobs.student_module import build_folded
 
 CHECKED_SEQUENCES = 4
 
@@ -34,9 +36,12 @@ def evaluate_student(stage: StageRun) -> ArtifactRef:
         "student after": stage.store.local_copy(stage.spec.inputs["student"]) / "model",
     }
     teachers = _teachers(stage)
+    aligned = _aligned(stage)
     models, answers = {}, {}
     for title, folder in folders.items():
-        models[title], answers[title] = _judge(stage, title, folder, examples, shown, teachers)
+        models[title], answers[title] = _judge(
+            stage, title, folder, (examples, shown), teachers, aligned
+        )
     tokenizer = chats.tokenizer(stage, "teacher")
     samples = [
         {
@@ -66,16 +71,27 @@ def _teachers(stage: StageRun) -> dict[str, TeacherAtHand[StoredStates]]:
     return teachers
 
 
+def _aligned(stage: StageRun) -> dict[str, Aligned]:
+    """By side, what scoring needs where the two have different tokens."""
+    pair = aligning.pair(stage)
+    if pair is None:
+        return {}
+    folding = build_folded(pair, parts.device(stage))
+    lengths = {s: v.tokens.length_V for s, v in zip(SIDES, pair.vocabularies, strict=True)}
+    return {side: Aligned(folding=folding, length_V=own) for side, own in lengths.items()}
+
+
 def _judge(
     stage: StageRun,
     title: str,
     folder: Path,
-    examples: TokenExamples,
-    shown: list[Example],
+    data: tuple[TokenExamples, list[Example]],
     teachers: Mapping[str, TeacherAtHand[StoredStates]],
+    aligned: Mapping[str, Aligned],
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
     """A model's scores by source, and its greedy answers to the shown examples' prompts."""
     side: Literal["teacher", "student"] = "teacher" if title == "teacher" else "student"
+    examples, shown = data
     teacher, student = stage.run.teacher, stage.run.student
     model = load_causal_lm(
         folder,
@@ -94,6 +110,8 @@ def _judge(
         reporter=stage.reporter,
         title=title,
         side=side,
+        vocabulary_size=true_vocabulary_size(chats.tokenizer(stage, side)),
+        aligned=aligned.get(side),
     )
     by_source: dict[str, dict[str, float]] = {name: asdict(s) for name, s in scores.items()}
     texts = generate_greedily(

@@ -14,11 +14,11 @@ from storage.codecs import CODECS
 from storage.states.sizes import stored_sample
 from storage.tokens import TokenTable
 from tasks.forecast.estimate import ESTIMATE_FILE, Estimate
-from tasks.jobs import parts
+from tasks.jobs import aligning, parts
 from tasks.jobs.extraction import TeacherWork, distinct_sequences
 from tasks.jobs.stage_run import StageRun, job
 from tasks.jobs.stored import TeacherSequences, TokenExamples, bfloat16_bits, bfloat16_tensor
-from tasks.jobs.student_module import build_module
+from tasks.jobs.student_module import build_folded, build_module
 from tasks.jobs.training import batch_schedule
 
 PROBED_BATCHES = 3
@@ -41,7 +41,7 @@ def estimate_run(stage: StageRun) -> ArtifactRef | None:
     stage.reporter.message("probing the student's training")
     _reset_peak(device)
     student_rate = probe_training(
-        module=build_module(stage, heads, device),
+        module=build_module(stage, heads, build_folded(aligning.pair(stage), device), device),
         schedule=schedule,
         examples=TokenExamples(train),
         config=stage.run.student,

@@ -9,9 +9,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from configs.schema.run import RunConfig
 from kdflow_core.algorithms import build_algorithm
 from kdflow_core.algorithms.base import Ingredients
+from kdflow_core.alignment.tokenizer_pair import TokenizerPair
 from kdflow_core.contracts import OutputHead
 from kdflow_core.losses import build_divergence
 from kdflow_core.losses.elementwise import LossSpec
+from kdflow_core.losses.folding import Folding, build_folding
 from kdflow_core.losses.surrogate import PolicyGradient
 from kdflow_core.losses.token_weights import build_token_weight
 from kdflow_core.losses.vocabulary import WholeVocabulary
@@ -25,7 +27,10 @@ from tasks.jobs.stage_run import StageRun
 
 
 def build_module(
-    stage: StageRun, heads: Mapping[str, OutputHead], device: torch.device
+    stage: StageRun,
+    heads: Mapping[str, OutputHead],
+    folding: Folding | None,
+    device: torch.device,
 ) -> DistillationModule:
     """The student with its algorithm, sharded over all ranks; `heads` are the teachers' by name."""
     config = stage.run.student
@@ -51,7 +56,7 @@ def build_module(
         )
         heads = {name: teacher_part(head, part) for name, head in heads.items()}
     ingredients = Ingredients(
-        spec=loss_spec(stage.run, part),
+        spec=loss_spec(stage.run, part, folding),
         model=model,
         heads=heads,
         vocabulary_size=vocabulary_size,
@@ -66,7 +71,16 @@ def build_module(
     return module
 
 
-def loss_spec(run: RunConfig, part: HeadPart | None) -> LossSpec:
+def build_folded(pair: TokenizerPair | None, device: torch.device) -> Folding | None:
+    """Both vocabularies folded onto classes; None where they are the same. Takes seconds."""
+    if pair is None or not pair.has_classes:
+        return None
+    classes = pair.classes()
+    student_V, teacher_W = (torch.from_numpy(c) for c in (classes.student_V, classes.teacher_W))
+    return build_folding(student_V, teacher_W, classes.count, device)
+
+
+def loss_spec(run: RunConfig, part: HeadPart | None, folding: Folding | None) -> LossSpec:
     """The run's loss, over the whole vocabulary or this rank's part of it."""
     loss, gradient = run.loss, None
     if run.on_policy is not None and run.on_policy.reward is not None:
@@ -81,4 +95,5 @@ def loss_spec(run: RunConfig, part: HeadPart | None) -> LossSpec:
         token_weight=build_token_weight(loss.token_weight),
         policy_gradient=gradient,
         vocabulary=WholeVocabulary() if part is None else part.vocabulary,
+        folding=folding,
     )

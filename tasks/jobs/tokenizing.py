@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from kdflow_core.alignment.coverage import Coverage, plain, summary
 from kdflow_core.contracts import Example
 from kdflow_core.data.rendering import Renderer
 from kdflow_core.data.tokenization import Split, Tally, tokenize
@@ -11,6 +12,7 @@ from storage.artifact import ArtifactRef
 from storage.data_files import DataFiles
 from storage.tokens import TokenTable, TokenWriter
 from tasks.checks.chat_check import check_pair
+from tasks.jobs.aligning import pair
 from tasks.jobs.chats import chat
 from tasks.jobs.stage_run import SIDES, StageRun, job
 from tasks.jobs.stored import token_row
@@ -23,7 +25,7 @@ def tokenize_data(stage: StageRun) -> ArtifactRef:
     run, folder = stage.run, stage.workdir
     folders = {side: stage.model_folder(side) for side in SIDES}
     chats = {side: chat(stage, side) for side in SIDES}
-    check_pair(chats["student"], chats["teacher"])
+    check_pair(run, chats["student"], chats["teacher"])
     renderers = {side: Renderer(chats[side], supervise=run.data.supervise) for side in SIDES}
     inputs = stage.spec.identity.inputs
     same_tokenizer = inputs["teacher_tokenizer"] == inputs["student_tokenizer"]
@@ -31,7 +33,7 @@ def tokenize_data(stage: StageRun) -> ArtifactRef:
     same_ends = chats["teacher"].end_ids == chats["student"].end_ids
     if same_tokenizer and same_template and same_ends:
         renderers["teacher"] = renderers["student"]
-    tally = Tally()
+    tally, aligner = Tally(), pair(stage)
     examples = tokenize(
         config=run.data,
         seed=run.seed,
@@ -40,13 +42,17 @@ def tokenize_data(stage: StageRun) -> ArtifactRef:
         teacher=renderers["teacher"],
         max_student_length=context_length(folders["student"]),
         max_teacher_length=context_length(folders["teacher"]),
+        aligner=aligner,
         reporter=stage.reporter,
         tally=tally,
     )
-    _write_examples(folder, examples)
+    coverage: dict[str, Coverage] = {}
+    _write_examples(folder, examples, coverage)
     counts = _counts(folder)
     dropped = {source: dict(reasons) for source, reasons in tally.dropped.items()}
     ignored = {side: dict(r.ignored) for side, r in renderers.items() if r.ignored}
+    if aligner is not None:
+        stage.reporter.message(summary(coverage))
     stage.reporter.message(
         f"{counts['train_sequences']} training and "
         f"{counts['heldout_sequences']} held-out samples; dropped: {dropped or 'none'}"
@@ -60,12 +66,16 @@ def tokenize_data(stage: StageRun) -> ArtifactRef:
             "dropped": dropped,
             "first_dropped": tally.first_detail,
             "ignored": ignored,
+            "alignment": plain(coverage),
             "end_ids": {side: list(chat.end_ids) for side, chat in chats.items()},
         },
     )
 
 
-def _write_examples(folder: Path, examples: Iterable[tuple[Split, Example]]) -> None:
+def _write_examples(
+    folder: Path, examples: Iterable[tuple[Split, Example]], coverage: dict[str, Coverage]
+) -> None:
+    """Both splits' tables; what is aligned is counted by source."""
     with (
         TokenWriter(folder / "train.arrow") as train,
         TokenWriter(folder / "heldout.arrow") as heldout,
@@ -73,6 +83,8 @@ def _write_examples(folder: Path, examples: Iterable[tuple[Split, Example]]) -> 
         writers = {"train": train, "heldout": heldout}
         for split, example in examples:
             writers[split].add(token_row(example))
+            if example.alignments:
+                coverage.setdefault(example.source, Coverage()).add(example)
 
 
 def _counts(folder: Path) -> dict[str, int]:

@@ -78,7 +78,7 @@ class TrainerHost:
             measure_heldout=session.measure_heldout,
             make_signals=self._live_signals(teacher) if run.algorithm.reads_signals else None,
             sleeper=self._sleeper if run.student.sleep else None,
-            spec=loss_spec(run, session.module.head_part),
+            spec=loss_spec(run, session.module.head_part, session.folding),
             settings=RoundSettings(
                 steps=self._steps,
                 global_batch_size=run.student.global_batch_size,

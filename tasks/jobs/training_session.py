@@ -30,10 +30,10 @@ from kdflow_core.teacher import build_engine
 from kdflow_core.teacher.live import LiveStates
 from storage.artifact import ArtifactRef
 from storage.tokens import TokenTable
-from tasks.jobs import chats, parts
+from tasks.jobs import aligning, chats, parts
 from tasks.jobs.stage_run import StageRun
 from tasks.jobs.stored import StoredStates, TokenExamples, evenly_spread
-from tasks.jobs.student_module import build_module, loss_spec
+from tasks.jobs.student_module import build_folded, build_module, loss_spec
 from tasks.presentation.model_card import model_card
 from tasks.presentation.tracking import MetricsLog, NoMetrics
 from tasks.stages.checkpoint_places import checkpoints_folder
@@ -58,7 +58,9 @@ class TrainingSession:
         run = stage.run
         self.stage = stage
         self.device = parts.device(stage)
-        self.module = build_module(stage, heads, self.device)
+        compares = bool(heads) or judged_by is not None
+        self.folding = build_folded(aligning.pair(stage), self.device) if compares else None
+        self.module = build_module(stage, heads, self.folding, self.device)
         self.trainer = Trainer(
             module=self.module,
             num_steps=num_steps,
@@ -129,7 +131,7 @@ class TrainingSession:
             return None
         return HeldoutCurve(
             self.measuring,
-            spec=loss_spec(self.stage.run, self.module.head_part),
+            spec=loss_spec(self.stage.run, self.module.head_part, self.folding),
             head=judge.head,
             states=judge.signals,
             examples=chosen,

@@ -9,7 +9,14 @@ from kdflow_core.errors import ModelError
 from storage.artifact import ArtifactRef
 from tasks.stages.identity import open_store
 
-SCORE_COLUMNS = ("forward_kl", "reverse_kl", "agreement", "perplexity", "exact_match")
+SCORE_COLUMNS = (
+    "forward_kl",
+    "reverse_kl",
+    "agreement",
+    "perplexity",
+    "bits_per_byte",
+    "exact_match",
+)
 
 
 def artifact_key(name: str) -> str:

@@ -301,6 +301,7 @@ def tokens_slice(run: RunConfig) -> dict[str, Any]:
         "teacher_ends": _declared_ends(run.teacher.model),
         "student_limit": _length_limit(run, run.student.model),
         "teacher_limit": _length_limit(run, run.teacher.model),
+        "alignment": run.alignment,
     }
 
 

@@ -41,6 +41,7 @@ def test_scores_are_those_of_full_logits(
         reporter=SilentReporter(),
         title=side,
         side=side,  # type: ignore[arg-type]
+        vocabulary_size=VOCABULARY,
     )["all"]
 
     models = {

@@ -9,10 +9,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from kdflow_core.alignment.boundaries import common_boundaries
 from kdflow_core.alignment.classes import Vocabulary, fold
-from kdflow_core.alignment.pairs import common_boundaries
-from kdflow_core.alignment.runs import Reader, align
 from kdflow_core.alignment.token_bytes import TokenBytes, token_bytes
+from kdflow_core.alignment.turns import Reader, align
 from kdflow_core.contracts import Alignment, TokenSequence
 from kdflow_core.data.messages import SampleError
 from kdflow_core.errors import ModelError

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from kdflow_core.batching import teacher_rows
+from kdflow_core.batching import taught_tokens, teacher_rows
 from kdflow_core.contracts import Alignment, Example, HiddenRows, TokenSequence, TopKRows
 from kdflow_core.errors import AlignmentError
 from storage.errors import StoreCorruptError
@@ -116,21 +116,26 @@ class Says:
         return self._rows
 
 
-def test_what_nothing_reads_is_refused() -> None:
-    """Neither an alignment nor a signal without states is taken for rows of states."""
+def test_rows_are_those_of_the_tokens_that_a_teacher_says_something_about() -> None:
     import torch
 
     views = dict.fromkeys(("student", "teacher"), sequence([1, 2, 3]))
-    hidden = HiddenRows(buffer_RH=torch.zeros(2, 4), index_N=torch.arange(2))
+    hidden = HiddenRows(buffer_RH=torch.zeros(9, 4), index_N=torch.tensor([5, 7]))
+    plain = Example(source="s", views=views)
+    assert teacher_rows(plain, Says(hidden)) is hidden
+    assert taught_tokens(plain).tolist() == [0, 1]
+    alignment = Alignment(pairs_P2=np.array([[1, 0]]), spans_S4=np.zeros((0, 4)))
+    aligned = Example(source="s", views=views, alignments={"teacher": alignment})
+    assert teacher_rows(aligned, Says(hidden)).index_N.tolist() == [5]
+    assert taught_tokens(aligned).tolist() == [1]
+
+
+def test_signals_without_states_are_refused() -> None:
+    import torch
+
+    views = dict.fromkeys(("student", "teacher"), sequence([1, 2, 3]))
     top = TopKRows(
         ids_NK=torch.zeros(2, 1), log_probs_NK=torch.zeros(2, 1), log_tail_N=torch.zeros(2)
     )
-    plain = Example(source="s", views=views)
-    assert teacher_rows(plain, Says(hidden)) is hidden
     with pytest.raises(AlignmentError, match="not hidden states"):
-        teacher_rows(plain, Says(top))
-    alignment = Alignment(pairs_P2=np.zeros((0, 2)), spans_S4=np.zeros((0, 4)))
-    with pytest.raises(AlignmentError, match="reads its alignment"):
-        teacher_rows(
-            Example(source="s", views=views, alignments={"teacher": alignment}), Says(hidden)
-        )
+        teacher_rows(Example(source="s", views=views), Says(top))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kdflow_core.alignment.pairs import common_boundaries
+from kdflow_core.alignment.boundaries import common_boundaries
 from kdflow_core.alignment.token_bytes import TokenBytes
 from kdflow_core.contracts import Alignment, TokenSequence
 from kdflow_core.data.messages import SampleError

@@ -1,0 +1,48 @@
+"""How much of the student's text a teacher with another tokenizer says something about."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+
+from kdflow_core.contracts import Example
+
+
+@dataclass(kw_only=True)
+class Coverage:
+    """Supervised tokens of the student; those that begin where one of the teacher's does (`pairs`);
+    the shortest runs of tokens that spell the same on both sides (`groups`), and those of them that
+    are one token on each side.
+    """
+
+    tokens: int = 0
+    pairs: int = 0
+    groups: int = 0
+    one_to_one: int = 0
+
+    def add(self, example: Example) -> None:
+        """Count a sample."""
+        alignment = example.alignments["teacher"]
+        sizes_S2 = alignment.spans_S4[:, 1::2] - alignment.spans_S4[:, ::2]
+        self.tokens += len(example.student.target_positions_N)
+        self.pairs += len(alignment.pairs_P2)
+        self.groups += len(alignment.spans_S4)
+        self.one_to_one += int((sizes_S2 == 1).all(1).sum())
+
+
+def summary(by_source: Mapping[str, Coverage]) -> str:
+    """One line on all sources."""
+    total = Coverage()
+    for own in by_source.values():
+        for field in fields(Coverage):
+            name = field.name
+            setattr(total, name, getattr(total, name) + getattr(own, name))
+    share = total.pairs / max(1, total.tokens)
+    return (
+        f"alignment: bytes; {share:.1%} of the student's {total.tokens:,} supervised tokens begin "
+        f"where one of the teacher's does; {total.groups:,} runs of tokens spell the same, "
+        f"{total.one_to_one:,} of them one token on each side"
+    )
+
+
+def plain(by_source: Mapping[str, Coverage]) -> dict[str, dict[str, int]]:
+    """The counts as plain JSON values."""
+    return {name: asdict(own) for name, own in by_source.items()}

@@ -1,0 +1,60 @@
+"""Student and teacher as readers of one text, by the tokenizers of both."""
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from kdflow_core.alignment.classes import Classes, Vocabulary, fold
+from kdflow_core.alignment.token_bytes import token_bytes
+from kdflow_core.alignment.turns import Reader, align
+from kdflow_core.contracts import Alignment, TokenSequence
+from kdflow_core.models.tokenizers import same_vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerPair:
+    """The student's side first, the teacher's second."""
+
+    vocabularies: tuple[Vocabulary, Vocabulary]
+
+    @property
+    def readers(self) -> tuple[Reader, Reader]:
+        """Both sides as `align` takes them."""
+        student, teacher = (
+            Reader(tokens=side.tokens, end_ids=frozenset(side.end_ids))
+            for side in self.vocabularies
+        )
+        return student, teacher
+
+    def as_both_read(self, text: str) -> str:
+        """A text in the form that both tokenizers cut: where one composes characters first, both
+        are given them composed.
+        """
+        composes = any(side.tokens.composes for side in self.vocabularies)
+        return unicodedata.normalize("NFC", text) if composes else text
+
+    def align(
+        self, student: TokenSequence, teacher: TokenSequence, contents: Sequence[str]
+    ) -> Alignment:
+        """See `turns.align`."""
+        return align(student, teacher, self.readers, contents)
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether the two vocabularies differ, and have only classes of tokens in common."""
+        student, teacher = (side.tokenizer for side in self.vocabularies)
+        return not same_vocabulary(student, teacher)
+
+    def classes(self) -> Classes:
+        """The classes of both vocabularies; takes seconds."""
+        return fold(*self.vocabularies)
+
+
+def vocabulary(
+    tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int], size: int, title: str
+) -> Vocabulary:
+    """A side of a pair. Raises ModelError, which names it by its `title`."""
+    tokens = token_bytes(tokenizer, title)
+    return Vocabulary(tokenizer=tokenizer, tokens=tokens, end_ids=tuple(end_ids), size=size)

@@ -1,0 +1,227 @@
+"""A student with another tokenizer than the teacher's."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from configs.load import load_run
+from configs.schema.run import RunConfig
+from flows.cli import app
+from kdflow_core.errors import DataError, ModelError
+from storage.tokens import TokenTable
+from tasks.checks.run_check import checked_plan
+from tasks.jobs.stored import TokenExamples
+from tasks.presentation.alignment_view import aligned_samples, two_rows
+from tasks.presentation.tracking import HELDOUT_FILE, METRICS_FILE, read_metrics
+from tests.conftest import make_llama, make_tokenizer, run_inline
+
+pytestmark = pytest.mark.ranks
+OTHER_TEMPLATE = (
+    "{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'] + '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+)
+WORDS = ["It is plus 12. 34. 101. 99? It is 7."] * 40
+
+
+@pytest.fixture(scope="module")
+def other_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer that was trained on other text, and a template of its own."""
+    folder = tmp_path_factory.mktemp("other")
+    texts = [text[::-1] for text in list(topics.values())[:40]] + WORDS
+    make_tokenizer(folder, texts=texts, template=OTHER_TEMPLATE)
+    make_llama(folder, hidden=32, layers=2, rows=416, seed=2)
+    return folder
+
+
+@pytest.fixture
+def other_run(make_recipe: Callable[..., Path], other_student: Path) -> Callable[..., RunConfig]:
+    def load(**overrides: Any) -> RunConfig:
+        model = {"type": "pretrained", "path": str(other_student)}
+        recipe = make_recipe(model=model, max_steps=12, lr=0.005)
+        return load_run(str(recipe), {n.replace("__", "."): v for n, v in overrides.items()})
+
+    return load
+
+
+def student_of(run: RunConfig, until: str = "train") -> dict[str, Path]:
+    done = run_inline(run, until=until, launched=["train"])
+    return {name: Path(ref.uri) for name, ref in done.items()}
+
+
+def test_one_tokenizer_aligned_by_bytes_is_the_exact_run(
+    make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """To the last bit: losses and weights."""
+    recipe = str(make_recipe(max_steps=4))
+    weights, metrics = [], []
+    for mode in ("exact", "bytes"):
+        storage = {"root": str(tmp_path / mode), "scratch": str(tmp_path / f"{mode}-scratch")}
+        storage |= {"shard_rows": 256, "chunk_rows": 32}
+        student = student_of(load_run(recipe, {"alignment": mode, "storage": storage}))["student"]
+        weights.append((student / "model/model.safetensors").read_bytes())
+        metrics.append([record["loss"] for record in read_metrics(student / METRICS_FILE)])
+    assert metrics[0] == metrics[1]
+    assert weights[0] == weights[1]
+
+
+def test_a_student_of_another_tokenizer_learns(other_run: Callable[..., RunConfig]) -> None:
+    """The held-out KL of classes falls; and what evaluation says is what full logits say."""
+    run = other_run(eval__every_steps=6, loss__kd_ratio=1.0)
+    done = student_of(run, until="evaluate")
+    curve = read_metrics(done["student"] / HELDOUT_FILE)
+    forward = [point["forward_kl"] for point in curve]
+    assert forward[-1] < 0.9 * forward[0]
+    models = json.loads((done["evaluation"] / "evaluation.json").read_text())["models"]
+    scores = {name: own["all"] for name, own in models.items()}
+    assert scores["student after"]["forward_kl"] == pytest.approx(forward[-1], rel=1e-4)
+    assert scores["student after"]["bits_per_byte"] < scores["student before"]["bits_per_byte"]
+    assert scores["teacher"]["forward_kl"] < 1e-3
+    assert scores["student after"]["num_compared"] < scores["student after"]["num_tokens"]
+    examples = TokenExamples(TokenTable(done["tokens"] / "heldout.arrow"))
+    wanted = naive_scores(run, done["student"] / "model", examples)
+    for name, value in wanted.items():
+        assert scores["student after"][name] == pytest.approx(value, rel=2e-2), name
+
+
+def naive_scores(run: RunConfig, student: Path, examples: TokenExamples) -> dict[str, float]:
+    """From full logits in float64: pairs and classes by loops over the bytes of decoded tokens."""
+    folders = {"student": student, "teacher": Path(run.teacher.model.path)}  # type: ignore[union-attr]
+    models = {
+        n: AutoModelForCausalLM.from_pretrained(f, dtype=torch.float64) for n, f in folders.items()
+    }
+    tokenizers = {name: AutoTokenizer.from_pretrained(folder) for name, folder in folders.items()}
+    tokens = {name: tokens_of(tokenizer) for name, tokenizer in tokenizers.items()}
+    classes = classes_by_hand(tokens, tokenizers)
+    kl, compared, nats, size = 0.0, 0, 0.0, 0
+    for index in range(len(examples)):
+        log_probs, begins, ends = {}, {}, {}
+        for name in folders:
+            sequence = examples[index].views[name]
+            ids = torch.tensor(sequence.ids_T).long()
+            with torch.no_grad():
+                logits = models[name](ids[None]).logits[0, :, : len(tokens[name])]
+            rows = sequence.target_positions_N - 1
+            log_probs[name] = logits[rows].log_softmax(-1)
+            lengths = [len(tokens[name][i]) for i in sequence.target_ids_N]
+            begins[name] = {int(np.sum(lengths[:k])): k for k in range(len(lengths)) if lengths[k]}
+            ends[name] = len(lengths) - 1
+            if name == "student":
+                target = torch.tensor(sequence.target_ids_N).long()[:, None]
+                nats -= float(log_probs[name].gather(-1, target).sum())
+                size += sum(lengths)
+        pairs = [
+            (begins["student"][b], begins["teacher"][b])
+            for b in begins["student"].keys() & begins["teacher"].keys()
+        ]
+        for own, other in [*pairs, (ends["student"], ends["teacher"])]:
+            q, p = (
+                torch.zeros(2000, dtype=torch.float64).index_add(
+                    0, classes[name], log_probs[name][row].exp()
+                )
+                for name, row in (("student", own), ("teacher", other))
+            )
+            some = p > 0
+            kl += float((p[some] * (p[some] / q[some]).log()).sum())
+            compared += 1
+    return {
+        "forward_kl": kl / compared,
+        "num_compared": compared,
+        "bits_per_byte": nats / size / np.log(2),
+    }
+
+
+def tokens_of(tokenizer: Any) -> list[bytes]:
+    """The bytes of every id, by GPT-2's alphabet."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    letters = {chr(b): b for b in printable} | {chr(256 + k): b for k, b in enumerate(others)}
+    tokens = [b""] * (max(tokenizer.get_vocab().values()) + 1)
+    for token, number in tokenizer.get_vocab().items():
+        if token not in tokenizer.all_special_tokens and not token.startswith("<|"):
+            tokens[number] = bytes(letters[letter] for letter in token)
+    return tokens
+
+
+def classes_by_hand(tokens: dict[str, list[bytes]], tokenizers: Any) -> dict[str, torch.Tensor]:
+    shared = sorted((set(tokens["student"]) & set(tokens["teacher"])) - {b""})
+    number = {token: k for k, token in enumerate(shared)}
+    number |= {token: number[b" "] for token in shared if not token.strip(b" ")}
+    ends = {tokenizers[name].eos_token_id for name in tokens}
+    other = {"student": "teacher", "teacher": "student"}
+
+    def of(token: bytes, side: str) -> int:
+        while token not in number:
+            side = other[side]
+            text = token.decode(errors="surrogateescape")
+            cut = tokenizers[side](text, add_special_tokens=False)["input_ids"]
+            token = tokens[side][cut[0]]
+        return number[token]
+
+    return {
+        name: torch.tensor(
+            [1999 if i in ends else 1998 if not t else of(t, name) for i, t in enumerate(own)]
+        )
+        for name, own in tokens.items()
+    }
+
+
+def test_live_is_replay(other_run: Callable[..., RunConfig]) -> None:
+    losses = []
+    for delivery in ("replay", "live"):
+        student = student_of(other_run(delivery=delivery, teacher__tokens_per_batch=1))["student"]
+        losses.append([record["loss"] for record in read_metrics(student / METRICS_FILE)])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"alignment": "exact"}, "different vocabularies: .* or set alignment=bytes"),
+        ({"loss.divergence.type": "top1_cross_entropy"}, "of single tokens, not of classes"),
+        ({"student.vocabulary_parallel": True}, "classes need whole output heads"),
+        ({"data.answers": {"by": "teacher"}}, "a model writes ids of its own tokenizer"),
+    ],
+)
+def test_what_does_not_go_with_two_tokenizers_is_refused_at_planning(
+    other_run: Callable[..., RunConfig], overrides: dict[str, Any], message: str
+) -> None:
+    run = other_run(**{name.replace(".", "__"): value for name, value in overrides.items()})
+    with pytest.raises(ModelError, match=message):
+        checked_plan(run, download=True)
+
+
+def test_the_alignment_is_shown(other_run: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Two rows of tokens, and the share of each source in the report."""
+    run = other_run(student__max_steps=1)
+    done = student_of(run, until="report")
+    (sample,) = aligned_samples(run, "heldout", 1)
+    for own, other in sample.spans[:-1]:
+        assert own.replace("·", "") == other.replace("·", "")
+    assert sample.spans[-1] == ("END", "END")
+    first, second = list(two_rows(sample.spans))[:2]
+    assert [place for place, letter in enumerate(first) if letter == "│"] == [
+        place for place, letter in enumerate(second) if letter == "│"
+    ]
+    page = (done["report"] / "report.html").read_text()
+    assert "<h2>Alignment</h2>" in page
+    assert "bits per byte" in page
+    command = ["show", "alignment", str(tmp_path / "tiny.yaml"), "student.max_steps=1"]
+    shown = CliRunner().invoke(app, command)
+    assert first in shown.output, shown.output
+
+
+def test_one_vocabulary_has_no_alignment_to_show(make_recipe: Callable[..., Path]) -> None:
+    run = load_run(str(make_recipe()))
+    with pytest.raises(DataError, match="run it first"):
+        aligned_samples(run, "heldout", 1)
+    run_inline(run, until="tokenize")
+    with pytest.raises(DataError, match="are compared token by token"):
+        aligned_samples(run, "heldout", 1)
