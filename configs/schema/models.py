@@ -67,6 +67,36 @@ class LayerDropModel(StrictModel):
         return self
 
 
+class BpeFiles(StrictModel):
+    """A byte-level BPE tokenizer by GPT-2's two files, in an installed Python package."""
+
+    type: Literal["bpe_files"] = "bpe_files"
+    package: str
+    """The package that carries the files."""
+    vocab: str
+    """The JSON file of tokens and ids, by its path inside the package."""
+    merges: str
+    """The file of merges, by its path inside the package."""
+    end: str = "<|endoftext|>"
+    """The special token that ends a text and a turn."""
+
+
+class NewVocabularyModel(StrictModel):
+    """A model under another tokenizer: tokens that both have keep their embeddings."""
+
+    type: Literal["new_vocabulary"] = "new_vocabulary"
+    of: PretrainedModel | None = None
+    """The model whose weights it has; by default the teacher's."""
+    tokenizer: Annotated[PretrainedModel | BpeFiles, Field(discriminator="type")]
+    """The tokenizer that it gets: that of a folder or hub name, or of two files."""
+    start: Literal["mean_of_all", "mean_of_pieces"] = "mean_of_all"
+    """What other tokens' embeddings start from: the mean of all old ones, or of the old pieces that
+    the token falls into.
+    """
+    dtype: Dtype = "bfloat16"
+    """The dtype of the weights that it starts from."""
+
+
 class ChatTemplate(StrictModel):
     """How a model's conversations are rendered."""
 
@@ -81,4 +111,6 @@ class ChatTemplate(StrictModel):
 
 
 TeacherModel = Annotated[PretrainedModel | GgufModel, Field(discriminator="type")]
-StudentModel = Annotated[PretrainedModel | GgufModel | LayerDropModel, Field(discriminator="type")]
+StudentModel = Annotated[
+    PretrainedModel | GgufModel | LayerDropModel | NewVocabularyModel, Field(discriminator="type")
+]

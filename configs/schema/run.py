@@ -15,6 +15,7 @@ from configs.schema.alignment import AlignmentMode, check_aligned
 from configs.schema.base import MOST, SEEDS, PathText, StrictModel
 from configs.schema.data import DataConfig
 from configs.schema.loss import LossConfig
+from configs.schema.models import NewVocabularyModel
 from configs.schema.on_policy import OnPolicyConfig, check_on_policy, check_samples
 from configs.schema.student import StudentConfig
 from configs.schema.teacher import InProcessTeacher, Teacher
@@ -236,7 +237,12 @@ class RunConfig(StrictModel):
 
     @model_validator(mode="after")
     def _alignment_fits(self) -> "RunConfig":
-        if self.alignment == "bytes":
+        if isinstance(self.student.model, NewVocabularyModel) and self.alignment == "exact":
+            raise ValueError(
+                "alignment=exact: a student with student.model.type=new_vocabulary has other "
+                "tokens than the teacher; leave `alignment` out"
+            )
+        if self.alignment == "bytes" or isinstance(self.student.model, NewVocabularyModel):
             check_aligned(self)
         return self
 

@@ -85,7 +85,7 @@ class _Roots:
 
     def __init__(self, student: Vocabulary, teacher: Vocabulary) -> None:
         self._tokens = (student.tokens, teacher.tokens)
-        cutters = [_without_prefix(side.tokenizer) for side in (student, teacher)]
+        cutters = [cutter_of(side.tokenizer) for side in (student, teacher)]
         # The first token of each side's own tokens, as the other side cuts them.
         self._first = [
             _first_pieces(self._tokens[side], cutters[1 - side], self._tokens[1 - side])
@@ -135,7 +135,7 @@ def _longest_prefix(token: bytes, other: TokenBytes) -> dict[bytes, bytes]:
     return next(({token: token[:end]} for end in ends if token[:end] in other.id_of), {})
 
 
-def _without_prefix(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+def cutter_of(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """A tokenizer that cuts text as it stands in the middle of other text: nothing is put in front
     of it, and nothing is rewritten but spaces.
     """

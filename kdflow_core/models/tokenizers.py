@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from kdflow_core.errors import ModelError
 
@@ -28,6 +30,17 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except LIBRARY_ERRORS as error:
         raise ModelError(f"cannot load the tokenizer of {folder}: {reason_of(error)}") from error
+
+
+def tokenizer_of_files(vocab: Path, merges: Path, *, end: str) -> PreTrainedTokenizerBase:
+    """A byte-level BPE tokenizer of GPT-2's two files; `end` ends a text. Raises ModelError."""
+    try:
+        made = Tokenizer(BPE.from_file(str(vocab), str(merges)))
+    except Exception as error:  # what the library raises has no narrower type
+        raise ModelError(f"cannot read the tokenizer of {vocab} and {merges}: {error}") from error
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token=end, eos_token=end)
 
 
 def reason_of(error: Exception) -> str:

@@ -14,7 +14,7 @@ from kdflow_core.errors import DataError
 from kdflow_core.models.folders import resolve_folder
 from kdflow_core.models.tokenizers import load_tokenizer
 from storage.tokens import TokenTable
-from tasks.stages.identity import find, made_of, open_store
+from tasks.stages.identity import find, open_store
 from tasks.stages.planning import plan_stages
 from tasks.stages.slices import Split
 
@@ -48,7 +48,7 @@ def aligned_samples(run: RunConfig, split: Split, count: int) -> list[AlignedSam
 
 def _folder(run: RunConfig, side: Side) -> Path:
     """A model's folder. Raises DataError for one that its stage has not made yet."""
-    model = made_of(run, side)
+    model = run.teacher.model if side == "teacher" else run.student.model
     if isinstance(model, PretrainedModel):
         return resolve_folder(model.path, model.revision, weights=False)
     stages = plan_stages(run).values()

@@ -10,7 +10,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from configs.schema.algorithm import MultiTeacherConfig, VanillaKDConfig
-from configs.schema.models import GgufModel, LayerDropModel, PretrainedModel
+from configs.schema.models import (
+    GgufModel,
+    LayerDropModel,
+    NewVocabularyModel,
+    PretrainedModel,
+)
 from configs.schema.run import RunConfig
 from storage.artifact import ArtifactRef
 from storage.digest import artifact_digest
@@ -93,8 +98,10 @@ def run_of_teacher(run: RunConfig, name: str) -> RunConfig:
 
 
 def made_of(run: RunConfig, side: str) -> PretrainedModel | GgufModel:
-    """The model that a side's is made of: of a student without some layers, the teacher's."""
+    """The model that a side's is made of: of a student that a stage makes, the teacher's mostly."""
     model = run.teacher.model if side == "teacher" else run.student.model
+    if isinstance(model, NewVocabularyModel):
+        return model.of or run.teacher.model
     return run.teacher.model if isinstance(model, LayerDropModel) else model
 
 

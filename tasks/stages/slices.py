@@ -15,7 +15,13 @@ from configs.patience import patient
 from configs.schema.algorithm import MultiTeacherConfig
 from configs.schema.data import HubSource, Source
 from configs.schema.engines import Engine
-from configs.schema.models import GgufModel, LayerDropModel, PretrainedModel
+from configs.schema.models import (
+    BpeFiles,
+    GgufModel,
+    LayerDropModel,
+    NewVocabularyModel,
+    PretrainedModel,
+)
 from configs.schema.on_policy import OnPolicyConfig
 from configs.schema.run import RunConfig
 from configs.schema.teacher import Teacher
@@ -46,6 +52,7 @@ OPERATIONAL_STUDENT_FIELDS = {
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
+MadeModel = LayerDropModel | NewVocabularyModel
 Side = Literal["teacher", "student"]
 
 
@@ -117,6 +124,17 @@ def student_model(known: Known) -> Iterator[Slice]:
     elif isinstance(model, LayerDropModel):
         config = {"type": "layer_drop", "drop_layers": sorted(model.drop_layers)}
         yield Slice(config=config, inputs={"teacher_model": known.teacher_model()})
+    elif isinstance(model, NewVocabularyModel):
+        base = (
+            known.teacher_model()
+            if model.of is None
+            else model_identity(model.of, None, known.prints)
+        )
+        config = {"type": "new_vocabulary", "start": model.start, "dtype": model.dtype}
+        inputs = {"base": base, "tokenizer": _new_tokenizer_identity(model.tokenizer, known.prints)}
+        if isinstance(model.tokenizer, BpeFiles):
+            config["end"] = model.tokenizer.end
+        yield Slice(config=config, inputs=inputs)
 
 
 def tokens(known: Known) -> Iterator[Slice]:
@@ -197,22 +215,44 @@ def _of_trained(known: Known, *outputs: str) -> dict[str, str]:
     return known.taught() | {name: value for name, value in made.items() if value is not None}
 
 
+def _package_folder(package: str, carried: str) -> Path:
+    """The folder of an installed package. Raises ModelError."""
+    # Found without importing it: the package's own dependencies need not be installed.
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"the package '{package}', which carries {carried}, is not installed; `make install` "
+            "installs the quick start's"
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
 def gguf_path(model: GgufModel) -> Path:
     """Where a GGUF file lies. Raises ModelError when it does not."""
     if model.path is not None:
         path = Path(model.path)
     else:
-        # Found without importing it: the package's own dependencies need not be installed.
-        spec = find_spec(str(model.package))
-        if spec is None or not spec.submodule_search_locations:
-            raise ModelError(
-                f"the package '{model.package}', which carries the model, is not installed; "
-                "`make install` installs the quick start's"
-            )
-        path = Path(spec.submodule_search_locations[0]) / str(model.file)
+        path = _package_folder(str(model.package), "the model") / str(model.file)
     if not path.is_file():
         raise ModelError(f"there is no GGUF file {path}")
     return path
+
+
+def _new_tokenizer_identity(tokenizer: PretrainedModel | BpeFiles, prints: Fingerprints) -> str:
+    """The tokenizer that a student gets, by its files. Raises ModelError where they are not."""
+    if isinstance(tokenizer, PretrainedModel):
+        return tokenizer_identity(tokenizer, None, prints)
+    return digest({path.name: prints.file(path) for path in bpe_files(tokenizer)})
+
+
+def bpe_files(tokenizer: BpeFiles) -> tuple[Path, Path]:
+    """The two files of a tokenizer. Raises ModelError."""
+    folder = _package_folder(tokenizer.package, "a tokenizer")
+    paths = (folder / tokenizer.vocab, folder / tokenizer.merges)
+    for path in paths:
+        if not path.is_file():
+            raise ModelError(f"student.model.tokenizer: there is no file {path}")
+    return paths
 
 
 def gguf_slice(model: GgufModel) -> dict[str, Any]:
@@ -222,7 +262,7 @@ def gguf_slice(model: GgufModel) -> dict[str, Any]:
 
 
 def model_identity(
-    model: PretrainedModel | GgufModel | LayerDropModel,
+    model: PretrainedModel | GgufModel | MadeModel,
     prepared: str | None,
     prints: Fingerprints,
 ) -> str:
@@ -240,7 +280,7 @@ def model_identity(
 
 
 def tokenizer_identity(
-    model: PretrainedModel | GgufModel, prepared: str | None, prints: Fingerprints
+    model: PretrainedModel | GgufModel | MadeModel, prepared: str | None, prints: Fingerprints
 ) -> str:
     """A tokenizer by its files alone, so that models of one family share tokens and states."""
     if prepared is not None:
@@ -308,7 +348,7 @@ def tokens_slice(run: RunConfig) -> dict[str, Any]:
 _SOURCE_FIELDS = ("layout", "columns", "weight", "max_samples", "format")
 
 
-def _length_limit(run: RunConfig, model: PretrainedModel | GgufModel | LayerDropModel) -> int:
+def _length_limit(run: RunConfig, model: PretrainedModel | GgufModel | MadeModel) -> int:
     """The shorter of the run's limit and the model's context, where that is known beforehand."""
     if not isinstance(model, PretrainedModel):
         return run.data.max_length
@@ -316,7 +356,7 @@ def _length_limit(run: RunConfig, model: PretrainedModel | GgufModel | LayerDrop
     return min(run.data.max_length, context_length(folder))
 
 
-def _declared_ends(model: PretrainedModel | GgufModel | LayerDropModel) -> list[int]:
+def _declared_ends(model: PretrainedModel | GgufModel | MadeModel) -> list[int]:
     """What a model's files say of the end of a turn; of one that is made, its tokenizer tells."""
     if not isinstance(model, PretrainedModel):
         return []
