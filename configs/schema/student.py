@@ -32,8 +32,8 @@ class StudentConfig(StrictModel):
     """The student and its optimization."""
 
     model: StudentModel
-    """The student's initial weights: a folder or hub name, a GGUF file, or the teacher without some
-    layers. Its tokenizer must be the teacher's.
+    """The student's initial weights: a folder or hub name, a GGUF file, the teacher without some
+    layers, or a model under another tokenizer. Its tokenizer may be another than the teacher's.
     """
     lora: LoraConfig | None = None
     """`{rank: 16}`: train low-rank adapters, which the result has merged (and by themselves, in

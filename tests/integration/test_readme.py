@@ -123,3 +123,17 @@ def test_quickstart_from_a_clean_clone(tmp_path: Path) -> None:
     check_scores(first)
     again = run(["make", "quickstart"], clone, tmp_path / "prefect")
     assert re.findall("student after .*│", again) == re.findall("student after .*│", first)
+
+
+@pytest.mark.slow  # the same with tiny models: tests/equivalence/test_cross_tokenizer
+@pytest.mark.prefect
+@pytest.mark.ranks
+def test_commands_two_tokenizers(folder: Path) -> None:
+    short = ["data.max_samples=60", "student.max_steps=3", "eval.max_generations=2"]
+    train, show = commands("Two tokenizers")
+    output = run([*train, *short], folder, folder / "prefect")
+    assert "bits per byte" in output
+    shown = run([*show, *short], folder, folder / "prefect")
+    first, second = (line for line in shown.splitlines()[1:3])
+    assert first.startswith("student │")
+    assert second.startswith("teacher │")
