@@ -25,9 +25,12 @@ TOKEN_TERMS = (
     Metric("teacher_entropy", "entropy (nats/token)", "teacher"),
     Metric("agreement", "same top-1 token", "share of tokens"),
 )
+# Beside them where two tokenizers are aligned: a mean over spans of tokens that spell the same.
+SPAN_TERM = Metric("span", "likelihood of spans (nats/span)", "divergence")
 TERM_NAMES = tuple(term.name for term in TOKEN_TERMS)
 STEP_METRICS = (
     *TOKEN_TERMS,
+    SPAN_TERM,
     Metric("grad_norm", "gradient norm (before clipping)", "gradient norm"),
     Metric("lr", "learning rate", "lr"),
     Metric("tokens_per_s", "throughput (tokens/s)", "tokens/s"),

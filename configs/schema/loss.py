@@ -216,7 +216,12 @@ class LossConfig(StrictModel):
     `kdflow_core/losses`, for instance `{type: generalized_jsd, beta: 0.3}`.
     """
     kd_ratio: float = Field(default=0.9, ge=0, le=1)
-    """The divergence's share of the loss; cross-entropy has the rest."""
+    """The teacher's share of the loss: the divergence's; cross-entropy has the rest."""
+    span_share: float = Field(default=0.0, ge=0, le=1)
+    """Between two tokenizers, the part of `kd_ratio` that the likelihood of spans has: how probable
+    both models find each run of tokens that spells the same (ALM's limit, 2503.20083). The
+    divergence has the rest, at 1 nothing.
+    """
     token_weight: TokenWeight | None = None
     """Which tokens' divergence counts more: `{type: teacher_confidence}` or `{type: entropy, of:
     student, favour: high}`; by default all count the same.

@@ -242,6 +242,15 @@ class RunConfig(StrictModel):
                 "alignment=exact: a student with student.model.type=new_vocabulary has other "
                 "tokens than the teacher; leave `alignment` out"
             )
+        if self.loss.span_share and self.alignment == "exact":
+            raise ValueError(
+                "loss.span_share is for two tokenizers, and alignment=exact asks for one; leave "
+                "one of the two out"
+            )
+        if self.loss.span_share and self.algorithm.type not in ("vanilla_kd", "sft"):
+            raise ValueError(
+                f"loss.span_share is not for algorithm.type={self.algorithm.type}; leave it out"
+            )
         if self.alignment == "bytes" or isinstance(self.student.model, NewVocabularyModel):
             check_aligned(self)
         return self

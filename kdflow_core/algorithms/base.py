@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from kdflow_core.contracts import HiddenSignal, OutputHead, Signal
 from kdflow_core.losses.chunked import LossOutput, distillation_loss
 from kdflow_core.losses.elementwise import LossSpec
+from kdflow_core.losses.span_likelihood import Spans
 from kdflow_core.models.forward import post_norm_states
 
 
@@ -37,10 +38,11 @@ class TokenBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSignal:
-    """What one teacher says of the tokens `index_K` of the micro-batch."""
+    """What one teacher says of the tokens `index_K` of the micro-batch, and of runs of tokens."""
 
     index_K: torch.Tensor
     signal: Signal
+    spans: Spans | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,8 @@ class MicroBatch:
     """The student's tokens, their ids [N] and the weight of each in the loss; what teachers say, in
     the order of the algorithm's teachers; the teacher's tokens where the algorithm reads them;
     the log-probabilities [N] that the tokens were sampled with, if they were; and their advantages
-    [N] where a reward is learned.
+    [N] where a reward is learned. `extra_ce_N` is a further weight of cross-entropy, in the
+    gradient alone.
     """
 
     student: TokenBatch
@@ -58,16 +61,19 @@ class MicroBatch:
     teacher_tokens: TokenBatch | None
     sampled_log_prob_N: torch.Tensor | None
     advantage_N: torch.Tensor | None
+    extra_ce_N: torch.Tensor | None = None
 
     def at(self, index_K: torch.Tensor) -> "MicroBatch":
         """The tokens of some rows, without signals."""
         sampled_N, advantage_N = self.sampled_log_prob_N, self.advantage_N
+        extra_N = self.extra_ce_N
         return replace(
             self,
             target_ids_N=self.target_ids_N[index_K],
             signals=(),
             sampled_log_prob_N=None if sampled_N is None else sampled_N[index_K],
             advantage_N=None if advantage_N is None else advantage_N[index_K],
+            extra_ce_N=None if extra_N is None else extra_N[index_K],
         )
 
     @property
@@ -79,13 +85,15 @@ class MicroBatch:
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
     """A teacher as an algorithm has it: its output head; the view that it reads; the weight of its
-    divergence; and the data sources whose examples it teaches (None: all of them).
+    divergence; the data sources whose examples it teaches (None: all of them); and whether it is
+    asked for spans.
     """
 
     head: OutputHead
     view: str = "teacher"
     weight: float = 1.0
     sources: frozenset[str] | None = None
+    reads_spans: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +164,9 @@ def partly_taught_loss(
     with_teacher = whole_batch_loss(
         student.at(taught.index_K), batch.at(taught.index_K), teacher=taught.signal, spec=spec
     )
-    alone = replace(spec, divergence=None, kd_ratio=0.0, token_weight=None, folding=None)
+    alone = replace(
+        spec, divergence=None, kd_ratio=0.0, span_share=0.0, token_weight=None, folding=None
+    )
     part = 1 - spec.kd_ratio
     without = whole_batch_loss(
         student.at(rest_M),
@@ -186,5 +196,6 @@ def whole_batch_loss(
         weights_T=batch.weights_N,
         sampled_log_prob_T=batch.sampled_log_prob_N,
         advantage_T=batch.advantage_N,
+        extra_ce_T=batch.extra_ce_N,
         spec=spec,
     )

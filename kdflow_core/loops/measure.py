@@ -99,7 +99,12 @@ class HeldoutCurve:
         module = measuring.module
         ingredients = Ingredients(
             spec=replace(
-                spec, divergence=ReverseKL(), kd_ratio=1.0, token_weight=None, policy_gradient=None
+                spec,
+                divergence=ReverseKL(),
+                kd_ratio=1.0,
+                token_weight=None,
+                policy_gradient=None,
+                span_share=0.0,
             ),
             model=module.model,
             heads={"teacher": module.part_of_head(head)},

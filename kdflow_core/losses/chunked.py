@@ -55,6 +55,7 @@ class _Inputs:
     weights_T: torch.Tensor
     sampled_log_prob_T: torch.Tensor | None
     advantage_T: torch.Tensor | None
+    extra_ce_T: torch.Tensor | None
     spec: LossSpec
 
 
@@ -68,19 +69,21 @@ def distillation_loss(
     spec: LossSpec,
     sampled_log_prob_T: torch.Tensor | None = None,
     advantage_T: torch.Tensor | None = None,
+    extra_ce_T: torch.Tensor | None = None,
 ) -> LossOutput:
     """sum_t weights[t] * ((1 - kd_ratio) * CE[t] + kd_ratio * f[t] * D[t]), in nats, and the policy
     gradient of the advantages.
 
     f is the token weight. Cross-entropy is at temperature 1 whatever the divergence's temperature
-    is. Logits are float32, or float64 when the inputs are. With a vocabulary spread over ranks, the
-    heads are this rank's parts, and every rank gives rows of its own: the gradient of its part of
-    the head then has all ranks' rows.
+    is. `extra_ce_T` is a further weight of each token's cross-entropy in the gradient, and no part
+    of the value: what a loss over several tokens makes of them. Logits are float32, or float64 when
+    the inputs are. With a vocabulary spread over ranks, the heads are this rank's parts, and every
+    rank gives rows of its own: the gradient of its part of the head then has all ranks' rows.
 
     Raises:
         ValueError: rows, vocabularies or a divergence that do not fit together.
     """
-    optional = (sampled_log_prob_T, advantage_T)
+    optional = (sampled_log_prob_T, advantage_T, extra_ce_T)
     per_token = [target_ids_T, weights_T, *(t for t in optional if t is not None)]
     _check(student_hidden_TH, student_head, teacher, per_token, spec)
     outputs = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
@@ -94,6 +97,7 @@ def distillation_loss(
             weights_T=weights_T,
             sampled_log_prob_T=sampled_log_prob_T,
             advantage_T=advantage_T,
+            extra_ce_T=extra_ce_T,
             spec=spec,
         ),
     )
@@ -159,6 +163,8 @@ def _run_chunks(
     targets_T = exchange.gather(inputs.target_ids_T)
     weights_T = exchange.gather(inputs.weights_T).to(dtype)
     sampled_T, advantage_T = _of_samples(inputs, exchange, dtype)
+    extra_T = inputs.extra_ce_T
+    extra_T = None if extra_T is None else exchange.gather(extra_T).to(dtype)
     producer = gradients.producer
     vocabulary = inputs.head.weight_VH.shape[0]
     largest = max(vocabulary, 0 if teacher is None else len(teacher.head.weight_VH))
@@ -189,6 +195,7 @@ def _run_chunks(
                 weights_B=weights_T[tokens],
                 sampled_log_prob_B=None if sampled_T is None else sampled_T[tokens],
                 advantage_B=None if advantage_T is None else advantage_T[tokens],
+                extra_ce_B=None if extra_T is None else extra_T[tokens],
             )
             terms_MT[:, tokens], grad_BV = stage(block, spec)
             producer.through_head_(grad_BV, block.student_BV)

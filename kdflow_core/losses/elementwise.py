@@ -19,7 +19,8 @@ from kdflow_core.metrics import TERM_NAMES
 @dataclass(frozen=True, kw_only=True)
 class LossSpec:
     """(1 - kd_ratio) * cross-entropy + kd_ratio * token weight * divergence, and the policy
-    gradient of tokens that have an advantage.
+    gradient of tokens that have an advantage. Of `kd_ratio`, the likelihood of spans has the part
+    `span_share`, and the divergence the rest.
 
     Without a divergence there is no teacher, and `kd_ratio` is 0. `logits_bytes` is the memory for
     both models' logits of a chunk of tokens. `vocabulary` says whether heads are whole or spread
@@ -34,11 +35,18 @@ class LossSpec:
     policy_gradient: PolicyGradient | None = None
     vocabulary: WholeVocabulary | ShardedVocabulary = WholeVocabulary()
     folding: Folding | None = None
+    span_share: float = 0.0
+
+    @property
+    def divergence_weight(self) -> float:
+        """What the divergence has of the loss."""
+        return self.kd_ratio * (1 - self.span_share)
 
 
 class Block(NamedTuple):
     """Both models' logits [B, V] of some tokens, each over its own vocabulary, and what is known of
-    these, [B]. A token that was not sampled has the advantage 0.
+    these, [B]. A token that was not sampled has the advantage 0. `extra_ce_B` is a further weight
+    of cross-entropy, which has a part in the gradient alone.
     """
 
     student_BV: torch.Tensor
@@ -47,6 +55,7 @@ class Block(NamedTuple):
     weights_B: torch.Tensor
     sampled_log_prob_B: torch.Tensor | None
     advantage_B: torch.Tensor | None
+    extra_ce_B: torch.Tensor | None = None
 
 
 def block_terms(block: Block, spec: LossSpec) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,6 +72,9 @@ def block_terms(block: Block, spec: LossSpec) -> tuple[torch.Tensor, torch.Tenso
     cross_entropy_B = -over.at(log_q_BV, block.target_ids_B)
     student_entropy_B = -over.dot(q_BV, log_q_BV)
     ce_weight_B = block.weights_B * (1 - spec.kd_ratio)
+    has_ce = spec.kd_ratio < 1
+    if block.extra_ce_B is not None:
+        ce_weight_B, has_ce = ce_weight_B + block.extra_ce_B, True
     loss_B = cross_entropy_B * (1 - spec.kd_ratio)
     if block.teacher_BV is None or spec.divergence is None:
         zero_B = torch.zeros_like(loss_B)
@@ -82,7 +94,7 @@ def block_terms(block: Block, spec: LossSpec) -> tuple[torch.Tensor, torch.Tenso
             teacher_top_T=over.at(p_BV, top_B),
             vocabulary=over.size(block.student_BV),
         )
-        kd_ratio_B = torch.full_like(loss_B, spec.kd_ratio)
+        kd_ratio_B = torch.full_like(loss_B, spec.divergence_weight)
         if spec.token_weight is not None:
             kd_ratio_B *= spec.token_weight(statistics)
         at_one = Distributions(
@@ -90,7 +102,7 @@ def block_terms(block: Block, spec: LossSpec) -> tuple[torch.Tensor, torch.Tenso
         )
         divergence_B, gradient_BV = _tempered_divergence(block, spec.divergence, at_one)
         gradient_BV.mul_((block.weights_B * kd_ratio_B).unsqueeze(-1))
-        if spec.kd_ratio < 1:
+        if has_ce:
             gradient_BV.addcmul_(q_BV, ce_weight_B.unsqueeze(-1))
         terms = {
             "loss": loss_B + kd_ratio_B * divergence_B,
@@ -101,7 +113,7 @@ def block_terms(block: Block, spec: LossSpec) -> tuple[torch.Tensor, torch.Tenso
             "teacher_entropy": teacher_entropy_B,
             "agreement": agreement_B.to(loss_B.dtype),
         }
-    if spec.kd_ratio < 1:
+    if has_ce:
         over.add_at_(gradient_BV, block.target_ids_B, -ce_weight_B)
     if spec.policy_gradient is not None and block.advantage_B is not None:
         value_B = _add_policy_gradient_(
@@ -127,15 +139,16 @@ def _folded_terms(
         student_BV=folded_BK,
         teacher_BV=folding.teacher(teacher_BV),
         target_ids_B=folding.student_class(block.target_ids_B),
-        weights_B=block.weights_B * spec.kd_ratio,
+        weights_B=block.weights_B * spec.divergence_weight,
+        extra_ce_B=None,
     )
-    alone = replace(spec, kd_ratio=1.0, policy_gradient=None, folding=None)
+    alone = replace(spec, kd_ratio=1.0, span_share=0.0, policy_gradient=None, folding=None)
     taught_MB, gradient_BK = block_terms(classes, alone)
     gradient_BV += folding.unfolded(gradient_BK, folded_BK, block.student_BV)
     terms = dict(zip(TERM_NAMES, own_MB, strict=True))
     taught = dict(zip(TERM_NAMES, taught_MB, strict=True))
     terms |= {name: taught[name] for name in _OF_CLASSES}
-    terms["loss"] = terms["loss"] + spec.kd_ratio * taught["loss"]
+    terms["loss"] = terms["loss"] + spec.divergence_weight * taught["loss"]
     return torch.stack([terms[name] for name in TERM_NAMES]), gradient_BV
 
 

@@ -5,6 +5,7 @@ Dimensions: B sequences, T tokens, N supervised tokens, K those of one teacher.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,9 +13,23 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from kdflow_core.algorithms.base import Algorithm, MicroBatch, Teacher, TokenBatch, TokenSignal
-from kdflow_core.batching import pad_right, select_rows, taught_tokens, teacher_rows
-from kdflow_core.contracts import Example, Examples, HiddenSignal, SignalSource, TokenSequence
+from kdflow_core.batching import (
+    hidden_rows,
+    pad_right,
+    select_rows,
+    taught_tokens,
+    teacher_rows,
+)
+from kdflow_core.contracts import (
+    Example,
+    Examples,
+    HiddenRows,
+    HiddenSignal,
+    SignalSource,
+    TokenSequence,
+)
 from kdflow_core.errors import TrainingError
+from kdflow_core.losses.span_likelihood import Spans
 from kdflow_core.student.module import DistillationModule
 from kdflow_core.student.schedule import StepBatches
 
@@ -187,7 +202,58 @@ def _token_signal(
         hidden_size=signals.hidden_size,
         device=device,
     )
+    spans = _spans(examples, signals, teacher, device) if teacher.reads_spans else None
     return TokenSignal(
+        spans=spans,
         index_K=torch.from_numpy(np.concatenate(index)).to(device),
         signal=HiddenSignal(hidden_KG, teacher.head),
     )
+
+
+def _spans(
+    examples: Sequence[Example], signals: SignalSource, teacher: Teacher, device: torch.device
+) -> Spans:
+    """The spans of the examples, numbered through, with the teacher's states of their tokens."""
+    empty = np.zeros(0, np.int64)
+    rows, spans, targets, theirs = [empty], [empty], [empty], [empty]
+    states, count, first = [], 0, 0
+    for example in examples:
+        spans_S4 = example.alignments[teacher.view].spans_S4.astype(np.int64)
+        numbers_S = count + np.arange(len(spans_S4))
+        own, other = (_members(spans_S4[:, side : side + 2]) for side in (0, 2))
+        rows.append(first + own.token)
+        spans.append(numbers_S[own.span])
+        sequence = example.views[teacher.view]
+        targets.append(sequence.target_ids_N[other.token].astype(np.int64))
+        theirs.append(numbers_S[other.span])
+        hidden = hidden_rows(signals.rows(sequence))
+        chosen = torch.from_numpy(other.token).to(hidden.index_N.device)
+        states.append(HiddenRows(buffer_RH=hidden.buffer_RH, index_N=hidden.index_N[chosen]))
+        first, count = first + len(example.student.target_positions_N), count + len(spans_S4)
+    row_R, span_R, target_ids_M, span_M = (
+        torch.from_numpy(np.concatenate(parts)).to(device)
+        for parts in (rows, spans, targets, theirs)
+    )
+    return Spans(
+        count=count,
+        row_R=row_R,
+        span_R=span_R,
+        hidden_MG=select_rows(states, hidden_size=signals.hidden_size, device=device),
+        target_ids_M=target_ids_M,
+        span_M=span_M,
+    )
+
+
+class _Members(NamedTuple):
+    """Tokens in spans, and the span of each."""
+
+    token: np.ndarray
+    span: np.ndarray
+
+
+def _members(edges_S2: np.ndarray) -> _Members:
+    """The tokens between the edges of spans."""
+    sizes_S = edges_S2[:, 1] - edges_S2[:, 0]
+    span = np.repeat(np.arange(len(edges_S2)), sizes_S)
+    within = np.arange(len(span)) - np.repeat(np.cumsum(sizes_S) - sizes_S, sizes_S)
+    return _Members(token=edges_S2[span, 0] + within, span=span)

@@ -44,6 +44,11 @@ def check_pair(run: RunConfig, student: ChatFormat, teacher: ChatFormat) -> None
             raise ModelError(f"student and teacher have different vocabularies; {error}") from error
         for title, chat in (("student", student), ("teacher", teacher)):
             token_bytes(chat.tokenizer, title)
+    elif run.loss.span_share:
+        raise ModelError(
+            f"loss.span_share={run.loss.span_share:g} is for two tokenizers, and student and "
+            "teacher have one; leave it out, or set alignment=bytes"
+        )
     if student.has_template == teacher.has_template:
         return
     lacking, other = ("teacher", "student") if student.has_template else ("student", "teacher")

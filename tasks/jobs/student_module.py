@@ -96,4 +96,5 @@ def loss_spec(run: RunConfig, part: HeadPart | None, folding: Folding | None) ->
         policy_gradient=gradient,
         vocabulary=WholeVocabulary() if part is None else part.vocabulary,
         folding=folding,
+        span_share=loss.span_share,
     )

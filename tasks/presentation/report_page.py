@@ -64,7 +64,8 @@ def write_report(*, spec: StageSpec, store: ArtifactStore, target: Path) -> None
 def _step_curves(metrics: list[dict[str, Any]], heldout: list[dict[str, Any]]) -> list[str]:
     """Figures over the optimizer steps, and of the held-out loss where it was measured."""
     figures: dict[str, tuple[tuple[str, str], ...]] = {}
-    for metric in STEP_METRICS:
+    present = set().union(*metrics)
+    for metric in (m for m in STEP_METRICS if m.name in present):
         own = figures.get(metric.figure, ())
         figures[metric.figure] = (*own, (metric.name, metric.legend))
     curves = [_curve(title, series, metrics) for title, series in figures.items()]

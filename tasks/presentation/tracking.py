@@ -63,11 +63,12 @@ class MetricsLog:
         """Append one step's record."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+        plotted = [name for name in PLOTTED if name in record]
         if self._board is not None:
-            for name in PLOTTED:
+            for name in plotted:
                 self._board.add_scalar(f"train/{name}", record[name], record["step"])
         if self._wandb is not None:
-            self._wandb.log({f"train/{n}": record[n] for n in PLOTTED}, step=record["step"])
+            self._wandb.log({f"train/{n}": record[n] for n in plotted}, step=record["step"])
 
     def write_round(self, figures: Mapping[str, float], step: int) -> None:
         """A round's figures for the curves; `step` is its last. Its record is kept elsewhere."""

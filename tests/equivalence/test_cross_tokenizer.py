@@ -225,3 +225,22 @@ def test_one_vocabulary_has_no_alignment_to_show(make_recipe: Callable[..., Path
     run_inline(run, until="tokenize")
     with pytest.raises(DataError, match="are compared token by token"):
         aligned_samples(run, "heldout", 1)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_student_learns_from_the_likelihood_of_spans(
+    other_run: Callable[..., RunConfig], share: float
+) -> None:
+    run = other_run(loss__span_share=share, loss__kd_ratio=1.0)
+    done = student_of(run, until="report")
+    records = read_metrics(done["student"] / METRICS_FILE)
+    assert records[-1]["span"] < 0.7 * records[0]["span"]
+    assert "likelihood of spans" in (done["report"] / "report.html").read_text()
+
+
+def test_spans_between_equal_tokenizers_are_asked_for_by_name(
+    make_recipe: Callable[..., Path],
+) -> None:
+    run = load_run(str(make_recipe()), {"loss.span_share": 1.0})
+    with pytest.raises(ModelError, match="is for two tokenizers, and student and teacher have one"):
+        checked_plan(run, download=True)

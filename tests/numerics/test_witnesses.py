@@ -1,6 +1,7 @@
 """The chunked loss against other libraries' losses on the same states and heads."""
 
 import warnings
+from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -111,3 +112,31 @@ def test_kl_is_torchs(name: str, swapped: bool) -> None:
         spec=LossSpec(divergence=LOSSES[name](), kd_ratio=1.0, logits_bytes=10**4),
     )
     case.assert_equal(output.loss, theirs)
+
+
+@pytest.mark.parametrize("pair", [("gpt2", "qwen"), ("qwen", "deepseek"), ("deepseek", "gpt2")])
+def test_spans_of_two_tokenizers_are_trls(pair: tuple[str, str]) -> None:
+    """TRL 1.16.0 aligns byte-level tokenizers by character offsets turned into bytes."""
+    from trl.experimental.gold.gold_trainer import ULDLoss
+    from trl.experimental.utils import encode_with_byte_offsets
+
+    from kdflow_core.alignment.boundaries import common_boundaries
+    from kdflow_core.alignment.token_bytes import token_bytes
+    from tests.real_tokenizers import real_tokenizer
+
+    texts = [
+        topics["assert"] * 3,
+        "def f(x):\n    return  x + 1\n\n\nclass A: pass  # done",
+        "hi 😊 to 你好，世界 👍🏽 naïve café",  # noqa: RUF001 - text of all scripts
+    ]
+    backends = [real_tokenizer(name).backend_tokenizer for name in pair]
+    encoded = [encode_with_byte_offsets(backend, texts) for backend in backends]
+    for (own_ids, own_offsets), (other_ids, other_offsets) in zip(*encoded, strict=True):
+        lengths = [
+            token_bytes(real_tokenizer(name), name).length_V[ids]
+            for name, ids in zip(pair, (own_ids, other_ids), strict=True)
+        ]
+        spans = common_boundaries(*lengths).groups_S4.tolist()
+        ours = [(list(range(a, b)), list(range(c, d))) for a, b, c, d in spans]
+        theirs = ULDLoss._align_by_byte_offsets(own_offsets, other_offsets)
+        assert ours == list(zip(*theirs, strict=True))
