@@ -29,13 +29,14 @@ class TokenBytes:
 
     `special` are the ids that stand for no text, `id_of` the id of each token's bytes: of several
     that spell the same, the one that encoders write. With `composes`, the tokenizer brings text
-    into Unicode's form NFC first.
+    into Unicode's form NFC first; with `prefixes`, it puts a space in front of it.
     """
 
     spelled: tuple[bytes, ...]
     special: frozenset[int]
     id_of: Mapping[bytes, int]
     composes: bool
+    prefixes: bool
 
     @cached_property
     def length_V(self) -> np.ndarray:
@@ -81,6 +82,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, title: str) -> TokenBytes:
         special=frozenset(special),
         id_of=id_of,
         composes="NFC" in normalizers,
+        prefixes="Prepend" in normalizers or any(map(_puts_space, _parts(form["pre_tokenizer"]))),
     )
 
 
@@ -145,6 +147,11 @@ def _parts(node: Any) -> Iterator[Mapping[str, Any]]:
         yield node
     for part in inner or ():
         yield from _parts(part)
+
+
+def _puts_space(part: Mapping[str, Any]) -> bool:
+    """Whether a pre-tokenizer puts a space in front of a text."""
+    return bool(part.get("add_prefix_space")) or part.get("prepend_scheme") in ("first", "always")
 
 
 def _replaces_mark(part: Mapping[str, Any]) -> bool:

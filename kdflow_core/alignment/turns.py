@@ -71,6 +71,47 @@ def align(
     return Alignment(pairs_P2=np.concatenate(pairs), spans_S4=np.concatenate(spans))
 
 
+def align_answer(
+    student: TokenSequence, teacher: TokenSequence, readers: tuple[Reader, Reader]
+) -> Alignment:
+    """The alignment of an answer that one side has written and the other reads as text: up to the
+    first byte in which the two differ, since what reads may also rewrite.
+    """
+    sides = [_turns(s, reader) for s, reader in zip((student, teacher), readers, strict=True)]
+    if not all(sides):
+        return Alignment(pairs_P2=np.zeros((0, 2), np.int32), spans_S4=np.zeros((0, 4), np.int32))
+    own, other = sides[0][-1], sides[1][-1]
+    texts = [r.tokens.spell(turn.ids_R) for turn, r in zip((own, other), readers, strict=True)]
+    begins, size = _common_beginning(texts, readers)
+    whole = all(begin + size == len(text) for begin, text in zip(begins, texts, strict=True))
+    closed = own.closed and other.closed and whole
+    pairs_P2, spans_S4 = _align_part(own, other, readers, begins, size, closed=closed)
+    return Alignment(pairs_P2=pairs_P2, spans_S4=spans_S4)
+
+
+def _common_beginning(
+    texts: Sequence[bytes], readers: tuple[Reader, Reader]
+) -> tuple[tuple[int, int], int]:
+    """Where the text begins on both sides, and how many bytes of it are the same: behind the space
+    that one tokenizer puts in front of its text, where it is that.
+    """
+    starts = [
+        (0, 1) if reader.tokens.prefixes and text.startswith(b" ") else (0,)
+        for text, reader in zip(texts, readers, strict=True)
+    ]
+    found = [
+        ((i, j), _equal_bytes(texts[0][i:], texts[1][j:])) for i in starts[0] for j in starts[1]
+    ]
+    return max(found, key=lambda pair: pair[1])
+
+
+def _equal_bytes(own: bytes, other: bytes) -> int:
+    """How many bytes two texts begin with in common."""
+    size = min(len(own), len(other))
+    same = np.frombuffer(own[:size], np.uint8) == np.frombuffer(other[:size], np.uint8)
+    return size if same.all() else int(same.argmin())
+
+
 def _turns(sequence: TokenSequence, reader: Reader) -> list[_Turn]:
     return list(_iterate_turns(sequence, reader))
 
@@ -93,20 +134,37 @@ def _align_turn(
 ) -> tuple[np.ndarray, np.ndarray]:
     texts = [r.tokens.spell(turn.ids_R) for turn, r in zip((own, other), readers, strict=True)]
     part = _shared_text(texts[0], texts[1], content)
+    begins = (texts[0].rfind(part), texts[1].rfind(part))
+    closed = own.closed and other.closed
+    return _align_part(own, other, readers, begins, len(part), closed=closed)
+
+
+def _align_part(
+    own: _Turn,
+    other: _Turn,
+    readers: tuple[Reader, Reader],
+    begins: tuple[int, int],
+    size: int,
+    *,
+    closed: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs and spans of `size` bytes of a turn, which begin at `begins`; and with `closed` those
+    of its end.
+    """
     answers = [
-        _answer(turn, reader.tokens, text.rfind(part), len(part))
-        for turn, reader, text in zip((own, other), readers, texts, strict=True)
+        _answer(turn, reader.tokens, begin, size)
+        for turn, reader, begin in zip((own, other), readers, begins, strict=True)
     ]
     common = common_boundaries(answers[0].length_R, answers[1].length_R)
     rows = [turn.first_row + a.first for turn, a in zip((own, other), answers, strict=True)]
     pairs_P2 = common.pairs_P2 + np.array(rows, np.int32)
     spans_S4 = common.groups_S4 + np.repeat(np.array(rows, np.int32), 2)
-    if not (own.closed and other.closed):
+    if not closed:
         # More text could have changed where the last tokens are cut.
         spans_S4 = spans_S4[:-1]
     pairs_P2 = pairs_P2[(pairs_P2 >= 0).all(1)]
     spans_S4 = spans_S4[(spans_S4 >= 0).all(1)]
-    if own.closed and other.closed:
+    if closed:
         ends = [turn.first_row + len(turn.ids_R) for turn in (own, other)]
         pairs_P2 = np.append(pairs_P2, np.array([ends], np.int32), axis=0)
         last = [ends[0], ends[0] + 1, ends[1], ends[1] + 1]

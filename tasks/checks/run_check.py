@@ -25,6 +25,8 @@ from tasks.stages.identity import StageIdentity, find, open_store, run_of_teache
 from tasks.stages.planning import plan_stages
 
 CHECKED = "checked-models.sqlite"
+# What of a run says how its models are used.
+CHECKED_SECTIONS = {"data", "teacher", "student", "algorithm", "loss", "alignment", "on_policy"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +107,7 @@ def _check(run: RunConfig, folders: Mapping[str, Path]) -> None:
         {
             "versions": [version("transformers"), version("kdflow")],
             "files": {name: _states(folder) for name, folder in sorted(folders.items())},
-            "run": public(run.model_dump(mode="json", include={"data", "teacher", "student"}))
-            | {"algorithm": run.algorithm.model_dump(mode="json")}
-            | {"on_policy": run.on_policy and run.on_policy.model_dump(mode="json")},
+            "run": public(run.model_dump(mode="json", include=CHECKED_SECTIONS)),
         }
     )
     if not folders or memo.get(key) is not None:

@@ -3,6 +3,7 @@ code.
 """
 
 from kdflow_core.alignment.tokenizer_pair import TokenizerPair, vocabulary
+from kdflow_core.alignment.translation import Translator
 from kdflow_core.models.tokenizers import true_vocabulary_size
 from tasks.checks.chat_check import aligns_by_bytes
 from tasks.jobs.chats import chat
@@ -24,3 +25,12 @@ def pair(stage: StageRun) -> TokenizerPair | None:
         for side in SIDES
     )
     return TokenizerPair(vocabularies=(student, teacher))
+
+
+def translator(stage: StageRun) -> Translator | None:
+    """What brings one side's answers into the other's tokens; None where both have the same."""
+    made = pair(stage)
+    if made is None:
+        return None
+    chats = {side: chat(stage, side) for side in SIDES}
+    return Translator(pair=made, chats=chats, limit=stage.length_limit)

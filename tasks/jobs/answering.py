@@ -17,7 +17,8 @@ import numpy as np
 from configs.schema.data import AnswersConfig
 from configs.schema.engines import Engine, SglangEngine
 from configs.schema.run import RunConfig
-from kdflow_core.contracts import Example, TokenSequence
+from kdflow_core.alignment.translation import Translator, with_answer
+from kdflow_core.contracts import Example
 from kdflow_core.models.tokenizers import true_vocabulary_size
 from kdflow_core.rollout import build_rollout_engine
 from kdflow_core.rollout.base import Sampling
@@ -25,10 +26,10 @@ from kdflow_core.workers.devices import barrier
 from storage.artifact import ArtifactRef
 from storage.sealed import is_whole, seal
 from storage.tokens import TokenTable, TokenWriter
-from tasks.jobs import chats, parts
+from tasks.jobs import aligning, chats, parts
 from tasks.jobs.stage_run import StageRun, job
 from tasks.jobs.stored import TokenExamples, token_row
-from tasks.stages.slices import SPLITS, Split
+from tasks.stages.slices import SPLITS, Side, Split
 
 HELDOUT_SEEDS = 1 << 24  # behind those of the training data's parts
 
@@ -129,6 +130,7 @@ class _Answerer:
         self._written, self._wanted = 0, wanted
         self._stage = stage
         folder, chat = stage.model_folder(config.by), chats.chat(stage, config.by)
+        self._translator = aligning.translator(stage)
         self._sampling = Sampling(
             stop_ids=chat.end_ids,
             temperature=config.temperature,
@@ -156,8 +158,7 @@ class _Answerer:
         for number, example in enumerate(examples):
             answer = found[number]
             yield replace(
-                example,
-                views=with_answers(example, answer.ids_N),
+                answered(example, answer.ids_N, by, self._translator),
                 sampled_log_prob_N=answer.log_prob_N,
             )
 
@@ -174,18 +175,16 @@ def _placed(engine: Engine, rank: int) -> Engine:
     return engine.model_copy(update={"first_gpu": first})
 
 
-def with_answers(example: Example, answer: np.ndarray) -> dict[str, TokenSequence]:
-    """All views of an example, with another answer behind their contexts."""
-    return {view: with_answer(sequence, answer) for view, sequence in example.views.items()}
-
-
-def with_answer(sequence: TokenSequence, answer: np.ndarray) -> TokenSequence:
-    """The sequence's context with another answer behind it, which alone is supervised."""
-    context = sequence.context_ids_T
-    supervised_T = np.zeros(len(context) + len(answer), bool)
-    supervised_T[len(context) :] = True
-    ids_T = np.concatenate([context, answer])
-    return TokenSequence(ids_T=ids_T, supervised_T=supervised_T, media=sequence.media)
+def answered(
+    example: Example, answer: np.ndarray, by: Side, translator: Translator | None
+) -> Example:
+    """An example with what the model of a side has written behind its context; with a `translator`,
+    in the other side's own tokens there.
+    """
+    if translator is not None:
+        return translator.answered(example, answer, by)
+    views = {view: with_answer(sequence, answer) for view, sequence in example.views.items()}
+    return replace(example, views=views)
 
 
 def _write(path: Path, examples: Iterator[Example]) -> None:

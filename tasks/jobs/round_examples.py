@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from configs.schema.on_policy import OnPolicyConfig
+from kdflow_core.alignment.translation import Translator
 from kdflow_core.contracts import Example
 from kdflow_core.errors import AlignmentError
 from kdflow_core.rollout.prompts import round_prompts
@@ -13,7 +14,7 @@ from kdflow_core.rollout.rewards import advantages
 from storage.artifact import ArtifactRef
 from storage.rollouts import read_rollouts
 from storage.tokens import TokenTable
-from tasks.jobs.answering import with_answers
+from tasks.jobs.answering import answered
 from tasks.jobs.stage_run import StageRun
 from tasks.jobs.stored import TokenExamples
 from tasks.rounds.round_record import RoundRequest, on_policy_count
@@ -58,16 +59,22 @@ def prompts_of_round(
     return chosen[:count], chosen[count:]
 
 
-def round_examples(stage: StageRun, table: TokenTable, request: RoundRequest) -> RoundExamples:
-    """What a round trains on. Raises AlignmentError for answers to other prompts."""
+def round_examples(
+    stage: StageRun, table: TokenTable, request: RoundRequest, translator: Translator | None = None
+) -> RoundExamples:
+    """What a round trains on, with a `translator` between two tokenizers. Raises AlignmentError for
+    answers to other prompts.
+    """
     config, seed = stage.run.on_policy, stage.run.seed
     assert config is not None
     data = TokenExamples(table)
-    sampled = _answered(stage, config, data, request.rollouts)
+    sampled = _answered(stage, config, data, request.rollouts, translator)
     _, kept = prompts_of_round(config, table, seed, request.number, request.fraction)
     replayed: list[Example] = []
     if config.replay is not None and request.replayed:
-        earlier = [e for ref in request.replayed for e in _answered(stage, config, data, ref)]
+        earlier = [
+            e for ref in request.replayed for e in _answered(stage, config, data, ref, translator)
+        ]
         count = min(len(earlier), round(config.replay.ratio * len(sampled)))
         rng = np.random.default_rng([seed, request.number, 1])
         replayed = [earlier[i] for i in rng.permutation(len(earlier))[:count]]
@@ -75,7 +82,11 @@ def round_examples(stage: StageRun, table: TokenTable, request: RoundRequest) ->
 
 
 def _answered(
-    stage: StageRun, config: OnPolicyConfig, data: TokenExamples, ref: ArtifactRef
+    stage: StageRun,
+    config: OnPolicyConfig,
+    data: TokenExamples,
+    ref: ArtifactRef,
+    translator: Translator | None,
 ) -> list[Example]:
     """The examples of a round's answers, with their advantages."""
     rows = read_rollouts(stage.store.local_copy(ref))
@@ -96,8 +107,7 @@ def _answered(
             )
         examples.append(
             replace(
-                example,
-                views=with_answers(example, row["answer_ids"]),
+                answered(example, row["answer_ids"], "student", translator),
                 sampled_log_prob_N=row["log_probs"],
                 advantage=advantage,
             )

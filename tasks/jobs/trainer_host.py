@@ -21,8 +21,8 @@ from kdflow_core.student.sleeping import StudentOffload
 from kdflow_core.workers.base import RankContext, offered
 from kdflow_core.workers.ports import free_port
 from storage.sealed import is_whole, seal
-from tasks.jobs import parts
-from tasks.jobs.round_examples import round_examples
+from tasks.jobs import aligning, parts
+from tasks.jobs.round_examples import RoundExamples, round_examples
 from tasks.jobs.stage_host import open_stage
 from tasks.jobs.stage_run import StageRun
 from tasks.jobs.stored import StoredStates
@@ -50,6 +50,7 @@ class TrainerHost:
         self._steps = run.on_policy.steps(run.student.global_batch_size)
         tables = stage.tables()
         self._table = tables["train"]
+        self._translator = aligning.translator(stage)
         teacher = parts.stored_teacher(stage)
         self._session = TrainingSession(
             stage,
@@ -113,7 +114,10 @@ class TrainerHost:
     def score(self, request: dict[str, Any]) -> dict[str, int]:
         """The teacher's signals for all that the round trains on; they stay here."""
         wanted = RoundRequest.model_validate(request)
-        return self._rounds.score(wanted.number, round_examples(self._stage, self._table, wanted))
+        return self._rounds.score(wanted.number, self._examples(wanted))
+
+    def _examples(self, wanted: RoundRequest) -> RoundExamples:
+        return round_examples(self._stage, self._table, wanted, self._translator)
 
     @offered
     def train(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -129,7 +133,7 @@ class TrainerHost:
                 )
             kept: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
             return kept
-        examples = round_examples(self._stage, self._table, wanted)
+        examples = self._examples(wanted)
         figures = self._rounds.train(number, examples, self._session.metrics)
         result = figures.plain() | self._means(figures.last_step)
         if dist.get_rank() == 0:

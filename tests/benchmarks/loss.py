@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from kdflow_core.contracts import HiddenSignal, OutputHead
 from kdflow_core.losses import LOSSES
 from kdflow_core.losses.chunked import chunk_rows, distillation_loss
 from kdflow_core.losses.elementwise import LossSpec
+from kdflow_core.losses.folding import build_folding
 from tasks.execution.launch import KEEP_BUFFERS
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +53,16 @@ class Problem:
         self.teacher_VG = random(args.vocabulary, args.hidden) / 32
         self.targets_T = torch.randint(0, args.vocabulary, (args.tokens,), generator=generator)
         self.targets_T = self.targets_T.to(self.device)
+        self.folding_spec = self.folded()
         self.weights_T = torch.full((args.tokens,), 1 / args.tokens, device=self.device)
+
+    def folded(self) -> LossSpec:
+        """Forward KL of classes: a quarter of the tokens of both sides are in others' classes."""
+        size = self.args.vocabulary
+        count = 3 * size // 4
+        classes_V = torch.arange(size) % count
+        folding = build_folding(classes_V, classes_V.flip(0), count, self.device)
+        return replace(self.spec("forward_kl"), folding=folding)
 
     def spec(self, name: str) -> LossSpec:
         divergence = LOSSES[name]()
@@ -78,14 +89,14 @@ class Problem:
                 torch.mm(z_CV, self.weight_VH, out=dh_TH[begin : begin + C])
                 dW_VH.addmm_(z_CV.T, h_CH)
 
-    def ours(self, name: str) -> None:
+    def ours(self, spec: LossSpec) -> None:
         output = distillation_loss(
             student_hidden_TH=self.hidden_TH,
             student_head=OutputHead(weight_VH=self.weight_VH),
             teacher=HiddenSignal(self.teacher_TG, OutputHead(weight_VH=self.teacher_VG)),
             target_ids_T=self.targets_T,
             weights_T=self.weights_T,
-            spec=self.spec(name),
+            spec=spec,
         )
         self._backward(output.loss)
 
@@ -133,9 +144,10 @@ class Problem:
     def subjects(self) -> dict[str, Callable[[], None]]:
         return {
             "bare products": self.bare,
-            "kdflow forward_kl": lambda: self.ours("forward_kl"),
-            "kdflow reverse_kl": lambda: self.ours("reverse_kl"),
-            "kdflow generalized_jsd": lambda: self.ours("generalized_jsd"),
+            "kdflow forward_kl": lambda: self.ours(self.spec("forward_kl")),
+            "kdflow reverse_kl": lambda: self.ours(self.spec("reverse_kl")),
+            "kdflow generalized_jsd": lambda: self.ours(self.spec("generalized_jsd")),
+            "kdflow classes": lambda: self.ours(self.folding_spec),
             "naive forward_kl": lambda: self.naive("forward_kl"),
             "naive generalized_jsd": lambda: self.naive("generalized_jsd"),
             "trl forward_kl": lambda: self.trl(0.0),
