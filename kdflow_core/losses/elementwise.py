@@ -13,7 +13,7 @@ from kdflow_core.losses.folding import Folding
 from kdflow_core.losses.surrogate import PolicyGradient, clipped_surrogate
 from kdflow_core.losses.token_weights import TokenStatistics, TokenWeight
 from kdflow_core.losses.vocabulary import ShardedVocabulary, WholeVocabulary
-from kdflow_core.metrics import TERM_NAMES
+from kdflow_core.metrics import TAUGHT_TERMS, TERM_NAMES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +123,6 @@ def block_terms(block: Block, spec: LossSpec) -> tuple[torch.Tensor, torch.Tenso
     return torch.stack([terms[name] for name in TERM_NAMES]), gradient_BV
 
 
-# What is taken of the classes; the rest is of the student's own tokens.
-_OF_CLASSES = ("kd", "forward_kl", "teacher_entropy", "agreement")
-
-
 def _folded_terms(
     block: Block, spec: LossSpec, folding: Folding, teacher_BV: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,7 +143,7 @@ def _folded_terms(
     gradient_BV += folding.unfolded(gradient_BK, folded_BK, block.student_BV)
     terms = dict(zip(TERM_NAMES, own_MB, strict=True))
     taught = dict(zip(TERM_NAMES, taught_MB, strict=True))
-    terms |= {name: taught[name] for name in _OF_CLASSES}
+    terms |= {name: taught[name] for name in TAUGHT_TERMS}
     terms["loss"] = terms["loss"] + spec.divergence_weight * taught["loss"]
     return torch.stack([terms[name] for name in TERM_NAMES]), gradient_BV
 

@@ -195,7 +195,7 @@ def assert_same_text(
 
 
 @pytest.mark.parametrize("teacher", ["qwen", "sentencepiece", "deepseek"])
-@pytest.mark.parametrize("student", ["gpt2", "smollm2", "sentencepiece"])
+@pytest.mark.parametrize("student", ["gpt2", "sentencepiece"])
 def test_turns_of_two_tokenizers(student: str, teacher: str) -> None:
     answers = ["Hello   wörld 你好!", "def f():\n    return '🙂'"]
     parts = [("question", False), (answers[0], True), ("\nmore\n", False), (answers[1], True)]
@@ -267,7 +267,7 @@ def vocabulary(name: str) -> Vocabulary:
 
 
 @pytest.mark.parametrize(
-    "pair", [("gpt2", "qwen"), ("sentencepiece", "gpt2"), ("smollm2", "deepseek")]
+    "pair", [("gpt2", "qwen"), ("sentencepiece", "gpt2"), ("gpt2", "deepseek")]
 )
 def test_every_token_is_in_the_class_of_a_shared_token_that_it_begins_with(
     pair: tuple[str, str],
