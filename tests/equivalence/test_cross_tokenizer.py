@@ -230,7 +230,8 @@ def test_one_vocabulary_has_no_alignment_to_show(make_recipe: Callable[..., Path
         aligned_samples(run, "heldout", 1)
 
 
-@pytest.mark.parametrize("share", [1.0, 0.5])
+# Both together in value and gradient: tests/numerics/test_span_likelihood.
+@pytest.mark.parametrize("share", [1.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_a_student_learns_from_the_likelihood_of_spans(
     other_run: Callable[..., RunConfig], share: float
 ) -> None:
@@ -257,7 +258,8 @@ def test_spans_between_equal_tokenizers_are_asked_for_by_name(
         checked_plan(run, download=True)
 
 
-@pytest.mark.parametrize("by", ["teacher", "student"])
+# What the student writes: the rounds below.
+@pytest.mark.parametrize("by", ["teacher", pytest.param("student", marks=pytest.mark.slow)])
 def test_answers_that_a_model_writes_are_read_by_both(
     other_run: Callable[..., RunConfig], by: str
 ) -> None:

@@ -1,9 +1,12 @@
 """What one model has written, in the other one's tokens."""
 
+from functools import lru_cache
+
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from kdflow_core.alignment.classes import Vocabulary
 from kdflow_core.alignment.tokenizer_pair import TokenizerPair, vocabulary
 from kdflow_core.alignment.translation import Translator, valid_text, with_answer
 from kdflow_core.contracts import Example, TokenSequence
@@ -11,14 +14,17 @@ from kdflow_core.data.chat import ChatFormat
 from tests.real_tokenizers import real_tokenizer
 
 
+@lru_cache
+def known(name: str) -> Vocabulary:
+    tokenizer = real_tokenizer(name)
+    size = max(tokenizer.get_vocab().values()) + 1
+    return vocabulary(tokenizer, [tokenizer.eos_token_id], size, name)
+
+
 def translator(student: str, teacher: str, limit: int = 256) -> Translator:
     tokenizers = {"student": real_tokenizer(student), "teacher": real_tokenizer(teacher)}
-    sides = [
-        vocabulary(t, [t.eos_token_id], max(t.get_vocab().values()) + 1, side)
-        for side, t in tokenizers.items()
-    ]
     return Translator(
-        pair=TokenizerPair(vocabularies=(sides[0], sides[1])),
+        pair=TokenizerPair(vocabularies=(known(student), known(teacher))),
         chats={side: ChatFormat(tokenizer=t) for side, t in tokenizers.items()},  # type: ignore[misc]
         limit=limit,
     )
