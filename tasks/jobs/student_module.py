@@ -13,7 +13,7 @@ from kdflow_core.alignment.tokenizer_pair import TokenizerPair
 from kdflow_core.contracts import OutputHead
 from kdflow_core.losses import build_divergence
 from kdflow_core.losses.elementwise import LossSpec
-from kdflow_core.losses.folding import Folding, build_folding
+from kdflow_core.losses.folding import Folding
 from kdflow_core.losses.surrogate import PolicyGradient
 from kdflow_core.losses.token_weights import build_token_weight
 from kdflow_core.losses.vocabulary import WholeVocabulary
@@ -76,8 +76,10 @@ def build_folded(pair: TokenizerPair | None, device: torch.device) -> Folding | 
     if pair is None or not pair.has_classes:
         return None
     classes = pair.classes()
-    student_V, teacher_W = (torch.from_numpy(c) for c in (classes.student_V, classes.teacher_W))
-    return build_folding(student_V, teacher_W, classes.count, device)
+    student_V, teacher_W = (
+        torch.from_numpy(c).to(device) for c in (classes.student_V, classes.teacher_W)
+    )
+    return Folding(student_V=student_V, teacher_W=teacher_W, count=classes.count)
 
 
 def loss_spec(run: RunConfig, part: HeadPart | None, folding: Folding | None) -> LossSpec:

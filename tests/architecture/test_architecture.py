@@ -123,3 +123,11 @@ def test_every_divergence_has_schema_class_and_test() -> None:
         assert cls.needs_whole_vocabulary == schemas[name].NEEDS_WHOLE_VOCABULARY
         assert f'"{name}"' in numerics
         assert f"| `{name}` |" in papers
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "tests/benchmarks").glob("[a-z]*.py")), ids=lambda p: p.stem
+)
+def test_benchmarks_load(path: Path) -> None:
+    """They are run by hand, and move with what they measure."""
+    importlib.import_module(f"tests.benchmarks.{path.stem}")

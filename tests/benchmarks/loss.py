@@ -27,8 +27,8 @@ from kdflow_core.contracts import HiddenSignal, OutputHead
 from kdflow_core.losses import LOSSES
 from kdflow_core.losses.chunked import chunk_rows, distillation_loss
 from kdflow_core.losses.elementwise import LossSpec
-from kdflow_core.losses.folding import build_folding
-from tasks.execution.launch import KEEP_BUFFERS
+from kdflow_core.losses.folding import Folding
+from tasks.stages.catalogue import KEEP_BUFFERS
 
 ROOT = Path(__file__).parents[2]
 # How many tensors of full logits a subject holds at a time, roughly; others hold chunks.
@@ -61,7 +61,11 @@ class Problem:
         size = self.args.vocabulary
         count = 3 * size // 4
         classes_V = torch.arange(size) % count
-        folding = build_folding(classes_V, classes_V.flip(0), count, self.device)
+        folding = Folding(
+            student_V=classes_V.to(self.device),
+            teacher_W=classes_V.flip(0).to(self.device),
+            count=count,
+        )
         return replace(self.spec("forward_kl"), folding=folding)
 
     def spec(self, name: str) -> LossSpec:

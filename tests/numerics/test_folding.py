@@ -10,7 +10,7 @@ from kdflow_core.contracts import HiddenSignal, OutputHead
 from kdflow_core.losses import LOSSES
 from kdflow_core.losses.chunked import LossOutput, distillation_loss
 from kdflow_core.losses.elementwise import LossSpec
-from kdflow_core.losses.folding import Folding, build_folding
+from kdflow_core.losses.folding import Folding
 from tests.numerics.definitions import generalized_jsd, kl
 
 TOKENS, STUDENT_IDS, TEACHER_IDS, CLASSES = 11, 23, 31, 9
@@ -48,7 +48,7 @@ class Problem:
 
     @property
     def folding(self) -> Folding:
-        return build_folding(self.student_V, self.teacher_W, CLASSES, torch.device("cpu"))
+        return Folding(student_V=self.student_V, teacher_W=self.teacher_W, count=CLASSES)
 
     def loss(self, spec: LossSpec) -> LossOutput:
         return distillation_loss(

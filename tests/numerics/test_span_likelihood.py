@@ -14,7 +14,7 @@ from kdflow_core.algorithms.vanilla_kd import VanillaKD
 from kdflow_core.contracts import HiddenSignal, OutputHead
 from kdflow_core.losses import LOSSES
 from kdflow_core.losses.elementwise import LossSpec
-from kdflow_core.losses.folding import build_folding
+from kdflow_core.losses.folding import Folding
 from kdflow_core.losses.span_likelihood import SMALLEST, Spans, span_divergence
 
 TOKENS, TEACHER_TOKENS, IDS, TEACHER_IDS, CLASSES, WIDTH = 7, 6, 13, 17, 5, 4
@@ -67,11 +67,10 @@ class Problem:
         return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
 
     def loss(self, **spec: Any) -> Any:
-        folding = build_folding(
-            torch.arange(IDS) % CLASSES,
-            torch.arange(TEACHER_IDS) % CLASSES,
-            CLASSES,
-            torch.device("cpu"),
+        folding = Folding(
+            student_V=torch.arange(IDS) % CLASSES,
+            teacher_W=torch.arange(TEACHER_IDS) % CLASSES,
+            count=CLASSES,
         )
         head = OutputHead(weight_VH=self.weight_VH)
         made = VanillaKD(
