@@ -89,7 +89,9 @@ def test_unusable_data(
 def test_different_vocabularies(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
     make_tokenizer(tmp_path / "other", texts=["quite another text " * 20])
     make_llama(tmp_path / "other", hidden=32, layers=1, rows=416, seed=0)
-    run = load_run(str(make_recipe()), {"student.model.path": str(tmp_path / "other"), "alignment": "exact"})
+    run = load_run(
+        str(make_recipe()), {"student.model.path": str(tmp_path / "other"), "alignment": "exact"}
+    )
     with pytest.raises(
         ModelError, match=r"different vocabularies: .* tokens, .* differ, for instance"
     ):
