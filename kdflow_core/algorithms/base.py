@@ -171,13 +171,12 @@ def partly_taught_loss(
         teacher=None,
         spec=alone,
     )
-    terms = {name: with_teacher.terms[name] for name in TAUGHT_TERMS}
-    for name, values_K in with_teacher.terms.items():
-        if name not in TAUGHT_TERMS:
-            scale = part if name == "loss" else 1.0
-            terms[name] = torch.cat([values_K, without.terms[name] * scale])
-    ordered = {name: terms[name] for name in with_teacher.terms}
-    return LossOutput(with_teacher.loss + without.loss, ordered)
+    rest = without.terms | {"loss": without.terms["loss"] * part}
+    terms = {
+        name: values_K if name in TAUGHT_TERMS else torch.cat([values_K, rest[name]])
+        for name, values_K in with_teacher.terms.items()
+    }
+    return LossOutput(with_teacher.loss + without.loss, terms)
 
 
 def whole_batch_loss(

@@ -44,12 +44,6 @@ class Vocabulary:
     size: int
 
 
-def same_classes(size: int) -> Classes:
-    """Those of one vocabulary on both sides: every id is its own."""
-    own = np.arange(size)
-    return Classes(student_V=own, teacher_W=own, count=size, shared=size)
-
-
 def fold(student: Vocabulary, teacher: Vocabulary) -> Classes:
     """The classes of two vocabularies."""
     own, other = student.tokens.id_of, teacher.tokens.id_of

@@ -30,11 +30,8 @@ class Coverage:
 
 def summary(by_source: Mapping[str, Coverage]) -> str:
     """One line on all sources."""
-    total = Coverage()
-    for own in by_source.values():
-        for field in fields(Coverage):
-            name = field.name
-            setattr(total, name, getattr(total, name) + getattr(own, name))
+    names = [field.name for field in fields(Coverage)]
+    total = Coverage(**{n: sum(getattr(own, n) for own in by_source.values()) for n in names})
     share = total.pairs / max(1, total.tokens)
     return (
         f"alignment: bytes; {share:.1%} of the student's {total.tokens:,} supervised tokens begin "

@@ -69,7 +69,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, title: str) -> TokenBytes:
     special = set()
     for added in form["added_tokens"]:
         number, content = added["id"], added["content"]
-        spelled[number] = b"" if added["special"] else _added(content, spell)
+        spelled[number] = b"" if added["special"] else spell.added(content)
         if added["special"]:
             special.add(number)
     id_of: dict[bytes, int] = {}
@@ -86,7 +86,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, title: str) -> TokenBytes:
     )
 
 
-def _speller(form: Mapping[str, Any], title: str) -> Any:
+def _speller(form: Mapping[str, Any], title: str) -> "_ByteLevel | _SentencePiece":
     """What gives a token's bytes, by the kind of the tokenizer."""
     parts = [*_parts(form.get("pre_tokenizer")), *_parts(form.get("decoder"))]
     kinds = {part["type"] for part in parts}
@@ -114,7 +114,11 @@ class _ByteLevel:
         try:
             return bytes(self._byte[letter] for letter in token)
         except KeyError:
-            return token.encode()  # an added token, written as it is
+            return self.added(token)
+
+    def added(self, content: str) -> bytes:
+        """An added token that stands for text is written as it is."""
+        return content.encode()
 
 
 class _SentencePiece:
@@ -125,15 +129,14 @@ class _SentencePiece:
             return bytes([int(token[3:5], 16)])
         return token.replace(SPACE_MARK, " ").encode()
 
+    def added(self, content: str) -> bytes:
+        """An added token that stands for text is spelled as others are."""
+        return self(content)
+
 
 def _is_byte(token: str) -> bool:
     """Whether a token of SentencePiece stands for a byte."""
     return BYTE_TOKEN.fullmatch(token) is not None
-
-
-def _added(content: str, spell: Any) -> bytes:
-    """The bytes of an added token that stands for text."""
-    return content.encode() if isinstance(spell, _ByteLevel) else bytes(spell(content))
 
 
 def _parts(node: Any) -> Iterator[Mapping[str, Any]]:

@@ -3,6 +3,7 @@
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,7 +20,7 @@ class TokenizerPair:
 
     vocabularies: tuple[Vocabulary, Vocabulary]
 
-    @property
+    @cached_property
     def readers(self) -> tuple[Reader, Reader]:
         """Both sides as `align` takes them."""
         student, teacher = (

@@ -140,8 +140,11 @@ class RoundTrainer:
         rows = int(examples.supervised_counts("student").sum())
         return {"examples": len(examples), "rows": rows}
 
-    def train(self, number: int, examples: RoundExamples, metrics: MetricsSink) -> RoundFigures:
-        """The round's optimizer steps, as far as they are not done; and what is measured.
+    def train(
+        self, number: int, examples_of: Callable[[], RoundExamples], metrics: MetricsSink
+    ) -> RoundFigures:
+        """The round's optimizer steps, as far as they are not done; and what is measured. Its
+        examples are asked for where the round was not scored here.
 
         Raises TrainingError where the student is not at this round.
         """
@@ -151,7 +154,7 @@ class RoundTrainer:
                 f"round {number} begins at step {last - steps}, and the student is at {self.step}"
             )
         if self._scored is None or self._scored.number != number:
-            self.score(number, examples)  # a new process, where an old one had scored it
+            self.score(number, examples_of())  # a new process, where an old one had scored it
         assert self._scored is not None
         scored = self._scored
         if self._sleeper is not None:

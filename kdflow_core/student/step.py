@@ -16,6 +16,7 @@ from kdflow_core.algorithms.base import Algorithm, MicroBatch, Teacher, TokenBat
 from kdflow_core.batching import (
     hidden_rows,
     pad_right,
+    rows_at,
     select_rows,
     taught_tokens,
     teacher_rows,
@@ -23,7 +24,6 @@ from kdflow_core.batching import (
 from kdflow_core.contracts import (
     Example,
     Examples,
-    HiddenRows,
     HiddenSignal,
     SignalSource,
     TokenSequence,
@@ -204,9 +204,9 @@ def _token_signal(
     )
     spans = _spans(examples, signals, teacher, device) if teacher.reads_spans else None
     return TokenSignal(
-        spans=spans,
         index_K=torch.from_numpy(np.concatenate(index)).to(device),
         signal=HiddenSignal(hidden_KG, teacher.head),
+        spans=spans,
     )
 
 
@@ -226,9 +226,7 @@ def _spans(
         sequence = example.views[teacher.view]
         targets.append(sequence.target_ids_N[other.token].astype(np.int64))
         theirs.append(numbers_S[other.span])
-        hidden = hidden_rows(signals.rows(sequence))
-        chosen = torch.from_numpy(other.token).to(hidden.index_N.device)
-        states.append(HiddenRows(buffer_RH=hidden.buffer_RH, index_N=hidden.index_N[chosen]))
+        states.append(rows_at(hidden_rows(signals.rows(sequence)), other.token))
         first, count = first + len(example.student.target_positions_N), count + len(spans_S4)
     row_R, span_R, target_ids_M, span_M = (
         torch.from_numpy(np.concatenate(parts)).to(device)

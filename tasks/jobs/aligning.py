@@ -2,24 +2,25 @@
 code.
 """
 
+from collections.abc import Mapping
+
 from kdflow_core.alignment.tokenizer_pair import TokenizerPair, vocabulary
 from kdflow_core.alignment.translation import Translator
+from kdflow_core.data.chat import ChatFormat
 from kdflow_core.models.tokenizers import true_vocabulary_size
 from tasks.checks.chat_check import aligns_by_bytes
 from tasks.jobs.chats import chat
 from tasks.jobs.stage_run import SIDES, StageRun
+from tasks.stages.slices import Side
 
 
 def pair(stage: StageRun) -> TokenizerPair | None:
     """Both sides; None where they are compared token by token."""
-    tokens = stage.spec.inputs.get("tokens")
-    # Tokens that were made without an alignment say so, sooner than two tokenizers do.
-    if (
-        tokens is not None
-        and not stage.store.manifest(tokens.kind, tokens.digest).info["alignment"]
-    ):
-        return None
-    chats = {side: chat(stage, side) for side in SIDES}
+    return pair_of(stage, _chats(stage)) if _may_align(stage) else None
+
+
+def pair_of(stage: StageRun, chats: Mapping[Side, ChatFormat]) -> TokenizerPair | None:
+    """The same, where the chat formats are at hand."""
     if not aligns_by_bytes(stage.run, chats["student"], chats["teacher"]):
         return None
     student, teacher = (
@@ -36,8 +37,20 @@ def pair(stage: StageRun) -> TokenizerPair | None:
 
 def translator(stage: StageRun) -> Translator | None:
     """What brings one side's answers into the other's tokens; None where both have the same."""
-    made = pair(stage)
-    if made is None:
+    if not _may_align(stage):
         return None
-    chats = {side: chat(stage, side) for side in SIDES}
-    return Translator(pair=made, chats=chats, limit=stage.length_limit)
+    chats = _chats(stage)
+    made = pair_of(stage, chats)
+    return None if made is None else Translator(pair=made, chats=chats, limit=stage.length_limit)
+
+
+def _chats(stage: StageRun) -> dict[Side, ChatFormat]:
+    return {side: chat(stage, side) for side in SIDES}
+
+
+def _may_align(stage: StageRun) -> bool:
+    """Tokens that were made without an alignment say so, sooner than two tokenizers do."""
+    tokens = stage.spec.inputs.get("tokens")
+    if tokens is None:
+        return True
+    return bool(stage.store.manifest(tokens.kind, tokens.digest).info["alignment"])

@@ -12,7 +12,7 @@ from storage.artifact import ArtifactRef
 from storage.data_files import DataFiles
 from storage.tokens import TokenTable, TokenWriter
 from tasks.checks.chat_check import check_pair
-from tasks.jobs.aligning import pair
+from tasks.jobs.aligning import pair_of
 from tasks.jobs.chats import chat
 from tasks.jobs.stage_run import SIDES, StageRun, job
 from tasks.jobs.stored import token_row
@@ -33,7 +33,7 @@ def tokenize_data(stage: StageRun) -> ArtifactRef:
     same_ends = chats["teacher"].end_ids == chats["student"].end_ids
     if same_tokenizer and same_template and same_ends:
         renderers["teacher"] = renderers["student"]
-    tally, aligner = Tally(), pair(stage)
+    tally, aligner = Tally(), pair_of(stage, chats)
     examples = tokenize(
         config=run.data,
         seed=run.seed,

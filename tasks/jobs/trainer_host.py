@@ -133,8 +133,7 @@ class TrainerHost:
                 )
             kept: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
             return kept
-        examples = self._examples(wanted)
-        figures = self._rounds.train(number, examples, self._session.metrics)
+        figures = self._rounds.train(number, lambda: self._examples(wanted), self._session.metrics)
         result = figures.plain() | self._means(figures.last_step)
         if dist.get_rank() == 0:
             done.parent.mkdir(exist_ok=True)

