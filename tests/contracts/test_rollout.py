@@ -35,6 +35,7 @@ ROWS = 416  # of the students' heads: 16 beyond the vocabulary
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def engine(request: pytest.FixtureRequest, student_folder: Path) -> Iterator[RolloutEngine]:
+    before = psutil.Process().children()  # what other files' tests have left is not the engine's
     built = build_rollout_engine(
         CONFIGS[request.param],
         folder=student_folder,
@@ -44,8 +45,12 @@ def engine(request: pytest.FixtureRequest, student_folder: Path) -> Iterator[Rol
     )
     yield built
     built.close()
-    children = psutil.Process().children()
-    assert [child.name() for child in children if child.status() == psutil.STATUS_ZOMBIE] == []
+    zombies = [
+        child
+        for child in psutil.Process().children()
+        if child not in before and child.status() == psutil.STATUS_ZOMBIE
+    ]
+    assert zombies == []
     with pytest.raises(ModelError, match="closed"):
         answers(built, prompts(1), GREEDY, 1)
     with warnings.catch_warnings():
