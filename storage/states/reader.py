@@ -92,14 +92,30 @@ class HiddenStateReader:
 
         Raises RowsMismatchError.
         """
+        entries, surely = self._nearest(digests)
+        # Not there, or two that share their first half: looked up one by one.
+        for i in np.flatnonzero(~surely):
+            entries[i] = self._entry(digests[i].tobytes())
+        return np.asarray(self._begin(entries) // self.layout.shard_rows)
+
+    def holds(self, digests: np.ndarray) -> np.ndarray:
+        """Whether the rows of each sequence are here, by digests uint8 [N, 16]."""
+        _, here = self._nearest(digests)
+        for i in np.flatnonzero(~here):
+            here[i] = self._position(digests[i].tobytes()) is not None
+        return here
+
+    def _nearest(self, digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The first entry with each digest's first half, or one near it; and whether it is the
+        digest's own.
+        """
         known = self._digests.as_array()
         wanted = np.ascontiguousarray(digests)
+        if not len(known):
+            return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), bool)
         entries = np.searchsorted(_first_halves(known), _first_halves(wanted))
         entries[entries == len(known)] = 0
-        # Not there, or two that share their first half: looked up one by one.
-        for i in np.flatnonzero((known[entries] != wanted).any(axis=1)):
-            entries[i] = self._entry(wanted[i].tobytes())
-        return np.asarray(self._begin(entries) // self.layout.shard_rows)
+        return entries, (known[entries] == wanted).all(axis=1)
 
     def rows(self, digest: bytes, target_ids_N: np.ndarray) -> np.ndarray:
         """The bfloat16 bits [N, H] of one sequence's states; of codec `raw`, without a copy.
@@ -138,13 +154,18 @@ class HiddenStateReader:
         return np.asarray(np.maximum(self._first[entries] - (self._count[entries] == 0), 0))
 
     def _entry(self, digest: bytes) -> int:
-        position = bisect_left(self._digests, digest)
-        if position == len(self._digests) or self._digests[position] != digest:
+        position = self._position(digest)
+        if position is None:
             raise RowsMismatchError(
                 f"no teacher states for the sequence with digest {digest.hex()}: its ids or its "
                 "supervision mask differ from what the teacher saw; run the extract stage again"
             )
         return position
+
+    def _position(self, digest: bytes) -> int | None:
+        position = bisect_left(self._digests, digest)
+        here = position < len(self._digests) and self._digests[position] == digest
+        return position if here else None
 
     def _shard(self, shard: int) -> tuple[ShardFile, ShardFile]:
         """A shard's rows and target ids; those used last stay open."""

@@ -1,9 +1,11 @@
 """The stage that runs the teacher.
 
 Ranks share the work by whole shards: each replica of the teacher takes its share of the missing
-ones, and the replica's first rank writes them.
+ones, and the replica's first rank writes them. What the same teacher has read for other runs is
+copied from there.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,6 +28,7 @@ from storage.states.layout import Layout, Sequences, plan_layout
 from storage.states.writer import HiddenStateWriter
 from storage.tokens import TokenTable
 from tasks.jobs import parts
+from tasks.jobs.earlier_states import earlier_states
 from tasks.jobs.reference import Reference
 from tasks.jobs.stage_run import StageRun, job
 from tasks.jobs.stored import TeacherSequences, bfloat16_bits, bfloat16_tensor
@@ -239,15 +242,21 @@ def _run_teacher(
     rank, size = parts.rank_and_size()
     replica, place_in_replica = divmod(rank, teacher.ranks_per_replica)
     shards = missing[replica :: size // teacher.ranks_per_replica]
-    reference = _reference(stage, work, writer, missing) if replica == 0 else None
-    engine = _checked_engine(stage, head, int(work.lengths.max()), reference)
+    earlier = earlier_states(stage, head_digest(head))
+    holder = earlier.holder(work.sequences.digests)
+    wanted = [number for shard in missing for number in writer.sequences_of(shard)]
+    fresh = int((holder[wanted] < 0).sum())
+    if rank == 0 and fresh < len(wanted):
+        stage.reporter.message(
+            f"the states of {len(wanted) - fresh} of {len(wanted)} sequences are copied: this "
+            "teacher has read them for other runs"
+        )
+    engine = None
+    if fresh:  # on any rank: they build it together
+        reference = _reference(stage, work, writer, missing) if replica == 0 else None
+        engine = _checked_engine(stage, head, int(work.lengths.max()), reference)
     numbers = [number for shard in shards for number in writer.sequences_of(shard)]
     total, done = int(work.lengths[numbers].sum()), 0
-
-    def remember(shard: int, targets: list[np.ndarray]) -> Iterator[TokenSequence]:
-        for sequence in TeacherSequences(work.tables, work.places(writer.sequences_of(shard))):
-            targets.append(sequence.target_ids_N)
-            yield sequence
 
     def measure(exact_NH: np.ndarray, stored_NH: np.ndarray) -> dict[str, float]:
         return compare_states(head, bfloat16_tensor(exact_NH), bfloat16_tensor(stored_NH))
@@ -259,12 +268,37 @@ def _run_teacher(
             # there already, nor on who computes the others, and states of a batch depend on it.
             rows: list[np.ndarray] = []
             targets: list[np.ndarray] = []
-            states = stream_states(engine, remember(shard, targets), window_tokens=window)
-            for number in writer.sequences_of(shard):
-                rows.append(bfloat16_bits(next(states)))
+            sequences = writer.sequences_of(shard)
+            computed = _computed(engine, work, [n for n in sequences if holder[n] < 0], window)
+            for number in sequences:
+                if holder[number] < 0:
+                    rows_NH, targets_N = next(computed)
+                else:
+                    (sequence,) = TeacherSequences(work.tables, work.places([number]))
+                    targets_N = sequence.target_ids_N
+                    rows_NH = earlier.rows(int(holder[number]), sequence.digest, targets_N)
+                rows.append(rows_NH)
+                targets.append(targets_N)
                 done += int(work.lengths[number])
                 if place_in_replica == 0:
                     stage.reporter.progress(done=done, total=total, unit="tokens")
             if place_in_replica == 0:
                 background.submit(partial(writer.write_shard, shard, rows, targets, measure))
-    engine.close()
+    if engine is not None:
+        engine.close()
+
+
+def _computed(
+    engine: TeacherEngine | None, work: TeacherWork, numbers: Sequence[int], window_tokens: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows [N, H], in bits of bfloat16, and target ids [N] of some sequences, from the teacher."""
+    targets: deque[np.ndarray] = deque()
+
+    def sequences() -> Iterator[TokenSequence]:
+        for sequence in TeacherSequences(work.tables, work.places(numbers)):
+            targets.append(sequence.target_ids_N)
+            yield sequence
+
+    if engine is not None:
+        for states_NH in stream_states(engine, sequences(), window_tokens=window_tokens):
+            yield bfloat16_bits(states_NH), targets.popleft()

@@ -16,14 +16,17 @@ from typer.testing import CliRunner
 from configs.load import load_run
 from configs.schema.run import RunConfig
 from flows.cli import app
+from kdflow_core.contracts import TeacherEngine
 from kdflow_core.errors import DataError, ModelError
+from storage.states.reader import HiddenStateReader
 from storage.tokens import TokenTable
 from tasks.checks.run_check import checked_plan
+from tasks.jobs import extraction
 from tasks.jobs.stored import TokenExamples
 from tasks.presentation.alignment_view import aligned_samples, two_rows
 from tasks.presentation.tracking import HELDOUT_FILE, METRICS_FILE, read_metrics
 from tasks.rounds.rounds_at_work import RoundsAtWork
-from tasks.stages.identity import made_of, stage_spec
+from tasks.stages.identity import made_of, open_store, stage_spec
 from tasks.stages.planning import plan_stages
 from tests.conftest import make_llama, make_tokenizer, run_inline
 
@@ -175,6 +178,52 @@ def classes_by_hand(tokens: dict[str, list[bytes]], tokenizers: Any) -> dict[str
         )
         for name, own in tokens.items()
     }
+
+
+def test_a_teacher_reads_a_text_once_for_students_of_any_tokenizer(
+    make_recipe: Callable[..., Path],
+    other_run: Callable[..., RunConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their states are copied bit for bit; of a sequence that is new, the teacher is asked."""
+    first = load_run(str(make_recipe()), {"data.sources.0.max_samples": 40})
+    store = open_store(first)
+    earlier = HiddenStateReader(store=store, ref=run_inline(first, until="extract")["states"])
+    build, asked = extraction.build_engine, []
+
+    def counting(*args: Any, **kwargs: Any) -> TeacherEngine:
+        engine = build(*args, **kwargs)
+        forward = engine.forward
+        monkeypatch.setattr(engine, "forward", lambda batch: asked.extend(batch) or forward(batch))
+        return engine
+
+    monkeypatch.setattr(extraction, "build_engine", counting)
+    for run, new in [
+        (other_run(data__sources__0__max_samples=40), False),
+        (other_run(data__sources__0__max_samples=50), True),
+        # What a lossy codec has stored is copied by nobody, what was stored exactly is compressed.
+        (other_run(data__sources__0__max_samples=40, storage__codec="int8"), False),
+    ]:
+        asked.clear()
+        done = run_inline(run, until="extract")
+        assert done["tokens"].digest != run_inline(first, until="tokenize")["tokens"].digest
+        reader = HiddenStateReader(store=store, ref=done["states"])
+        same = 0
+        for name in ("train", "heldout"):
+            table = TokenTable(Path(done["tokens"].uri) / f"{name}.arrow")
+            for example in (TokenExamples(table)[i] for i in range(len(table))):
+                teacher = example.teacher
+                rows_NH = reader.rows(teacher.digest, teacher.target_ids_N)
+                if earlier.holds(np.frombuffer(teacher.digest, np.uint8)[None])[0]:
+                    same += 1
+                    if run.storage.codec == "raw":
+                        wanted_NH = earlier.rows(teacher.digest, teacher.target_ids_N)
+                        np.testing.assert_array_equal(rows_NH, wanted_NH)
+                else:
+                    assert teacher.digest in {sequence.digest for sequence in asked}
+        assert same > 20
+        assert len({sequence.digest for sequence in asked}) == len(reader) - same
+        assert bool(asked) == new
 
 
 def test_live_is_replay(other_run: Callable[..., RunConfig]) -> None:
