@@ -180,6 +180,9 @@ class WeightedSumConfig(_Tempered):
         return self
 
 
+# What the tokens of two vocabularies are compared by: classes of them.
+ClassMap = Literal["folded", "first_piece", "byte_prefix", "shared_tail"]
+
 Divergence = Annotated[SingleDivergence | WeightedSumConfig, Field(discriminator="type")]
 
 
@@ -222,6 +225,13 @@ class LossConfig(StrictModel):
     both models find each run of tokens that spells the same (ALM's limit, 2503.20083). The
     divergence has the rest, at 1 nothing.
     """
+    compared_by: ClassMap | Literal["ranks"] = "folded"
+    """Between two tokenizers, what the divergence compares: `folded` (both vocabularies folded onto
+    the tokens that they share), `first_piece` and `byte_prefix` (a token of the teacher as the one
+    of the student that its text begins with), `shared_tail` (the shared tokens, all others as one),
+    or `ranks` (probabilities in falling order, whatever their tokens: ULD, 2402.12030, with
+    `total_variation`). Evaluation goes by `folded` for all of them.
+    """
     token_weight: TokenWeight | None = None
     """Which tokens' divergence counts more: `{type: teacher_confidence}` or `{type: entropy, of:
     student, favour: high}`; by default all count the same.
@@ -230,6 +240,13 @@ class LossConfig(StrictModel):
     """How much memory logits take at a time, at most, in MB; lower it when memory runs out. The
     result stays the same.
     """
+
+    @property
+    def of_two_tokenizers(self) -> str | None:
+        """What is set that means nothing between models of one tokenizer."""
+        if self.compared_by != "folded":
+            return f"loss.compared_by={self.compared_by}"
+        return f"loss.span_share={self.span_share:g}" if self.span_share else None
 
     @property
     def learns_from_samples(self) -> bool:

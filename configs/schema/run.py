@@ -242,10 +242,10 @@ class RunConfig(StrictModel):
                 "alignment=exact: a student with student.model.type=new_vocabulary has other "
                 "tokens than the teacher; leave `alignment` out"
             )
-        if self.loss.span_share and self.alignment == "exact":
+        if self.loss.of_two_tokenizers and self.alignment == "exact":
             raise ValueError(
-                "loss.span_share is for two tokenizers, and alignment=exact asks for one; leave "
-                "one of the two out"
+                f"{self.loss.of_two_tokenizers} is for two tokenizers, and alignment=exact asks "
+                "for one; leave one of the two out"
             )
         if self.loss.span_share and self.algorithm.type not in ("vanilla_kd", "sft"):
             raise ValueError(

@@ -64,11 +64,11 @@ def fold(student: Vocabulary, teacher: Vocabulary) -> Classes:
                 classes[i] = class_of[root]
         classes[list(side.end_ids)] = end
         sides.append(classes)
-    used, (student_V, teacher_W) = _renumbered(sides)
+    used, (student_V, teacher_W) = renumbered(sides)
     return Classes(student_V=student_V, teacher_W=teacher_W, count=used, shared=len(shared))
 
 
-def _renumbered(sides: Sequence[np.ndarray]) -> tuple[int, list[np.ndarray]]:
+def renumbered(sides: Sequence[np.ndarray]) -> tuple[int, list[np.ndarray]]:
     """Classes numbered without gaps."""
     used, numbers = np.unique(np.concatenate(sides), return_inverse=True)
     return len(used), np.split(numbers, [len(sides[0])])
@@ -82,7 +82,7 @@ class _Roots:
         cutters = [cutter_of(side.tokenizer) for side in (student, teacher)]
         # The first token of each side's own tokens, as the other side cuts them.
         self._first = [
-            _first_pieces(self._tokens[side], cutters[1 - side], self._tokens[1 - side])
+            first_pieces(self._tokens[side], cutters[1 - side], self._tokens[1 - side])
             for side in (0, 1)
         ]
 
@@ -98,35 +98,35 @@ class _Roots:
         return None
 
 
-def _first_pieces(tokens: TokenBytes, cutter: Tokenizer, other: TokenBytes) -> dict[bytes, bytes]:
+def first_pieces(
+    tokens: TokenBytes, cutter: Tokenizer, other: TokenBytes
+) -> dict[bytes, bytes | None]:
     """For every token that the other side does not have, the first of the pieces that the other
-    side cuts it into.
+    side cuts it into; None where it has none.
     """
     missing = [token for token in tokens.id_of if token not in other.id_of]
     texts, whole = [], []
-    first: dict[bytes, bytes] = {}
+    first: dict[bytes, bytes | None] = {}
     for token in missing:
         try:
             texts.append(token.decode())
             whole.append(token)
         except UnicodeDecodeError:
-            first |= _longest_prefix(token, other)
+            first[token] = longest_prefix(token, other)
     for token, cut in zip(
         whole, cutter.encode_batch_fast(texts, add_special_tokens=False), strict=True
     ):
         piece = next((other.spelled[i] for i in cut.ids if other.spelled[i]), b"")
         # Text that is rewritten, or a mark in front of it: by what both spell, then.
-        if 0 < len(piece) < len(token) and token.startswith(piece):
-            first[token] = piece
-        else:
-            first |= _longest_prefix(token, other)
+        cuts = 0 < len(piece) < len(token) and token.startswith(piece)
+        first[token] = piece if cuts else longest_prefix(token, other)
     return first
 
 
-def _longest_prefix(token: bytes, other: TokenBytes) -> dict[bytes, bytes]:
-    """A token with the longest of its proper beginnings that is a token of the other side."""
+def longest_prefix(token: bytes, other: TokenBytes) -> bytes | None:
+    """The longest of a token's proper beginnings that is a token of the other side."""
     ends = range(len(token) - 1, 0, -1)
-    return next(({token: token[:end]} for end in ends if token[:end] in other.id_of), {})
+    return next((token[:end] for end in ends if token[:end] in other.id_of), None)
 
 
 def cutter_of(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

@@ -7,7 +7,9 @@ from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
-from kdflow_core.alignment.classes import Classes, Vocabulary, fold
+from configs.schema.loss import ClassMap
+from kdflow_core.alignment.class_maps import MAPS
+from kdflow_core.alignment.classes import Classes, Vocabulary
 from kdflow_core.alignment.token_bytes import token_bytes
 from kdflow_core.alignment.turns import Reader, align
 from kdflow_core.contracts import Alignment, TokenSequence
@@ -48,9 +50,15 @@ class TokenizerPair:
         student, teacher = (side.tokenizer for side in self.vocabularies)
         return not same_vocabulary(student, teacher)
 
-    def classes(self) -> Classes:
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """The ids of both."""
+        student, teacher = self.vocabularies
+        return student.size, teacher.size
+
+    def classes(self, by: ClassMap = "folded") -> Classes:
         """The classes of both vocabularies; takes seconds."""
-        return fold(*self.vocabularies)
+        return MAPS[by](*self.vocabularies)
 
 
 def vocabulary(

@@ -24,7 +24,7 @@ from kdflow_core.batching import (
 )
 from kdflow_core.contracts import Example, Examples, SignalSource, TeacherAtHand, TokenSequence
 from kdflow_core.losses.base import Distributions
-from kdflow_core.losses.folding import Folding
+from kdflow_core.losses.folding import Comparison
 from kdflow_core.losses.forward_kl import ForwardKL
 from kdflow_core.losses.logits import LogitProducer
 from kdflow_core.losses.reverse_kl import ReverseKL
@@ -65,7 +65,7 @@ class Aligned:
     (None where they are the same), and the bytes of each id of the model that is scored.
     """
 
-    folding: Folding | None
+    folding: Comparison | None
     length_V: np.ndarray
 
 
@@ -143,7 +143,7 @@ def _rows(
 
 
 def _token_sums(
-    rows: _Rows, producers: tuple[LogitProducer, LogitProducer], folding: Folding | None
+    rows: _Rows, producers: tuple[LogitProducer, LogitProducer], folding: Comparison | None
 ) -> list[float]:
     total = torch.zeros(len(COLUMNS), dtype=torch.float64)
     for begin in range(0, len(rows.compared_P), CHUNK_TOKENS):
@@ -166,7 +166,7 @@ def _compared(
     student_CV: torch.Tensor,
     teacher_CV: torch.Tensor,
     targets_C: torch.Tensor,
-    folding: Folding | None,
+    folding: Comparison | None,
 ) -> tuple[torch.Tensor, ...]:
     """The columns of some tokens."""
     over, target_C1 = WholeVocabulary(), targets_C.unsqueeze(-1)

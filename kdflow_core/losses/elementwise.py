@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from kdflow_core.losses.base import Distributions, Divergence
-from kdflow_core.losses.folding import Folding
+from kdflow_core.losses.folding import Comparison
 from kdflow_core.losses.surrogate import PolicyGradient, clipped_surrogate
 from kdflow_core.losses.token_weights import TokenStatistics, TokenWeight
 from kdflow_core.losses.vocabulary import ShardedVocabulary, WholeVocabulary
@@ -25,7 +25,7 @@ class LossSpec:
     Without a divergence there is no teacher, and `kd_ratio` is 0. `logits_bytes` is the memory for
     both models' logits of a chunk of tokens. `vocabulary` says whether heads are whole or spread
     over ranks. With a `folding`, the models have different vocabularies, and the divergence is of
-    the classes that both are folded onto.
+    the classes that both are folded onto, or of their ranks.
     """
 
     divergence: Divergence | None
@@ -34,7 +34,7 @@ class LossSpec:
     token_weight: TokenWeight | None = None
     policy_gradient: PolicyGradient | None = None
     vocabulary: WholeVocabulary | ShardedVocabulary = WholeVocabulary()
-    folding: Folding | None = None
+    folding: Comparison | None = None
     span_share: float = 0.0
 
     @property
@@ -124,7 +124,7 @@ def block_terms(block: Block, spec: LossSpec) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _folded_terms(
-    block: Block, spec: LossSpec, folding: Folding, teacher_BV: torch.Tensor
+    block: Block, spec: LossSpec, folding: Comparison, teacher_BV: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same where vocabularies differ: cross-entropy over the student's tokens, and what
     compares it with the teacher over classes.

@@ -44,10 +44,12 @@ def check_pair(run: RunConfig, student: ChatFormat, teacher: ChatFormat) -> None
             raise ModelError(f"student and teacher have different vocabularies; {error}") from error
         for title, chat in (("student", student), ("teacher", teacher)):
             token_bytes(chat.tokenizer, title)
-    elif run.loss.span_share:
+    one = same_vocabulary(student.tokenizer, teacher.tokenizer)
+    setting = run.loss.of_two_tokenizers
+    # Spans are there wherever tokens are aligned by bytes.
+    if setting and one and (run.loss.compared_by != "folded" or run.alignment != "bytes"):
         raise ModelError(
-            f"loss.span_share={run.loss.span_share:g} is for two tokenizers, and student and "
-            "teacher have one; leave it out, or set alignment=bytes"
+            f"{setting} is for two tokenizers, and student and teacher have one; leave it out"
         )
     if student.has_template == teacher.has_template:
         return

@@ -19,7 +19,7 @@ from tasks.jobs import aligning, chats, parts
 from tasks.jobs.reference import state_limit
 from tasks.jobs.stage_run import SIDES, StageRun, job
 from tasks.jobs.stored import StoredStates, TokenExamples, evenly_spread
-from tasks.jobs.student_module import build_folded
+from tasks.jobs.student_module import build_comparison
 
 CHECKED_SEQUENCES = 4
 
@@ -76,7 +76,8 @@ def _aligned(stage: StageRun) -> dict[str, Aligned]:
     pair = aligning.pair(stage)
     if pair is None:
         return {}
-    folding = build_folded(pair, parts.device(stage))
+    # Students that were trained by other maps are judged by the same one.
+    folding = build_comparison(pair, "folded", parts.device(stage))
     lengths = {s: v.tokens.length_V for s, v in zip(SIDES, pair.vocabularies, strict=True)}
     return {side: Aligned(folding=folding, length_V=own) for side, own in lengths.items()}
 

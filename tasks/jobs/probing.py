@@ -18,7 +18,7 @@ from tasks.jobs import aligning, parts
 from tasks.jobs.extraction import TeacherWork, distinct_sequences
 from tasks.jobs.stage_run import StageRun, job
 from tasks.jobs.stored import TeacherSequences, TokenExamples, bfloat16_bits, bfloat16_tensor
-from tasks.jobs.student_module import build_folded, build_module
+from tasks.jobs.student_module import build_comparison, build_module
 from tasks.jobs.training import batch_schedule
 
 PROBED_BATCHES = 3
@@ -39,9 +39,10 @@ def estimate_run(stage: StageRun) -> ArtifactRef | None:
     stage.reporter.message(f"probing the teacher{others}")
     teacher, teacher_peak = _probe_teacher(stage, work, heads["teacher"])
     stage.reporter.message("probing the student's training")
+    comparison = build_comparison(aligning.pair(stage), stage.run.loss.compared_by, device)
     _reset_peak(device)
     student_rate = probe_training(
-        module=build_module(stage, heads, build_folded(aligning.pair(stage), device), device),
+        module=build_module(stage, heads, comparison, device),
         schedule=schedule,
         examples=TokenExamples(train),
         config=stage.run.student,

@@ -1,11 +1,13 @@
 """The student with its algorithm and loss, as a run's config has them."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from configs.schema.loss import ClassMap
 from configs.schema.run import RunConfig
 from kdflow_core.algorithms import build_algorithm
 from kdflow_core.algorithms.base import Ingredients
@@ -13,7 +15,7 @@ from kdflow_core.alignment.tokenizer_pair import TokenizerPair
 from kdflow_core.contracts import OutputHead
 from kdflow_core.losses import build_divergence
 from kdflow_core.losses.elementwise import LossSpec
-from kdflow_core.losses.folding import Folding
+from kdflow_core.losses.folding import Comparison, Folding, Ranks
 from kdflow_core.losses.surrogate import PolicyGradient
 from kdflow_core.losses.token_weights import build_token_weight
 from kdflow_core.losses.vocabulary import WholeVocabulary
@@ -29,7 +31,7 @@ from tasks.jobs.stage_run import StageRun
 def build_module(
     stage: StageRun,
     heads: Mapping[str, OutputHead],
-    folding: Folding | None,
+    folding: Comparison | None,
     device: torch.device,
 ) -> DistillationModule:
     """The student with its algorithm, sharded over all ranks; `heads` are the teachers' by name."""
@@ -71,18 +73,22 @@ def build_module(
     return module
 
 
-def build_folded(pair: TokenizerPair | None, device: torch.device) -> Folding | None:
-    """Both vocabularies folded onto classes; None where they are the same. Takes seconds."""
+def build_comparison(
+    pair: TokenizerPair | None, by: ClassMap | Literal["ranks"], device: torch.device
+) -> Comparison | None:
+    """What two vocabularies are compared by; None where they are the same. Takes seconds."""
     if pair is None or not pair.has_classes:
         return None
-    classes = pair.classes()
+    if by == "ranks":
+        return Ranks(sizes=pair.sizes)
+    classes = pair.classes(by)
     student_V, teacher_W = (
         torch.from_numpy(c).to(device) for c in (classes.student_V, classes.teacher_W)
     )
     return Folding(student_V=student_V, teacher_W=teacher_W, count=classes.count)
 
 
-def loss_spec(run: RunConfig, part: HeadPart | None, folding: Folding | None) -> LossSpec:
+def loss_spec(run: RunConfig, part: HeadPart | None, folding: Comparison | None) -> LossSpec:
     """The run's loss, over the whole vocabulary or this rank's part of it."""
     loss, gradient = run.loss, None
     if run.on_policy is not None and run.on_policy.reward is not None:

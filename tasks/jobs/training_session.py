@@ -33,7 +33,7 @@ from storage.tokens import TokenTable
 from tasks.jobs import aligning, chats, parts
 from tasks.jobs.stage_run import StageRun
 from tasks.jobs.stored import StoredStates, TokenExamples, evenly_spread
-from tasks.jobs.student_module import build_folded, build_module, loss_spec
+from tasks.jobs.student_module import build_comparison, build_module, loss_spec
 from tasks.presentation.model_card import model_card
 from tasks.presentation.tracking import MetricsLog, NoMetrics
 from tasks.stages.checkpoint_places import checkpoints_folder
@@ -59,7 +59,8 @@ class TrainingSession:
         self.stage = stage
         self.device = parts.device(stage)
         compares = bool(heads) or judged_by is not None
-        self.folding = build_folded(aligning.pair(stage), self.device) if compares else None
+        pair, by = aligning.pair(stage) if compares else None, run.loss.compared_by
+        self.folding = build_comparison(pair, by, self.device)
         self.module = build_module(stage, heads, self.folding, self.device)
         self.trainer = Trainer(
             module=self.module,

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from configs.errors import ConfigError
 from configs.load import load_run
 from configs.schema.run import RunConfig
 from flows.cli import app
@@ -291,6 +292,23 @@ def test_a_student_learns_from_the_likelihood_of_spans(
     assert "likelihood of spans" in (done["report"] / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"compared_by": "ranks", "divergence": {"type": "total_variation"}},
+        {"compared_by": "shared_tail", "divergence": {"type": "forward_kl"}},
+        pytest.param({"compared_by": "byte_prefix"}, marks=pytest.mark.slow),
+        pytest.param({"compared_by": "first_piece"}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_student_learns_by_other_maps_of_the_vocabularies(
+    other_run: Callable[..., RunConfig], loss: dict[str, Any]
+) -> None:
+    run = other_run(**{f"loss__{name}": value for name, value in loss.items()}, loss__kd_ratio=1.0)
+    records = read_metrics(student_of(run)["student"] / METRICS_FILE)
+    assert records[-1]["kd"] < 0.8 * records[0]["kd"]
+
+
 def test_a_pair_that_was_in_order_is_looked_at_again_for_another_loss(
     other_run: Callable[..., RunConfig],
 ) -> None:
@@ -299,12 +317,19 @@ def test_a_pair_that_was_in_order_is_looked_at_again_for_another_loss(
         checked_plan(other_run(loss__divergence={"type": "alpha_beta"}), download=True)
 
 
-def test_spans_between_equal_tokenizers_are_asked_for_by_name(
+def test_what_is_for_two_tokenizers_is_refused_between_equal_ones(
     make_recipe: Callable[..., Path],
 ) -> None:
-    run = load_run(str(make_recipe()), {"loss.span_share": 1.0})
-    with pytest.raises(ModelError, match="is for two tokenizers, and student and teacher have one"):
-        checked_plan(run, download=True)
+    for setting, alignment in (
+        ({"loss.span_share": 1.0}, "auto"),
+        ({"loss.compared_by": "ranks"}, "auto"),
+        ({"loss.compared_by": "shared_tail"}, "bytes"),
+    ):
+        run = load_run(str(make_recipe()), setting | {"alignment": alignment})
+        with pytest.raises(ModelError, match="is for two tokenizers, and student and teacher"):
+            checked_plan(run, download=True)
+        with pytest.raises(ConfigError, match="for two tokenizers, and alignment=exact asks"):
+            load_run(str(make_recipe()), setting | {"alignment": "exact"})
 
 
 # What the student writes: the rounds below.

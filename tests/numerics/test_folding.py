@@ -3,6 +3,9 @@
 Dimensions: T tokens, V and W vocabularies of student and teacher, K classes.
 """
 
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -10,7 +13,7 @@ from kdflow_core.contracts import HiddenSignal, OutputHead
 from kdflow_core.losses import LOSSES
 from kdflow_core.losses.chunked import LossOutput, distillation_loss
 from kdflow_core.losses.elementwise import LossSpec
-from kdflow_core.losses.folding import Folding
+from kdflow_core.losses.folding import Folding, Ranks
 from tests.numerics.definitions import generalized_jsd, kl
 
 TOKENS, STUDENT_IDS, TEACHER_IDS, CLASSES = 11, 23, 31, 9
@@ -173,3 +176,39 @@ def test_heads_and_classes_of_different_sizes_are_refused() -> None:
     )
     with pytest.raises(ValueError, match=r"the classes are of \(23, 31\)"):
         problem.loss(spec)
+
+
+@pytest.mark.parametrize("sizes", [(STUDENT_IDS, TEACHER_IDS), (TEACHER_IDS, STUDENT_IDS)])
+def test_ranks_are_uld_whatever_the_tokens_are_called(sizes: tuple[int, int]) -> None:
+    """The sum of absolute differences of sorted probabilities, by TRL's ULD and autograd."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "experimental"
+        from trl.experimental.gold.gold_trainer import ULDLoss
+    problem = Problem()
+    problem.weight_VH = problem.random(sizes[0], WIDTHS[0]).requires_grad_()
+    problem.targets_T %= sizes[0]
+    teacher_WG = problem.random(sizes[1], WIDTHS[1])
+    leaves = [problem.hidden_TH, problem.weight_VH]
+    spec = LossSpec(
+        divergence=LOSSES["total_variation"](),
+        kd_ratio=1.0,
+        logits_bytes=10**4,
+        folding=Ranks(sizes=sizes),
+    )
+    q_TV = (problem.hidden_TH @ problem.weight_VH.T).softmax(-1)
+    p_TW = (problem.teacher_TG @ teacher_WG.T).softmax(-1)
+    without_matches = SimpleNamespace(
+        _teacher_matched_ids=set(), hybrid_matched_weight=0.0, hybrid_unmatched_weight=1.0
+    )
+    rows = [
+        ULDLoss._compute_hybrid_uld_loss(without_matches, q_TV[t : t + 1], p_TW[t : t + 1])
+        for t in range(TOKENS)
+    ]
+    expected = (problem.weights_T * torch.stack(rows)).sum() / 2
+    wanted = torch.autograd.grad(expected, leaves)
+    for order_W in (torch.arange(sizes[1]), torch.randperm(sizes[1])):
+        problem.teacher_WG = teacher_WG[order_W]
+        output = problem.loss(spec)
+        torch.testing.assert_close(output.loss, expected, rtol=1e-12, atol=1e-12)
+        for own, other in zip(torch.autograd.grad(output.loss, leaves), wanted, strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-12)

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from kdflow_core.alignment.boundaries import common_boundaries
+from kdflow_core.alignment.class_maps import MAPS
 from kdflow_core.alignment.classes import Vocabulary, fold
 from kdflow_core.alignment.token_bytes import TokenBytes, token_bytes
 from kdflow_core.alignment.turns import Reader, align
@@ -337,3 +338,32 @@ def test_whatever_is_written_no_row_meets_another_text(student: str, teacher: st
         assert_same_text((student, teacher), sides, found)
     assert set(reasons) <= {"bytes_disagree"}
     assert len(reasons) < 100
+
+
+@pytest.mark.parametrize("by", sorted(MAPS))
+@pytest.mark.parametrize("pair", [("gpt2", "qwen"), ("qwen", "sentencepiece")])
+def test_whatever_the_classes_a_shared_token_is_in_its_own_on_both_sides(
+    by: str, pair: tuple[str, str]
+) -> None:
+    """And the others are where the map says."""
+    student, teacher = (vocabulary(name) for name in pair)
+    classes = MAPS[by](student, teacher)  # type: ignore[index]
+    own, other = student.tokens, teacher.tokens
+    for token in own.id_of.keys() & other.id_of.keys():
+        mine, theirs = classes.student_V[own.id_of[token]], classes.teacher_W[other.id_of[token]]
+        assert mine == theirs
+    assert classes.student_V[student.end_ids[0]] == classes.teacher_W[teacher.end_ids[0]]
+    tail = {classes.student_V[i] for t, i in own.id_of.items() if t not in other.id_of}
+    if by == "shared_tail":
+        tail |= {classes.teacher_W[i] for t, i in other.id_of.items() if t not in own.id_of}
+        assert len(tail) == 1
+    if by in {"byte_prefix", "first_piece"}:
+        assert len(tail) == len(own.id_of.keys() - other.id_of.keys())  # each has a class
+        begins = {int(classes.student_V[i]): token for token, i in own.id_of.items()}
+        for token, number in other.id_of.items():
+            root = begins.get(int(classes.teacher_W[number]))
+            if root is not None:
+                assert token.startswith(root)
+            if by == "byte_prefix":
+                ends = range(len(token), 0, -1)
+                assert root == next((token[:k] for k in ends if token[:k] in own.id_of), None)
