@@ -12,21 +12,36 @@ import torch
 from kdflow_core.contracts import Example, HiddenRows, SignalRows, SignalSource
 from kdflow_core.errors import AlignmentError
 
+# What a pass costs beside its tokens, as a part of the budget: one in so many.
+PASS_SHARE = 16
+
 
 def batch_by_tokens(lengths: Sequence[int] | np.ndarray, budget: int) -> list[list[int]]:
-    """Indices grouped so that (sequences x longest) stays within `budget` tokens.
+    """Indices grouped so that (sequences x longest) stays within `budget` tokens, and that the sum
+    of these areas, with something for every batch, is the least that there is.
 
-    Longest first, so that an out-of-memory shows at once and little is padded. A sequence longer
-    than the budget is a batch of its own.
+    Longest first, so that an out-of-memory shows at once. A sequence longer than the budget is a
+    batch of its own.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-int(lengths[i]), i))
+    order_N = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
+    sorted_N = np.asarray(lengths, np.int64)[order_N]
+    least = np.zeros(len(order_N) + 1, np.int64)  # the least cost of so many of the longest
+    begins = np.zeros(len(order_N) + 1, np.int64)  # where the last batch of those begins
+    first = 0
+    for end in range(1, len(order_N) + 1):
+        # A batch from `first` on is within the budget; those that begin later are smaller.
+        while first < end - 1 and (end - first) * sorted_N[first] > budget:
+            first += 1
+        candidates = np.arange(first, end)
+        costs = least[candidates] + (end - candidates) * sorted_N[candidates]
+        best = int(costs.argmin())  # of equal ones that with the largest last batch
+        least[end], begins[end] = costs[best] + budget // PASS_SHARE, first + best
     batches: list[list[int]] = []
-    for i in order:
-        if batches and (len(batches[-1]) + 1) * int(lengths[batches[-1][0]]) <= budget:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
+    end = len(order_N)
+    while end:
+        batches.append(order_N[begins[end] : end].tolist())
+        end = int(begins[end])
+    return batches[::-1]
 
 
 def pad_right(sequences: Sequence[np.ndarray]) -> torch.Tensor:

@@ -140,10 +140,12 @@ class OutputHead:
     """What turns post-norm hidden states into logits: softcap(scale * (h W^T + b)).
 
     `weight_VH` has only the rows of the true vocabulary; padded rows are left out, so they carry
-    no probability.
+    no probability. Where they are the first rows of a parameter that is learned, that is the
+    `parameter`, and has the gradient: a view's would be made, and copied, for every micro-batch.
     """
 
     weight_VH: torch.Tensor
+    parameter: torch.Tensor | None = None
     bias_V: torch.Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None

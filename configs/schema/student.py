@@ -1,6 +1,6 @@
 """The student and how it is trained."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -75,6 +75,10 @@ class StudentConfig(StrictModel):
     """The padded area of one forward pass of one rank, in tokens; lower it when memory runs out."""
     num_ranks: int = Field(default=1, gt=0, le=MOST_RANKS)
     """Processes that train together: the number of GPUs."""
+    reduce_gradients: Literal["every_micro_batch", "every_step"] = "every_micro_batch"
+    """When gradients are summed over the ranks: `every_micro_batch` (each rank holds its part of
+    them) or `every_step` (less to send, but each rank holds all of them in float32 until then).
+    """
     vocabulary_parallel: bool = False
     """Spread large output heads over the ranks, each with a part of the vocabulary, where they are
     not tied to the embedding.

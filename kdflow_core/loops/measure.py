@@ -191,6 +191,5 @@ def _outputs(
         output = module(batch, algorithm=algorithm)
         if chosen:
             yield chosen, output
-    # Without a backward pass the root's weights stay gathered, in the dtype of the computation.
-    module.reshard()  # type: ignore[operator]
+    module.release()
     module.train(training)

@@ -90,7 +90,7 @@ def probe_training(
             examples=examples,
             states=states,
             rank=rank,
-            max_grad_norm=config.max_grad_norm,
+            config=config,
             device=device,
         )  # it ends with a number on the host, so it is finished
         if step:

@@ -116,7 +116,7 @@ class Trainer:
             examples=examples,
             states=states,
             rank=rank,
-            max_grad_norm=self._config.max_grad_norm,
+            config=self._config,
             device=self._device,
         )
         self.step += 1

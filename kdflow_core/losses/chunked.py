@@ -88,7 +88,7 @@ def distillation_loss(
     _check(student_hidden_TH, student_head, teacher, per_token, spec)
     outputs = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         student_hidden_TH,
-        student_head.weight_VH,
+        student_head.weight_VH if student_head.parameter is None else student_head.parameter,
         student_head.bias_V,
         _Inputs(
             head=student_head,
@@ -122,14 +122,14 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_TH: torch.Tensor,
-        weight_VH: torch.Tensor,
+        weight: torch.Tensor,
         bias_V: torch.Tensor | None,
         inputs: _Inputs,
     ) -> tuple[torch.Tensor, ...]:
         spec = inputs.spec
         dtype = accumulation_dtype(hidden_TH)
         exchange = RowExchange(len(hidden_TH), spec.vocabulary, hidden_TH.device)
-        given = (hidden_TH, weight_VH, bias_V)
+        given = (hidden_TH, weight, bias_V)
         hidden_TH = exchange.gather(hidden_TH.detach())
         gradients = _Gradients(hidden_TH, given, ctx.needs_input_grad, inputs.head, dtype)
         terms_MT = _run_chunks(hidden_TH, inputs, exchange, gradients, dtype)
@@ -238,23 +238,32 @@ class _Gradients:
     ) -> None:
         self.producer = LogitProducer(head, dtype)
         self.hidden_TH = torch.zeros_like(hidden_TH) if needed[0] else None
-        self.weight_VH, self.bias_V = (
-            torch.zeros_like(tensor, dtype=dtype) if tensor is not None and need else None
-            for tensor, need in zip(given[1:], needed[1:], strict=False)
+        _, weight, bias_V = given
+        # Its first rows are the head's, and are written with the first chunk.
+        self.weight = (
+            torch.empty_like(weight, dtype=dtype) if weight is not None and needed[1] else None
         )
+        self.bias_V = (
+            torch.zeros_like(bias_V, dtype=dtype) if bias_V is not None and needed[2] else None
+        )
+        self._written = 0
 
     def add(self, rows: slice, hidden_CH: torch.Tensor, grad_CV: torch.Tensor) -> None:
         """Add the gradients of some rows, from the gradient of h W^T + b."""
         if self.hidden_TH is not None:
             self.hidden_TH[rows] = self.producer.hidden_gradient(grad_CV).to(hidden_CH.dtype)
-        if self.weight_VH is not None:
-            add_weight_gradient_(self.weight_VH, grad_CV, hidden_CH)
+        if self.weight is not None:
+            weight_VH = self.weight[: grad_CV.shape[1]]
+            add_weight_gradient_(weight_VH, grad_CV, hidden_CH, fresh=self._written == 0)
+            self._written = len(weight_VH)
         if self.bias_V is not None:
             self.bias_V += grad_CV.sum(0)
 
     def as_given(self, given: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
         """The gradients, each in the dtype of its tensor."""
-        grads = (self.hidden_TH, self.weight_VH, self.bias_V)
+        if self.weight is not None:
+            self.weight[self._written :] = 0
+        grads = (self.hidden_TH, self.weight, self.bias_V)
         return tuple(
             None if grad is None or tensor is None else grad.to(tensor.dtype)
             for grad, tensor in zip(grads, given, strict=True)

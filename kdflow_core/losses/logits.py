@@ -95,15 +95,16 @@ def widening_product(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def add_weight_gradient_(
-    grad_VH: torch.Tensor, grad_CV: torch.Tensor, hidden_CH: torch.Tensor
+    grad_VH: torch.Tensor, grad_CV: torch.Tensor, hidden_CH: torch.Tensor, *, fresh: bool
 ) -> None:
-    """Add G^T h to a gradient in full precision."""
+    """Add G^T h to a gradient in full precision; a `fresh` one is overwritten."""
+    beta = 0 if fresh else 1
     if hidden_CH.is_cuda and is_half(hidden_CH):
         left_VC = grad_CV.to(hidden_CH.dtype).T
-        torch.addmm(grad_VH, left_VC, hidden_CH, out_dtype=grad_VH.dtype, out=grad_VH)
+        torch.addmm(grad_VH, left_VC, hidden_CH, beta=beta, out_dtype=grad_VH.dtype, out=grad_VH)
     else:
         with bfloat16_products(hidden_CH):
-            grad_VH.addmm_(grad_CV.T, hidden_CH.to(grad_VH.dtype))
+            grad_VH.addmm_(grad_CV.T, hidden_CH.to(grad_VH.dtype), beta=beta)
 
 
 @contextmanager

@@ -65,6 +65,7 @@ def live_head(model: PreTrainedModel, vocabulary_size: int) -> OutputHead:
     bias_V = getattr(linear, "bias", None)
     return OutputHead(
         weight_VH=linear.weight[:vocabulary_size],
+        parameter=linear.weight,
         bias_V=None if bias_V is None else bias_V[:vocabulary_size],
         logit_scale=scale,
         softcap=softcap,

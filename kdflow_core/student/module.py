@@ -39,6 +39,26 @@ class DistillationModule(torch.nn.Module):
         self.algorithm = algorithm
         self.head_part = head_part
         self.vocabulary_size = vocabulary_size
+        embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+        if embedding.weight is output.weight and embedding.weight.device.type == "cpu":
+            # Of the few tokens of a batch; it is added to the head's gradient, which is dense.
+            embedding.sparse = True
+
+    def begin_micro_batch(self, *, reduces: bool, last: bool) -> None:
+        """Before the forward pass of a micro-batch, the `last` of a step or not: whether its
+        backward pass `reduces` gradients over the ranks, or keeps them, whole, for the next one.
+        """
+        if isinstance(self, FSDPModule):
+            self.set_requires_gradient_sync(reduces)
+            # What the root holds, head and embedding, is gathered once for all micro-batches.
+            self.set_reshard_after_backward(last, recurse=False)
+
+    def release(self) -> None:
+        """Let go of the gathered root, which without a backward pass stays, in the dtype of the
+        computation.
+        """
+        if isinstance(self, FSDPModule):
+            self.reshard()
 
     def part_of_head(self, head: OutputHead) -> OutputHead:
         """A teacher's head over the tokens that this rank makes logits for."""
@@ -60,8 +80,11 @@ class DistillationModule(torch.nn.Module):
 
 def shard(module: DistillationModule, *, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
     """Shard each decoder layer, then the rest. Parameters stay float32; layers compute in
-    `compute_dtype`; gradients are reduced in float32. Raises ModelError.
+    `compute_dtype`; gradients are reduced in float32. One rank that computes in float32 has nothing
+    to gather or to cast, and stays as it is. Raises ModelError.
     """
+    if mesh.size() == 1 and compute_dtype == torch.float32 and module.head_part is None:
+        return
     param_dtype = None if compute_dtype == torch.float32 else compute_dtype
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
     for model in (module.model, *module.algorithm.models):

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from configs.schema.student import StudentConfig
 from kdflow_core.algorithms.base import Algorithm, MicroBatch, Teacher, TokenBatch, TokenSignal
 from kdflow_core.batching import (
     hidden_rows,
@@ -57,7 +58,7 @@ def training_step(
     examples: Examples,
     states: Sequence[SignalSource],
     rank: int,
-    max_grad_norm: float,
+    config: StudentConfig,
     device: torch.device,
 ) -> StepMetrics:
     """Accumulate the gradients of this rank's micro-batches, clip once, step.
@@ -71,11 +72,10 @@ def training_step(
     weight = num_ranks / batches.num_tokens
     totals: dict[str, torch.Tensor] = {}
     mine = batches.micro_batches[rank]
+    each = config.reduce_gradients == "every_micro_batch"
     for number, indices in enumerate(mine):
         last = number == len(mine) - 1
-        module.set_requires_gradient_sync(last)  # type: ignore[operator]
-        # What the root holds, head and embedding, is gathered once for all micro-batches.
-        module.set_reshard_after_backward(last, recurse=False)  # type: ignore[operator]
+        module.begin_micro_batch(reduces=last or each, last=last)
         stand_in = batches.micro_batches[0][0][:1]
         batch = collate(
             [examples[i] for i in indices or stand_in],
@@ -90,7 +90,7 @@ def training_step(
         for name, values in output.terms.items():
             total = torch.stack([values.double().sum(), _count(values)])
             totals[name] = totals[name] + total if name in totals else total
-    grad_norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
+    grad_norm = torch.nn.utils.clip_grad_norm_(module.parameters(), config.max_grad_norm)
     if isinstance(grad_norm, DTensor):
         grad_norm = grad_norm.full_tensor()
     metrics = StepMetrics(terms=_means(totals), grad_norm=float(grad_norm))

@@ -52,6 +52,7 @@ def memory_phases(spec: StageSpec) -> list[Phase]:
     ranks = run.student.num_ranks
     student = num_parameters(_folder(spec, "student"))
     trained = 0 if run.student.lora else student  # adapters are small
+    shared = ranks if run.student.reduce_gradients == "every_micro_batch" else 1
     parts = {
         "student": _Part(
             size=(student * WEIGHTS + trained * MOMENTS) // ranks,
@@ -67,7 +68,7 @@ def memory_phases(spec: StageSpec) -> list[Phase]:
         "states": _Part(
             size=_state_bytes(spec, run.on_policy), needed=frozenset({"score", "train"})
         ),
-        "gradients": _Part(size=trained * GRADIENTS // ranks, needed=frozenset({"train"})),
+        "gradients": _Part(size=trained * GRADIENTS // shared, needed=frozenset({"train"})),
         "logits": _Part(size=run.loss.logits_memory_mb * 10**6, needed=frozenset({"train"})),
     }
     return [

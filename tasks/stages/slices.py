@@ -44,6 +44,7 @@ OPERATIONAL_STUDENT_FIELDS = {
     "activation_checkpointing",
     "micro_batch_tokens",
     "num_ranks",
+    "reduce_gradients",
     "vocabulary_parallel",
     "sleep",
     "checkpoint_every",

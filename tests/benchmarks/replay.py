@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from configs.schema.algorithm import VanillaKDConfig
+from configs.schema.student import StudentConfig
 from kdflow_core.algorithms.base import Ingredients
 from kdflow_core.algorithms.vanilla_kd import VanillaKD
 from kdflow_core.contracts import Example, HiddenRows, OutputHead, SignalSource, TokenSequence
@@ -37,6 +38,8 @@ from tests.benchmarks.store import CODECS, Kdflow, Rows
 from tests.benchmarks.subjects import work_folder
 
 VOCABULARY = 8192
+MODEL = {"type": "pretrained", "path": "."}
+CONFIG = StudentConfig.model_validate({"model": MODEL, "max_steps": 1})
 
 
 class InMemory:
@@ -168,7 +171,7 @@ def train(
                 examples=examples,
                 states=[states],
                 rank=0,
-                max_grad_norm=1.0,
+                config=CONFIG,
                 device=torch.device("cpu"),
             )
             if step >= schedule.steps_per_epoch:

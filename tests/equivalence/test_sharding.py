@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 
 from configs.schema.algorithm import VanillaKDConfig
+from configs.schema.student import StudentConfig
 from kdflow_core.algorithms import build_algorithm
 from kdflow_core.algorithms.base import Ingredients
 from kdflow_core.contracts import Example, TokenSequence
@@ -26,6 +27,8 @@ from kdflow_core.student.step import training_step
 from tests.conftest import VOCABULARY
 
 RANKS, MICRO_BATCHES = 2, 3
+MODEL = {"type": "pretrained", "path": "."}
+CONFIG = StudentConfig.model_validate({"model": MODEL, "max_steps": 2})
 GATHER = "c10d::_allgather_base_"
 
 
@@ -75,7 +78,7 @@ def gathers(rank: int, folders: tuple[str, str], num_micro_batches: int) -> int:
                 examples=examples,  # type: ignore[arg-type]
                 states=[RandomStates(head.weight_VH.shape[1])],
                 rank=rank,
-                max_grad_norm=1.0,
+                config=CONFIG,
                 device=torch.device("cpu"),
             )
     return sum(event.count for event in profiler.key_averages() if GATHER in event.key)
