@@ -16,15 +16,19 @@ from kdflow_core.errors import AlignmentError
 PASS_SHARE = 16
 
 
-def batch_by_tokens(lengths: Sequence[int] | np.ndarray, budget: int) -> list[list[int]]:
+def batch_by_tokens(
+    lengths: Sequence[int] | np.ndarray, budget: int, longest: int | None = None
+) -> list[list[int]]:
     """Indices grouped so that (sequences x longest) stays within `budget` tokens, and that the sum
     of these areas, with something for every batch, is the least that there is.
 
     Longest first, so that an out-of-memory shows at once. A sequence longer than the budget is a
-    batch of its own.
+    batch of its own, and so is one above `longest` (see `batched_length`).
     """
     order_N = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
     sorted_N = np.asarray(lengths, np.int64)[order_N]
+    alone = 0 if longest is None else int((sorted_N > longest).sum())
+    singles, order_N, sorted_N = order_N[:alone], order_N[alone:], sorted_N[alone:]
     least = np.zeros(len(order_N) + 1, np.int64)  # the least cost of so many of the longest
     begins = np.zeros(len(order_N) + 1, np.int64)  # where the last batch of those begins
     first = 0
@@ -41,7 +45,7 @@ def batch_by_tokens(lengths: Sequence[int] | np.ndarray, budget: int) -> list[li
     while end:
         batches.append(order_N[begins[end] : end].tolist())
         end = int(begins[end])
-    return batches[::-1]
+    return [[int(i)] for i in singles] + batches[::-1]
 
 
 def pad_right(sequences: Sequence[np.ndarray]) -> torch.Tensor:

@@ -36,4 +36,5 @@ STEP_METRICS = (
     Metric("grad_norm", "gradient norm (before clipping)", "gradient norm"),
     Metric("lr", "learning rate", "lr"),
     Metric("tokens_per_s", "throughput (tokens/s)", "tokens/s"),
+    Metric("padding", "padding (share of positions)", "padding"),
 )

@@ -51,16 +51,28 @@ class StudentConfig(StrictModel):
     """Compute activations again in the backward pass: slower, in less memory."""
     lr: float = Field(default=2e-5, gt=0)
     """The peak learning rate."""
+    lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """How the learning rate goes on after its rise: down along a `cosine` or a line, `constant`, or
+    `wsd` (constant, then down a line in the last `decay_fraction` of the steps).
+    """
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
-    """The last learning rate, as a share of the peak."""
+    """The last learning rate, as a share of the peak; a `constant` one stays at the peak."""
     warmup_fraction: float = Field(default=0.03, ge=0, le=1)
     """The share of the steps in which the learning rate rises."""
+    warmup_steps: int | None = Field(default=None, ge=0, le=MOST)
+    """The same as a number of steps, in place of the share."""
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    """For `wsd`, the share of the steps after the rise in which the learning rate falls."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's weight decay."""
     adam_betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), strict=False)
     """AdamW's betas."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """The norm that gradients are clipped to."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """The norm that gradients are clipped to; `null` does not clip."""
+    max_skipped_steps: int = Field(default=0, ge=0, le=MOST)
+    """How many steps whose loss or gradient is not finite are left out, weights untouched, before
+    training ends with an error that names the samples.
+    """
     epochs: int | None = Field(default=None, gt=0, le=MOST)
     """How often training sees the data; give this or `max_steps`."""
     max_steps: int | None = Field(default=None, gt=0, le=MOST)
@@ -89,6 +101,18 @@ class StudentConfig(StrictModel):
     """Optimizer steps between two checkpoints."""
     keep_checkpoints: int = Field(default=2, gt=0, le=MOST)
     """How many checkpoints are kept."""
+
+    @model_validator(mode="after")
+    def _rise_fits(self) -> "StudentConfig":
+        if self.warmup_steps is not None and "warmup_fraction" in self.model_fields_set:
+            raise ValueError("give one of warmup_steps and warmup_fraction, not both")
+        most = self.max_steps
+        if self.warmup_steps is not None and most is not None and self.warmup_steps > most:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} is more than max_steps={most}: the learning "
+                "rate would never reach its peak"
+            )
+        return self
 
     @model_validator(mode="after")
     def _ranks_have_work(self) -> "StudentConfig":

@@ -29,6 +29,7 @@ from kdflow_core.losses.forward_kl import ForwardKL
 from kdflow_core.losses.logits import LogitProducer
 from kdflow_core.losses.reverse_kl import ReverseKL
 from kdflow_core.losses.vocabulary import WholeVocabulary
+from kdflow_core.models.families.base import batched_length
 from kdflow_core.models.forward import post_norm_states
 from kdflow_core.models.heads import live_head
 from kdflow_core.sinks import Reporter
@@ -102,7 +103,8 @@ def score_distributions(
     sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(len(COLUMNS) + len(COUNTS)))
     folding = aligned.folding if aligned is not None and side == "student" else None
     done = 0
-    for batch in batch_by_tokens(examples.lengths(side), tokens_per_batch):
+    longest = batched_length(model.config.get_text_config().to_dict())
+    for batch in batch_by_tokens(examples.lengths(side), tokens_per_batch, longest):
         chosen = [examples[i] for i in batch]
         sequences = [example.views[side] for example in chosen]
         ids_BT = pad_right([s.ids_T for s in sequences]).to(model.device)

@@ -24,6 +24,7 @@ from kdflow_core.contracts import Example, OutputHead, SignalSource
 from kdflow_core.losses.chunked import LossOutput
 from kdflow_core.losses.elementwise import LossSpec
 from kdflow_core.losses.reverse_kl import ReverseKL
+from kdflow_core.models.families.base import batched_length
 from kdflow_core.student.module import DistillationModule
 from kdflow_core.student.step import collate
 
@@ -176,7 +177,8 @@ def _outputs(
     training = module.training
     module.eval()
     lengths = [len(e.student.ids_T) for e in examples]
-    batches = batch_by_tokens(lengths, measuring.micro_batch_tokens)
+    longest = batched_length(module.model.config.get_text_config().to_dict())
+    batches = batch_by_tokens(lengths, measuring.micro_batch_tokens, longest)
     for first in range(0, len(batches), size):
         mine = batches[first + rank] if first + rank < len(batches) else []
         chosen = [examples[i] for i in mine]

@@ -56,6 +56,7 @@ class RoundSettings:
     steps: int
     global_batch_size: int
     micro_batch_tokens: int
+    batched_length: int | None
     seed: int
     temperature: float
 
@@ -197,6 +198,7 @@ class RoundTrainer:
             global_batch_size=settings.global_batch_size,
             micro_batch_tokens=settings.micro_batch_tokens,
             num_ranks=dist.get_world_size(),
+            batched_length=settings.batched_length,
             seed=(settings.seed << 20) + number,
             epochs=None,
             max_steps=settings.steps,

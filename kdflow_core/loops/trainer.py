@@ -11,11 +11,13 @@ import torch.distributed as dist
 
 from configs.schema.student import StudentConfig
 from kdflow_core.contracts import Examples, SignalSource
+from kdflow_core.errors import TrainingError
 from kdflow_core.sinks import MetricsSink, Reporter
 from kdflow_core.student.checkpoint import CheckpointWriter, load_newest
 from kdflow_core.student.module import DistillationModule
 from kdflow_core.student.optim import build_optimizer
-from kdflow_core.student.schedule import StepBatches, learning_rate
+from kdflow_core.student.rates import rate_factor
+from kdflow_core.student.schedule import StepBatches
 from kdflow_core.student.step import StepMetrics, training_step
 
 
@@ -40,6 +42,8 @@ class Trainer:
         self.optimizer = build_optimizer(
             module, lr=config.lr, weight_decay=config.weight_decay, betas=config.adam_betas
         )
+        # A checkpoint brings the rates of its last step.
+        self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.step = load_newest(checkpoints, module, self.optimizer, reporter.message)
         self._num_steps = num_steps
         self._seed = seed
@@ -47,6 +51,7 @@ class Trainer:
         self._checkpoints = CheckpointWriter(checkpoints, keep=config.keep_checkpoints)
         self._reporter = reporter
         self._device = device
+        self._skipped = 0
         reporter.message(
             f"training from step {self.step} of {num_steps}"
             + (" (resumed from a checkpoint)" if self.step else "")
@@ -103,7 +108,7 @@ class Trainer:
         marks: Mapping[str, Any],
     ) -> None:
         started, rank = time.perf_counter(), dist.get_rank()
-        lr = self._set_learning_rate()
+        lr = self._set_learning_rates()
         # Dropout, where a model has it, depends on step and rank alone: a resumed run repeats it.
         drawn = np.random.SeedSequence([self._seed, self.step, rank]).generate_state(1, np.uint64)
         torch.manual_seed(int(drawn[0]))
@@ -120,10 +125,15 @@ class Trainer:
             device=self._device,
         )
         self.step += 1
+        if result.fault is not None:
+            self._skip(result.fault)
+            return
         seconds = time.perf_counter() - started
         rate = batches.num_input_tokens / seconds
         record = {"step": self.step, **marks, "epoch": batches.epoch, "lr": lr}
-        metrics.write(record | result.plain | {"seconds": seconds, "tokens_per_s": rate})
+        padding = 1 - batches.num_input_tokens / batches.num_positions
+        speed = {"seconds": seconds, "tokens_per_s": rate, "padding": padding}
+        metrics.write(record | result.plain | speed)
         if rank == 0:  # a step is one for all ranks
             self._tell(result, rate)
 
@@ -136,15 +146,23 @@ class Trainer:
             f"{rate:,.0f} tokens/s",
         )
 
-    def _set_learning_rate(self) -> float:
-        config = self._config
-        lr = learning_rate(
-            step=self.step,
-            num_steps=self._num_steps,
-            peak=config.lr,
-            warmup_fraction=config.warmup_fraction,
-            min_ratio=config.min_lr_ratio,
+    def _skip(self, fault: str) -> None:
+        """Go on without a step, as long as that is allowed. Raises TrainingError."""
+        self._skipped += 1
+        most = self._config.max_skipped_steps
+        if self._skipped > most:
+            raise TrainingError(
+                f"step {self.step}: {fault}; lower student.lr, or look at these samples"
+                + (f" ({most} steps were left out before)" if most else "")
+                + ". The last checkpoint is intact"
+            )
+        self._reporter.message(
+            f"step {self.step} is left out, the {self._skipped}. of {most} at most: {fault}"
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        return lr
+
+    def _set_learning_rates(self) -> float:
+        """Every group's by its own peak; the run's own is returned."""
+        factor = rate_factor(self._config, step=self.step, num_steps=self._num_steps)
+        for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * factor
+        return self._config.lr * factor

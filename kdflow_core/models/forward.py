@@ -8,7 +8,24 @@ import torch
 
 def post_norm_states(base: torch.nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
     """The states [B, T, H] that the output head reads: those of the base model, after its last
-    norm. Rows are padded on the right; see `padding_is_exact` for where that changes none of them.
+    norm. Rows are padded on the right; see `batched_length` for where that changes none of them.
     """
+    _forget_lengths(base)
     hidden_BTH: torch.Tensor = base(input_ids=ids_BT, use_cache=False).last_hidden_state
     return hidden_BTH
+
+
+def _forget_lengths(base: torch.nn.Module) -> None:
+    """Let rotary embeddings of the type `dynamic` go by this batch alone: those of transformers
+    keep the frequencies of the longest one that they have seen.
+    """
+    rotary = getattr(base, "rotary_emb", None)
+    kinds = getattr(rotary, "rope_type", None)
+    if rotary is None or "dynamic" not in (kinds.values() if isinstance(kinds, dict) else [kinds]):
+        return
+    for name, frequencies in list(rotary.named_buffers(recurse=False)):
+        prefix = name.removesuffix("inv_freq")
+        original = getattr(rotary, f"{prefix}original_inv_freq", None)
+        if name.endswith("inv_freq") and original is not None:
+            setattr(rotary, name, original.to(frequencies.device))
+            setattr(rotary, f"{prefix}max_seq_len_cached", rotary.original_max_seq_len)

@@ -40,7 +40,8 @@ class DistillationModule(torch.nn.Module):
         self.head_part = head_part
         self.vocabulary_size = vocabulary_size
         embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-        if embedding.weight is output.weight and embedding.weight.device.type == "cpu":
+        tied = embedding.weight is output.weight
+        if tied and isinstance(embedding, torch.nn.Embedding) and embedding.weight.is_cpu:
             # Of the few tokens of a batch; it is added to the head's gradient, which is dense.
             embedding.sparse = True
 

@@ -5,6 +5,7 @@ the global token count of a step without talking, and a resumed run goes on in t
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,12 +17,13 @@ from kdflow_core.batching import batch_by_tokens
 class StepBatches:
     """One optimizer step: `micro_batches[rank][i]` are sequence indices; all ranks have the same
     number of micro-batches (some may be empty). `num_tokens` is the supervised tokens of the step
-    over all ranks, `num_input_tokens` all of its tokens.
+    over all ranks, `num_input_tokens` all of its tokens, `num_positions` these with their padding.
     """
 
     micro_batches: tuple[tuple[tuple[int, ...], ...], ...]
     num_tokens: int
     num_input_tokens: int
+    num_positions: int
     epoch: float
 
 
@@ -29,7 +31,8 @@ class StepBatches:
 class BatchSchedule:
     """The steps of a run. Every epoch is a permutation of its own; its last batch may be small.
 
-    With a `window`, an epoch visits the `groups` (one number per sequence: what lies together on
+    Sequences above `batched_length`, where there is one, are micro-batches of their own. With a
+    `window`, an epoch visits the `groups` (one number per sequence: what lies together on
     disk) in random order, and shuffles the sequences of `window` groups at a time, so that reading
     stays local.
     """
@@ -42,6 +45,7 @@ class BatchSchedule:
     seed: int
     epochs: int | None
     max_steps: int | None
+    batched_length: int | None = None
     groups: np.ndarray | None = None
     window: int | None = None
     _orders: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False)
@@ -91,7 +95,7 @@ class BatchSchedule:
             [
                 tuple(mine[i] for i in batch)
                 for batch in batch_by_tokens(
-                    [self.lengths[i] for i in mine], self.micro_batch_tokens
+                    self.lengths[mine], self.micro_batch_tokens, self.batched_length
                 )
             ]
             for mine in ranks
@@ -101,8 +105,14 @@ class BatchSchedule:
             micro_batches=tuple((*batches, *[()] * (most - len(batches))) for batches in divided),
             num_tokens=int(self.supervised_counts[chosen].sum()),
             num_input_tokens=int(self.lengths[chosen].sum()),
+            num_positions=padded_area(divided, self.lengths),
             epoch=(step + 1) / self.steps_per_epoch,
         )
+
+
+def padded_area(ranks: Sequence[Sequence[Sequence[int]]], lengths: np.ndarray) -> int:
+    """The positions of all ranks' micro-batches, padding included."""
+    return sum(len(b) * int(max(lengths[i] for i in b)) for mine in ranks for b in mine if b)
 
 
 def windowed_permutation(rng: np.random.Generator, groups: np.ndarray, window: int) -> np.ndarray:
@@ -110,14 +120,3 @@ def windowed_permutation(rng: np.random.Generator, groups: np.ndarray, window: i
     members = rng.permutation(len(groups))
     place = rng.permutation(int(groups.max()) + 1)[groups[members]]
     return np.asarray(members[np.argsort(place // window, kind="stable")])
-
-
-def learning_rate(
-    *, step: int, num_steps: int, peak: float, warmup_fraction: float, min_ratio: float
-) -> float:
-    """Linear warm-up, then cosine to `min_ratio * peak`. `step` counts from 0."""
-    warmup = round(warmup_fraction * num_steps)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, num_steps - 1 - warmup)
-    return peak * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))

@@ -3,8 +3,9 @@
 Dimensions: B sequences, T tokens, N supervised tokens, K those of one teacher.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +30,6 @@ from kdflow_core.contracts import (
     SignalSource,
     TokenSequence,
 )
-from kdflow_core.errors import TrainingError
 from kdflow_core.losses.span_likelihood import Spans
 from kdflow_core.student.module import DistillationModule
 from kdflow_core.student.schedule import StepBatches
@@ -38,11 +38,12 @@ from kdflow_core.student.schedule import StepBatches
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
     """Means over all ranks of the terms of the loss, by the names of `metrics`; and the norm of the
-    gradient before clipping.
+    gradient before clipping. With a `fault`, one of the two is not finite, and no step was made.
     """
 
     terms: dict[str, float]
     grad_norm: float
+    fault: str | None = None
 
     @property
     def plain(self) -> dict[str, float]:
@@ -63,14 +64,15 @@ def training_step(
 ) -> StepMetrics:
     """Accumulate the gradients of this rank's micro-batches, clip once, step.
 
-    `states` are those of the algorithm's teachers, in its order. Raises TrainingError when loss or
-    gradient is not finite; the weights are then untouched.
+    `states` are those of the algorithm's teachers, in its order. Where loss or gradient is not
+    finite, the weights stay untouched.
     """
     num_ranks = len(batches.micro_batches)
     # Every supervised token of the step counts the same, whatever rank and micro-batch it is in.
     # FSDP averages gradients over the ranks, hence the factor.
     weight = num_ranks / batches.num_tokens
     totals: dict[str, torch.Tensor] = {}
+    losses: list[torch.Tensor] = []
     mine = batches.micro_batches[rank]
     each = config.reduce_gradients == "every_micro_batch"
     for number, indices in enumerate(mine):
@@ -87,23 +89,44 @@ def training_step(
         )
         output = module(batch)
         output.loss.backward()
+        losses.append(output.loss.detach())
         for name, values in output.terms.items():
             total = torch.stack([values.double().sum(), _count(values)])
             totals[name] = totals[name] + total if name in totals else total
-    grad_norm = torch.nn.utils.clip_grad_norm_(module.parameters(), config.max_grad_norm)
+    grad_norm = torch.nn.utils.clip_grad_norm_(
+        module.parameters(), math.inf if config.max_grad_norm is None else config.max_grad_norm
+    )
     if isinstance(grad_norm, DTensor):
         grad_norm = grad_norm.full_tensor()
     metrics = StepMetrics(terms=_means(totals), grad_norm=float(grad_norm))
-    loss = metrics.terms["loss"]
-    if not np.isfinite([loss, metrics.grad_norm]).all():
-        raise TrainingError(
-            f"loss {loss} and gradient norm {metrics.grad_norm} are not both finite; "
-            "lower student.lr, or look at the newest samples. The last checkpoint is intact"
-        )
-    optimizer.step()
+    if np.isfinite([metrics.terms["loss"], metrics.grad_norm]).all():
+        optimizer.step()
+        module.algorithm.after_step(module.model)
+    else:
+        metrics = replace(metrics, fault=_fault(metrics, mine, losses))
     optimizer.zero_grad(set_to_none=True)
-    module.algorithm.after_step(module.model)
     return metrics
+
+
+def _fault(
+    metrics: StepMetrics, mine: Sequence[Sequence[int]], losses: Sequence[torch.Tensor]
+) -> str:
+    """What is not finite, and in which samples of this rank."""
+    found = [
+        int(i)
+        for indices, loss in zip(mine, losses, strict=True)
+        if not bool(torch.isfinite(loss))
+        for i in indices
+    ]
+    where = (
+        f"the loss of this rank's training samples {found} is not"
+        if found
+        else "the loss of every training sample of this rank is"
+    )
+    return (
+        f"loss {metrics.terms['loss']} and gradient norm {metrics.grad_norm} are not both finite, "
+        f"{where}"
+    )
 
 
 def _count(values: torch.Tensor) -> torch.Tensor:

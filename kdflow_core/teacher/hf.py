@@ -13,6 +13,8 @@ from configs.schema.teacher import TransformersTeacher
 from kdflow_core.batching import batch_by_tokens, pad_right
 from kdflow_core.contracts import HiddenRows, OutputHead, TokenSequence
 from kdflow_core.errors import ModelError
+from kdflow_core.models.families.base import batched_length
+from kdflow_core.models.folders import text_config
 from kdflow_core.models.forward import post_norm_states
 from kdflow_core.models.heads import verify_head
 from kdflow_core.models.loading import DTYPES, load_causal_lm
@@ -46,11 +48,12 @@ class TransformersTeacherEngine:
         self._offload = OffloadedModule(model.base_model)
         self._device = device
         self._tokens_per_batch = config.tokens_per_batch
+        self._batched_length = batched_length(text_config(folder))
         self.max_length = longest_allowed(config, folder)
 
     def pack(self, lengths: Sequence[int]) -> list[list[int]]:
         """See `TeacherEngine`; the budget bounds the padded area."""
-        return batch_by_tokens(lengths, self._tokens_per_batch)
+        return batch_by_tokens(lengths, self._tokens_per_batch, self._batched_length)
 
     @torch.no_grad()
     def forward(self, sequences: Sequence[TokenSequence]) -> list[HiddenRows]:

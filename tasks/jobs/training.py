@@ -7,6 +7,8 @@ import torch.distributed as dist
 
 from configs.schema.teacher import InProcessTeacher
 from kdflow_core.contracts import OutputHead, TeacherAtHand
+from kdflow_core.models.families.base import batched_length
+from kdflow_core.models.folders import text_config
 from kdflow_core.student.prefetch import PrefetchedStates
 from kdflow_core.student.schedule import BatchSchedule
 from kdflow_core.teacher.live import LiveStates
@@ -143,6 +145,7 @@ def batch_schedule(stage: StageRun, table: TokenTable, groups: np.ndarray | None
         global_batch_size=config.global_batch_size,
         micro_batch_tokens=config.micro_batch_tokens,
         num_ranks=dist.get_world_size(),
+        batched_length=batched_length(text_config(stage.model_folder("student"))),
         seed=stage.run.seed,
         epochs=config.epochs,
         max_steps=config.max_steps,

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from importlib import metadata
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -202,7 +202,7 @@ def plain_loop(work: Work) -> list[float]:
             kl = F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
             loss = kl[rows].sum() / count
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
             batch = []
         torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP)
         optimizer.step()
@@ -318,7 +318,8 @@ def trl_loop(work: Work) -> list[float]:
             processing_class=tokenizer,
             callbacks=[Clock()],
         )
-        trainer.train()
+        with redirect_stdout(sys.stderr):  # it prints what it logs
+            trainer.train()
         return [float(e["loss"]) for e in trainer.state.log_history if "loss" in e]
 
 

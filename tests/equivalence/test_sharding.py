@@ -45,7 +45,11 @@ def step_of(num_micro_batches: int) -> StepBatches:
     )
     count = RANKS * num_micro_batches
     return StepBatches(
-        micro_batches=batches, num_tokens=10 * count, num_input_tokens=20 * count, epoch=1.0
+        micro_batches=batches,
+        num_tokens=10 * count,
+        num_input_tokens=20 * count,
+        num_positions=20 * count,
+        epoch=1.0,
     )
 
 

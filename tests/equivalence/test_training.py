@@ -80,6 +80,23 @@ def test_division_of_the_work_does_not_matter(variant: Callable[..., Any]) -> No
             torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=2e-4)
 
 
+def test_rotary_embeddings_that_go_by_the_longest_row_are_batched_as_if_alone(
+    variant: Callable[..., Any], student_folder: Path, tmp_path: Path
+) -> None:
+    """Beyond the original length, a sequence has the frequencies that it has alone."""
+    folder = shutil.copytree(student_folder, tmp_path / "dynamic")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 100.0}
+    config["max_position_embeddings"] = 24
+    (folder / "config.json").write_text(json.dumps(config))
+    model = {"type": "pretrained", "path": str(folder)}
+    curves = [
+        losses(variant(number, model=model, max_steps=3, micro_batch_tokens=tokens)[2])
+        for number, tokens in enumerate((1, 4096))
+    ]
+    np.testing.assert_allclose(*curves, rtol=RTOL)
+
+
 def test_curve_is_that_of_a_naive_training_loop(variant: Callable[..., Any]) -> None:
     """200 steps with full logits and autograd give the same curve. Differences of single sums
     multiply, as training is a chaotic map: the last steps agree less than the first.

@@ -9,7 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kdflow_core.errors import ModelError
 from kdflow_core.models.families import BY_ARCHITECTURE, FAMILIES, family_of
-from kdflow_core.models.families.base import cached_values, padding_is_exact
+from kdflow_core.models.families.base import batched_length, cached_values
+from kdflow_core.models.forward import post_norm_states
 from kdflow_core.models.structure import decoder_layers
 from tests.contracts.test_heads import tiny_model
 
@@ -74,4 +75,24 @@ def test_where_padding_is_exact(rope: dict[str, object], longest: int) -> None:
         padded_BT[0, short:] = 0
         padded_TH = copy.deepcopy(model).base_model(padded_BT).last_hidden_state[0, :short]
     close = torch.allclose(padded_TH, alone_TH, rtol=1e-4, atol=1e-4)
-    assert close == padding_is_exact(config.to_dict(), longest)
+    most = batched_length(config.to_dict())
+    assert close == (most is None or longest <= most)
+    # What a model has read before does not matter.
+    for lengths in ([40, 30], [40, short], [40, ORIGINAL], [30, 40, 30]):
+        read = copy.deepcopy(model)
+        for length in lengths:
+            ids = torch.randint(3, 96, (1, length))
+            states = post_norm_states(read.base_model, ids)
+        fresh = copy.deepcopy(model).base_model(ids).last_hidden_state
+        torch.testing.assert_close(states, fresh, rtol=0.0, atol=0.0)
+
+
+def test_the_length_that_may_be_batched_is_the_least_of_all_kinds_of_layers() -> None:
+    longrope = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
+    plain = {"rope_type": "default"}
+    assert batched_length({"rope_parameters": longrope}) == 4096
+    assert batched_length({"rope_scaling": {"type": "dynamic"}, "max_position_embeddings": 9}) == 9
+    kinds = {"full_attention": longrope, "sliding_attention": plain}
+    assert batched_length({"rope_parameters": kinds}) == 4096
+    assert batched_length({"rope_parameters": {"full_attention": plain}}) is None
+    assert batched_length({}) is None

@@ -2,14 +2,18 @@
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from kdflow_core.batching import batch_by_tokens
-from kdflow_core.student.schedule import BatchSchedule, learning_rate
+from configs.schema.student import StudentConfig
+from kdflow_core.batching import PASS_SHARE, batch_by_tokens
+from kdflow_core.student.rates import rate_factor
+from kdflow_core.student.schedule import BatchSchedule
 
 LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=40)
 
@@ -80,22 +84,84 @@ def test_batches_stay_within_the_token_budget(lengths: list[int], budget: int) -
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
 
 
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=9), st.integers(10, 200))
+def test_batches_have_the_least_area_of_all_ways_to_cut_the_sorted_lengths(
+    lengths: list[int], budget: int
+) -> None:
+    def cost(batches: list[list[int]]) -> int:
+        each = budget // PASS_SHARE
+        return sum(len(batch) * max(batch) + each for batch in batches)
+
+    ordered, costs = sorted(lengths, reverse=True), []
+    for cuts in itertools.product([False, True], repeat=len(ordered) - 1):
+        batches = [[ordered[0]]]
+        for length, cut in zip(ordered[1:], cuts, strict=True):
+            batches = [*batches, [length]] if cut else [*batches[:-1], [*batches[-1], length]]
+        if all(len(b) == 1 or len(b) * max(b) <= budget for b in batches):
+            costs.append(cost(batches))
+    found = [[lengths[i] for i in batch] for batch in batch_by_tokens(lengths, budget)]
+    assert cost(found) == min(costs)
+    assert [max(batch) for batch in found] == sorted(map(max, found), reverse=True)
+
+
+@given(LENGTHS, st.integers(10, 100), st.integers(1, 60))
+def test_sequences_above_what_may_be_batched_are_alone(
+    lengths: list[int], budget: int, longest: int
+) -> None:
+    batches = batch_by_tokens(lengths, budget, longest)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert all(len(b) == 1 for b in batches if max(lengths[i] for i in b) > longest)
+
+
 def test_epochs_differ_and_are_repeatable() -> None:
     schedule, again = make_schedule(list(range(2, 60))), make_schedule(list(range(2, 60)))
     assert schedule.sequences(0) == again.sequences(0)
     assert schedule.sequences(0) != schedule.sequences(schedule.steps_per_epoch)
 
 
-def test_learning_rate_warms_up_and_decays() -> None:
-    rates = [
-        learning_rate(step=s, num_steps=11, peak=1.0, warmup_fraction=0.2, min_ratio=0.1)
-        for s in range(11)
-    ]
-    assert rates[:3] == [0.5, 1.0, 1.0]
-    assert rates[6] == pytest.approx(0.55)  # half-way down the cosine from 1 to 0.1
-    assert rates[-1] == pytest.approx(0.1)
-    assert all(a >= b for a, b in itertools.pairwise(rates[2:]))
+def rates(num_steps: int, **fields: Any) -> list[float]:
+    model = {"type": "pretrained", "path": "."}
+    config = StudentConfig.model_validate({"model": model, "max_steps": num_steps, **fields})
+    return [rate_factor(config, step=s, num_steps=num_steps) for s in range(num_steps)]
 
 
-def test_no_warmup_starts_at_the_peak() -> None:
-    assert learning_rate(step=0, num_steps=5, peak=2.0, warmup_fraction=0.0, min_ratio=0.0) == 2.0
+def test_the_learning_rate_warms_up_and_decays() -> None:
+    found = rates(11, warmup_fraction=0.2)
+    assert found[:3] == [0.5, 1.0, 1.0]
+    assert found[6] == pytest.approx(0.55)  # half-way down the cosine from 1 to 0.1
+    assert found[-1] == pytest.approx(0.1)
+    assert all(a >= b for a, b in itertools.pairwise(found[2:]))
+    assert rates(5, warmup_fraction=0.0)[0] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"lr_schedule": "constant"}, [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ({"lr_schedule": "linear", "min_lr_ratio": 0.0}, [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]),
+        ({"lr_schedule": "linear", "min_lr_ratio": 0.2}, [0.5, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2]),
+        (
+            {"lr_schedule": "wsd", "min_lr_ratio": 0.0, "decay_fraction": 0.5},
+            [0.5, 1.0, 1.0, 1.0, 1.0, 0.5, 0.0],
+        ),
+    ],
+)
+def test_the_learning_rate_has_the_shape_that_is_asked_for(
+    fields: dict[str, Any], expected: list[float]
+) -> None:
+    assert rates(7, warmup_steps=2, **fields) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear", "constant", "wsd"])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 50])
+def test_a_learning_rate_is_positive_and_at_most_the_peak(shape: str, num_steps: int) -> None:
+    found = rates(num_steps, lr_schedule=shape, warmup_steps=1)
+    assert all(0.1 - 1e-12 <= rate <= 1 for rate in found)
+    assert found[0] == 1.0
+
+
+def test_a_rise_that_contradicts_the_steps_is_refused() -> None:
+    with pytest.raises(ValidationError, match="one of warmup_steps and warmup_fraction"):
+        rates(5, warmup_steps=1, warmup_fraction=0.1)
+    with pytest.raises(ValidationError, match="warmup_steps=9 is more than max_steps=5"):
+        rates(5, warmup_steps=9)

@@ -88,15 +88,18 @@ def cached_values(config: Mapping[str, Any]) -> int:
     return int(2 * layers * (config.get("num_key_value_heads") or heads) * head)
 
 
-def padding_is_exact(config: Mapping[str, Any], longest: int) -> bool:
-    """Whether padding a batch on the right to `longest` tokens leaves the states of its shorter
-    rows as they are alone.
+def batched_length(config: Mapping[str, Any]) -> int | None:
+    """The longest sequences, in tokens, that may be a batch with others: padding on the right up to
+    there leaves the states of the shorter ones as they are alone. None where there is no limit.
     """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type")
-    if kind not in BATCH_DEPENDENT_ROPE:
-        return True
-    original = rope.get("original_max_position_embeddings") or config.get(
-        "original_max_position_embeddings"
-    )
-    return longest <= (original or config.get("max_position_embeddings") or 0)
+    # Some families have parameters for each kind of layer.
+    parts = [part for part in rope.values() if isinstance(part, Mapping)] or [rope]
+    limits = []
+    for part in parts:
+        if (part.get("rope_type") or part.get("type")) in BATCH_DEPENDENT_ROPE:
+            original = part.get("original_max_position_embeddings") or config.get(
+                "original_max_position_embeddings"
+            )
+            limits.append(int(original or config.get("max_position_embeddings") or 0))
+    return min(limits, default=None)

@@ -1,0 +1,29 @@
+"""The learning rate of a step: a pure function of it, so that a resumed run goes on."""
+
+import math
+
+from configs.schema.student import StudentConfig
+
+
+def rate_factor(config: StudentConfig, *, step: int, num_steps: int) -> float:
+    """What every rate is multiplied by in a step (counted from 0): it rises linearly, then follows
+    the schedule down to `min_lr_ratio` in the last step.
+    """
+    warmup = config.warmup_steps
+    if warmup is None:
+        warmup = round(config.warmup_fraction * num_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, num_steps - 1 - warmup)
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * _height(config, progress)
+
+
+def _height(config: StudentConfig, progress: float) -> float:
+    """From 1 down to 0, as `progress` goes from 0 to 1."""
+    if config.lr_schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    if config.lr_schedule == "linear":
+        return 1 - progress
+    if config.lr_schedule == "wsd":
+        return min(1.0, (1 - progress) / config.decay_fraction)
+    return 1.0
