@@ -30,7 +30,7 @@ class StudentOffload:
         self._module.to(device)
         for state in self._optimizer.state.values():
             for name, value in state.items():
-                # AdamW keeps its step count on the CPU.
+                # Step counts stay where they are.
                 if isinstance(value, torch.Tensor) and value.ndim:
                     state[name] = value.to(device)
         if torch.cuda.is_available():

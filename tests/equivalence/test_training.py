@@ -23,7 +23,7 @@ from tasks.presentation.tracking import HELDOUT_FILE, read_metrics
 from tasks.stages.identity import StageSpec
 from tasks.stages.planning import plan_stages
 from tests import naive
-from tests.conftest import run_inline
+from tests.conftest import make_llama, run_inline
 
 pytestmark = pytest.mark.ranks
 
@@ -78,6 +78,27 @@ def test_division_of_the_work_does_not_matter(variant: Callable[..., Any]) -> No
         np.testing.assert_allclose(losses(folder), reference, rtol=RTOL)
         for name, tensor in load_file(folder / "model/model.safetensors").items():
             torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=2e-4)
+
+
+def test_a_tied_student_on_two_ranks_is_that_on_one(
+    variant: Callable[..., Any], student_folder: Path, tmp_path: Path
+) -> None:
+    """Its one matrix has the gradients of head and embedding, in each dtype of the computation."""
+    folder = shutil.copytree(student_folder, tmp_path / "tied")
+    make_llama(folder, hidden=32, layers=2, rows=416, seed=3, tied=True)
+    model = {"type": "pretrained", "path": str(folder)}
+    settings = ({}, {"num_ranks": 2}, {"reduce_gradients": "every_step", "num_ranks": 2})
+    folders = [
+        variant(number, model=model, max_steps=3, micro_batch_tokens=90, **fields)[2]
+        for number, fields in enumerate(settings)
+    ]
+    weights = load_file(folders[0] / "model/model.safetensors")
+    for other in folders[1:]:
+        np.testing.assert_allclose(losses(other), losses(folders[0]), rtol=RTOL)
+        for name, tensor in load_file(other / "model/model.safetensors").items():
+            torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=2e-4)
+    half = variant(3, model=model, max_steps=3, compute_dtype="bfloat16")[2]
+    np.testing.assert_allclose(losses(half), losses(folders[0]), rtol=0.05)
 
 
 def test_rotary_embeddings_that_go_by_the_longest_row_are_batched_as_if_alone(
