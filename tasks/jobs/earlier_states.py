@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from storage.artifact import ArtifactRef, Manifest
 from storage.codecs import codec_named
+from storage.errors import StoreCorruptError
 from storage.states.reader import HiddenStateReader
 from tasks.jobs.parts import rank_and_size
 from tasks.jobs.stage_run import StageRun
@@ -25,7 +26,8 @@ MOST = 64  # artifacts that are looked at, the newest first
 class EarlierStates:
     """Rows of the sequences that other artifacts hold."""
 
-    def __init__(self, readers: Sequence[HiddenStateReader]) -> None:
+    def __init__(self, names: Sequence[str], readers: Sequence[HiddenStateReader]) -> None:
+        self._names = names
         self._readers = readers
 
     def holder(self, digests: np.ndarray) -> np.ndarray:
@@ -37,7 +39,12 @@ class EarlierStates:
 
     def rows(self, holder: int, digest: bytes, target_ids_N: np.ndarray) -> np.ndarray:
         """A sequence's rows, see `HiddenStateReader.rows`."""
-        return self._readers[holder].rows(digest, target_ids_N)
+        try:
+            return self._readers[holder].rows(digest, target_ids_N)
+        except StoreCorruptError as error:
+            raise StoreCorruptError(
+                f"{self._names[holder]}, from which this run copies states: {error}"
+            ) from error
 
 
 def earlier_states(stage: StageRun, head_digest: str) -> EarlierStates:
@@ -56,7 +63,8 @@ def earlier_states(stage: StageRun, head_digest: str) -> EarlierStates:
         dist.broadcast_object_list(refs)
     limit = int(stage.run.storage.read_cache_gb * 1e9)
     return EarlierStates(
-        [HiddenStateReader(store=stage.store, ref=ref, cache_bytes=limit) for ref in refs[0]]
+        [f"{ref.kind}/{ref.digest}" for ref in refs[0]],
+        [HiddenStateReader(store=stage.store, ref=ref, cache_bytes=limit) for ref in refs[0]],
     )
 
 

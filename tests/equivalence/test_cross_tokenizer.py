@@ -19,6 +19,7 @@ from configs.schema.run import RunConfig
 from flows.cli import app
 from kdflow_core.contracts import TeacherEngine
 from kdflow_core.errors import DataError, ModelError
+from storage.errors import StoreCorruptError
 from storage.states.reader import HiddenStateReader
 from storage.tokens import TokenTable
 from tasks.checks.run_check import checked_plan
@@ -225,6 +226,25 @@ def test_a_teacher_reads_a_text_once_for_students_of_any_tokenizer(
         assert same > 20
         assert len({sequence.digest for sequence in asked}) == len(reader) - same
         assert bool(asked) == new
+
+
+def test_damaged_states_of_another_run_are_named_and_not_copied(
+    make_recipe: Callable[..., Path], other_run: Callable[..., RunConfig]
+) -> None:
+    few = {"data.sources.0.max_samples": 40}
+    first = load_run(str(make_recipe()), few)
+    earlier = run_inline(first, until="extract")["states"]
+    shard = next(Path(earlier.uri).rglob("hidden/c/0/0/0/0"))
+    content = bytearray(shard.read_bytes())
+    content[40] ^= 1
+    shard.write_bytes(content)
+    run = other_run(data__sources__0__max_samples=40)
+    with pytest.raises(StoreCorruptError, match=f"{earlier.digest}, from which .* --repair"):
+        run_inline(run, until="extract")
+    repair = ["store", "--root", run.storage.root, "--scratch", run.storage.scratch]
+    assert "removed" in CliRunner().invoke(app, [*repair, "verify", "--repair"]).output
+    again = run_inline(run, until="extract")["states"]
+    assert len(HiddenStateReader(store=open_store(run), ref=again)) > 0
 
 
 def test_live_is_replay(other_run: Callable[..., RunConfig]) -> None:

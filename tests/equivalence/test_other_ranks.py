@@ -1,0 +1,56 @@
+"""Training goes on from a checkpoint on another number of ranks."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from kdflow_core.student.checkpoint import completed_steps
+from tests.small_training import SmallTraining
+
+STEPS, SEQUENCES = 7, 6
+PARTS = ((1, 2), (2, 4), (3, 5), (1, STEPS))  # ranks, and until which step
+
+
+def rank_main(rank: int, ranks: int, stop: int, folder: Path, models: tuple[Path, Path]) -> None:
+    store = f"file://{folder}/rendezvous-{stop}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
+    student, teacher = models
+    training = SmallTraining(
+        folder / "checkpoints", student=student, teacher=teacher, steps=STEPS, per_step=SEQUENCES
+    )
+    training.run(stop)
+    training.trainer.save()
+    training.trainer.wait()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(training.trainer.module, options=options)
+    if rank == 0:
+        torch.save((weights, training.reporter.messages), folder / f"after-{stop}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.ranks
+def test_ranks_may_change_at_every_checkpoint(
+    tmp_path: Path, student_folder: Path, teacher_folder: Path
+) -> None:
+    """One, two, three and one again end where one alone does."""
+    models = (student_folder, teacher_folder)
+    changing, alone = tmp_path / "changing", tmp_path / "alone"
+    for folder, parts in ((alone, ((1, STEPS),)), (changing, PARTS)):
+        folder.mkdir()
+        first = 0
+        for ranks, stop in parts:
+            mp.spawn(rank_main, (ranks, stop, folder, models), nprocs=ranks)
+            assert completed_steps(folder / "checkpoints")[-1] == stop
+            _, messages = torch.load(folder / f"after-{stop}.pt")
+            assert any(re.match(f"training from step {first} of {STEPS}", m) for m in messages)
+            first = stop
+    expected, _ = torch.load(alone / f"after-{STEPS}.pt")
+    found, _ = torch.load(changing / f"after-{STEPS}.pt")
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=2e-4)
