@@ -39,11 +39,6 @@ class DistillationModule(torch.nn.Module):
         self.algorithm = algorithm
         self.head_part = head_part
         self.vocabulary_size = vocabulary_size
-        embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-        tied = embedding.weight is output.weight
-        if tied and isinstance(embedding, torch.nn.Embedding) and embedding.weight.is_cpu:
-            # Of the few tokens of a batch; it is added to the head's gradient, which is dense.
-            embedding.sparse = True
 
     def begin_micro_batch(self, *, reduces: bool, last: bool) -> None:
         """Before the forward pass of a micro-batch, the `last` of a step or not: whether its
@@ -84,7 +79,10 @@ def shard(module: DistillationModule, *, mesh: DeviceMesh, compute_dtype: torch.
     `compute_dtype`; gradients are reduced in float32. One rank that computes in float32 has nothing
     to gather or to cast, and stays as it is. Raises ModelError.
     """
+    if mesh.device_type == "cpu":
+        _spare_embedding_gradient(module.model)
     if mesh.size() == 1 and compute_dtype == torch.float32 and module.head_part is None:
+        module.to(mesh.device_type)
         return
     param_dtype = None if compute_dtype == torch.float32 else compute_dtype
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
@@ -99,3 +97,12 @@ def shard(module: DistillationModule, *, mesh: DeviceMesh, compute_dtype: torch.
     fully_shard(module, mesh=mesh, mp_policy=root_policy, ignored_params=spread)
     if not isinstance(module, FSDPModule):
         raise ModelError("FSDP2 did not take the student module")
+
+
+def _spare_embedding_gradient(model: PreTrainedModel) -> None:
+    """Let an embedding that is tied to the head have the gradient of a batch's tokens alone: it is
+    added to the head's, which is dense. On a CPU a second dense one costs some percent of a step.
+    """
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(embedding, torch.nn.Embedding) and embedding.weight is output.weight:
+        embedding.sparse = True
