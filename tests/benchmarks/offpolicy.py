@@ -324,6 +324,7 @@ def trl_loop(work: Work) -> list[float]:
 
 
 LOOPS: dict[str, Loop] = {"plain loop": plain_loop, "tuned loop": tuned_loop, "trl": trl_loop}
+SUBJECTS = ["kdflow replay", "kdflow live", *LOOPS]
 
 
 def measured(target: Callable[..., None], *args: Any) -> dict[str, Any]:
@@ -382,7 +383,7 @@ def main() -> None:
     parser.add_argument("--trl-batch", type=int, default=2, help="sequences of TRL's forward pass")
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--turns", type=int, default=1)
-    parser.add_argument("--subjects", nargs="+", default=["kdflow replay", "kdflow live", *LOOPS])
+    parser.add_argument("--subjects", nargs="+", default=SUBJECTS, choices=SUBJECTS)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
