@@ -182,6 +182,7 @@ class WeightedSumConfig(_Tempered):
 
 # What the tokens of two vocabularies are compared by: classes of them.
 ClassMap = Literal["folded", "first_piece", "byte_prefix", "shared_tail"]
+ComparedBy = Literal[ClassMap, "ranks"]
 
 Divergence = Annotated[SingleDivergence | WeightedSumConfig, Field(discriminator="type")]
 
@@ -225,7 +226,7 @@ class LossConfig(StrictModel):
     both models find each run of tokens that spells the same (ALM's limit, 2503.20083). The
     divergence has the rest, at 1 nothing.
     """
-    compared_by: ClassMap | Literal["ranks"] = "folded"
+    compared_by: ComparedBy = "folded"
     """Between two tokenizers, what the divergence compares: `folded` (both vocabularies folded onto
     the tokens that they share), `first_piece` and `byte_prefix` (a token of the teacher as the one
     of the student that its text begins with), `shared_tail` (the shared tokens, all others as one),

@@ -1,13 +1,12 @@
 """The student with its algorithm and loss, as a run's config has them."""
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from configs.schema.loss import ClassMap
+from configs.schema.loss import ComparedBy
 from configs.schema.run import RunConfig
 from kdflow_core.algorithms import build_algorithm
 from kdflow_core.algorithms.base import Ingredients
@@ -74,7 +73,7 @@ def build_module(
 
 
 def build_comparison(
-    pair: TokenizerPair | None, by: ClassMap | Literal["ranks"], device: torch.device
+    pair: TokenizerPair | None, by: ComparedBy, device: torch.device
 ) -> Comparison | None:
     """What two vocabularies are compared by; None where they are the same. Takes seconds."""
     if pair is None or not pair.has_classes:
