@@ -99,6 +99,8 @@ class StudentConfig(StrictModel):
     """On-policy: wait in host memory while the others work."""
     checkpoint_every: int = Field(default=100, gt=0, le=MOST)
     """Optimizer steps between two checkpoints."""
+    checkpoint_minutes: float | None = Field(default=None, gt=0)
+    """Also a checkpoint after the first step that ends so many minutes after the last one."""
     keep_checkpoints: int = Field(default=2, gt=0, le=MOST)
     """How many checkpoints are kept."""
 

@@ -52,6 +52,7 @@ class Trainer:
         self._reporter = reporter
         self._device = device
         self._skipped = 0
+        self._saved = time.monotonic()
         reporter.message(
             f"training from step {self.step} of {num_steps}"
             + (" (resumed from a checkpoint)" if self.step else "")
@@ -69,7 +70,7 @@ class Trainer:
         marks: Mapping[str, Any] | None = None,
         after_step: Callable[[int], None] | None = None,
     ) -> None:
-        """Train until `stop` steps are done, and save at every `checkpoint_every`-th; the caller
+        """Train until `stop` steps are done, and save on the way as the config says; the caller
         saves at the end.
 
         What `batches_of` and the `states` are asked for is counted from step `first` on. `marks`
@@ -87,16 +88,28 @@ class Trainer:
             )
             if after_step is not None:
                 after_step(self.step)
-            if self.step % self._config.checkpoint_every == 0 and self.step < stop:
+            if self.step < stop and self._saves():
                 self.save()
 
     def save(self) -> None:
         """A checkpoint of what is done, written while the caller goes on."""
         self._checkpoints.save(self.step, self.module, self.optimizer)
+        self._saved = time.monotonic()
 
     def wait(self) -> None:
         """Wait until the last checkpoint is on disk."""
         self._checkpoints.wait()
+
+    def _saves(self) -> bool:
+        """Whether a checkpoint is due, on all ranks alike: by the clock of the first."""
+        if self.step % self._config.checkpoint_every == 0:
+            return True
+        minutes = self._config.checkpoint_minutes
+        if minutes is None:
+            return False
+        due = torch.tensor(time.monotonic() - self._saved >= 60 * minutes, device=self._device)
+        dist.broadcast(due, 0)
+        return bool(due)
 
     def _step(
         self,

@@ -48,6 +48,7 @@ OPERATIONAL_STUDENT_FIELDS = {
     "vocabulary_parallel",
     "sleep",
     "checkpoint_every",
+    "checkpoint_minutes",
     "keep_checkpoints",
 }
 

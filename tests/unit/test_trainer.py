@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from kdflow_core.errors import TrainingError
+from kdflow_core.student.checkpoint import completed_steps
 from tests.small_training import SmallTraining
 
 BROKEN = 5  # the sample whose states are not finite
@@ -48,6 +49,29 @@ def test_a_step_that_is_not_finite_is_left_out_or_ends_training_by_name(
     training.run(STEPS)
     assert torch.isfinite(weight).all()
     assert training.records.steps == [s for s in range(1, STEPS + 1) if s != bad + 1]
+
+
+@pytest.mark.parametrize(("minutes", "saved"), [(None, [3]), (1e-9, [1, 2, 3, 4]), (1000.0, [3])])
+def test_checkpoints_go_by_steps_and_by_the_clock(
+    tmp_path: Path,
+    student_folder: Path,
+    teacher_folder: Path,
+    minutes: float | None,
+    saved: list[int],
+) -> None:
+    training = SmallTraining(
+        tmp_path,
+        student=student_folder,
+        teacher=teacher_folder,
+        steps=5,
+        per_step=1,
+        checkpoint_every=3,
+        checkpoint_minutes=minutes,
+        keep_checkpoints=9,
+    )
+    training.run(5)
+    training.trainer.wait()
+    assert completed_steps(tmp_path) == saved
 
 
 def test_gradients_are_clipped_only_where_it_is_asked_for(
