@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING
 
-from kdflow_core.contracts import Example
+if TYPE_CHECKING:
+    from kdflow_core.contracts import Example
 
 
 @dataclass(kw_only=True)
@@ -18,7 +20,7 @@ class Coverage:
     groups: int = 0
     one_to_one: int = 0
 
-    def add(self, example: Example) -> None:
+    def add(self, example: "Example") -> None:
         """Count a sample."""
         alignment = example.alignments["teacher"]
         sizes_S2 = alignment.spans_S4[:, 1::2] - alignment.spans_S4[:, ::2]
@@ -38,6 +40,11 @@ def summary(by_source: Mapping[str, Coverage]) -> str:
         f"where one of the teacher's does; {total.groups:,} runs of tokens spell the same, "
         f"{total.one_to_one:,} of them one token on each side"
     )
+
+
+def from_plain(counts: Mapping[str, Mapping[str, int]]) -> dict[str, Coverage]:
+    """The coverage by source, from what `plain` has made of it."""
+    return {name: Coverage(**own) for name, own in counts.items()}
 
 
 def plain(by_source: Mapping[str, Coverage]) -> dict[str, dict[str, int]]:

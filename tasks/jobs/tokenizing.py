@@ -51,8 +51,11 @@ def tokenize_data(stage: StageRun) -> ArtifactRef:
     counts = _counts(folder)
     dropped = {source: dict(reasons) for source, reasons in tally.dropped.items()}
     ignored = {side: dict(r.ignored) for side, r in renderers.items() if r.ignored}
-    if aligner is not None:
-        stage.reporter.message(summary(coverage))
+    stage.reporter.message(
+        "alignment: exact; student and teacher have one vocabulary"
+        if aligner is None
+        else summary(coverage)
+    )
     stage.reporter.message(
         f"{counts['train_sequences']} training and "
         f"{counts['heldout_sequences']} held-out samples; dropped: {dropped or 'none'}"

@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from configs.schema.run import RunConfig
+from kdflow_core.alignment.coverage import from_plain, summary
 from storage.artifact import Manifest
 from storage.store import ArtifactStore
 from tasks.forecast.estimate import decided
@@ -36,11 +37,19 @@ def stage_status(run: RunConfig, plan: Mapping[str, StageIdentity]) -> list[Stag
         plan = {**plan, **plan_stages(decided(run, ref))}
     for identity in plan.values():
         absent = store.why_absent(identity.kind, identity.digest)
-        reasons = () if absent is None else tuple(explain(identity, absent, store))
+        reasons = tuple(explain(identity, absent, store) if absent else _found(identity, store))
         if absent is not None and CATALOGUE[identity.stage].in_rounds(run):
             reasons += (_rounds_done(identity, run, store),)
         statuses.append(StageStatus(identity=identity, cached=absent is None, reasons=reasons))
     return statuses
+
+
+def _found(identity: StageIdentity, store: ArtifactStore) -> list[str]:
+    """What an artifact that is there says of the run: of tokens, how far two tokenizers agree."""
+    if identity.kind != CATALOGUE["tokenize"].kind:
+        return []
+    counts = store.manifest(identity.kind, identity.digest).info["alignment"]
+    return [summary(from_plain(counts))] if counts else []
 
 
 def _rounds_done(train: StageIdentity, run: RunConfig, store: ArtifactStore) -> str:

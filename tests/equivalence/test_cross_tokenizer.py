@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -28,6 +29,7 @@ from tasks.jobs.stored import TokenExamples
 from tasks.presentation.alignment_view import aligned_samples, two_rows
 from tasks.presentation.tracking import HELDOUT_FILE, METRICS_FILE, read_metrics
 from tasks.rounds.rounds_at_work import RoundsAtWork
+from tasks.stages.explanation import stage_status
 from tasks.stages.identity import made_of, open_store, stage_spec
 from tasks.stages.planning import plan_stages
 from tests.conftest import make_llama, make_tokenizer, run_inline
@@ -289,6 +291,22 @@ def test_the_alignment_is_shown(other_run: Callable[..., RunConfig], tmp_path: P
     command = ["show", "alignment", str(tmp_path / "tiny.yaml"), "student.max_steps=1"]
     shown = CliRunner().invoke(app, command)
     assert first in shown.output, shown.output
+
+
+def test_a_plan_says_how_far_two_tokenizers_agree(
+    make_recipe: Callable[..., Path], other_run: Callable[..., RunConfig]
+) -> None:
+    """Once the tokens are there; of one tokenizer there is nothing to say."""
+    for run, said in ((other_run(), True), (load_run(str(make_recipe())), False)):
+        assert not any("alignment: bytes" in r for r in tokenize_reasons(run))
+        run_inline(run, until="tokenize")
+        reasons = tokenize_reasons(run)
+        assert any(re.search(r"alignment: bytes; \d+\.\d% of the", r) for r in reasons) == said
+
+
+def tokenize_reasons(run: RunConfig) -> tuple[str, ...]:
+    statuses = {s.identity.stage: s for s in stage_status(run, plan_stages(run))}
+    return statuses["tokenize"].reasons
 
 
 def test_one_vocabulary_has_no_alignment_to_show(make_recipe: Callable[..., Path]) -> None:
