@@ -7,8 +7,6 @@ text contradicts, where the teacher's token is the shorter one (`byte_prefix`, `
 
 from collections.abc import Callable, Mapping
 
-import numpy as np
-
 from configs.schema.loss import ClassMap
 from kdflow_core.alignment.classes import (
     Classes,
@@ -17,14 +15,14 @@ from kdflow_core.alignment.classes import (
     first_pieces,
     fold,
     longest_prefix,
-    renumbered,
+    named_classes,
 )
 
 
 def shared_tail(student: Vocabulary, teacher: Vocabulary) -> Classes:
     """A class for each shared token, one for the ends of a turn, and one for all other tokens."""
     shared = student.tokens.id_of.keys() & teacher.tokens.id_of.keys()
-    return _made(student, teacher, {token: token for token in shared})
+    return named_classes(student, teacher, {token: token for token in shared})
 
 
 def byte_prefix(student: Vocabulary, teacher: Vocabulary) -> Classes:
@@ -33,7 +31,7 @@ def byte_prefix(student: Vocabulary, teacher: Vocabulary) -> Classes:
     """
     own = student.tokens
     begins = {token: longest_prefix(token, own) for token in teacher.tokens.id_of}
-    return _made(student, teacher, _of_student(student, begins))
+    return named_classes(student, teacher, _of_student(student, begins))
 
 
 def first_piece(student: Vocabulary, teacher: Vocabulary) -> Classes:
@@ -41,7 +39,7 @@ def first_piece(student: Vocabulary, teacher: Vocabulary) -> Classes:
     the student's tokenizer cuts it into.
     """
     own, other = student.tokens, teacher.tokens
-    return _made(
+    return named_classes(
         student,
         teacher,
         _of_student(student, first_pieces(other, cutter_of(student.tokenizer), own)),
@@ -60,21 +58,3 @@ def _of_student(student: Vocabulary, begins: dict[bytes, bytes | None]) -> dict[
     """The class of every token, by its name: the student's own are each in their own."""
     known = {token: piece for token, piece in begins.items() if piece is not None}
     return known | {token: token for token in student.tokens.id_of}
-
-
-def _made(student: Vocabulary, teacher: Vocabulary, name_of: dict[bytes, bytes]) -> Classes:
-    """Classes by a name for each token; tokens without a name are in one class."""
-    numbers = {name: k for k, name in enumerate(sorted(set(name_of.values())))}
-    end, none = len(numbers), len(numbers) + 1
-    sides = []
-    for side in (student, teacher):
-        spelled = side.tokens.spelled[: side.size]
-        classes = np.full(side.size, none)
-        classes[: len(spelled)] = [
-            numbers[name_of[token]] if token in name_of else none for token in spelled
-        ]
-        classes[list(side.end_ids)] = end
-        sides.append(classes)
-    count, (student_V, teacher_W) = renumbered(sides)
-    shared = len(student.tokens.id_of.keys() & teacher.tokens.id_of.keys())
-    return Classes(student_V=student_V, teacher_W=teacher_W, count=count, shared=shared)

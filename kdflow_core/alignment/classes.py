@@ -9,7 +9,7 @@ Dimensions: V ids of the student, W ids of the teacher.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,32 +46,39 @@ class Vocabulary:
 
 def fold(student: Vocabulary, teacher: Vocabulary) -> Classes:
     """The classes of two vocabularies."""
-    own, other = student.tokens.id_of, teacher.tokens.id_of
-    shared = sorted(own.keys() & other.keys())
-    class_of = {token: number for number, token in enumerate(shared)}
-    # How many spaces a token has is where tokenizers differ most, and says least.
-    space = class_of.get(b" ")
-    if space is not None:
-        class_of |= {token: space for token in shared if not token.strip(b" ")}
     roots = _Roots(student, teacher)
-    end, none = len(shared), len(shared) + 1
-    sides = []
+    names: dict[bytes, bytes] = {}
     for number, side in enumerate((student, teacher)):
-        classes = np.full(side.size, none)
-        for i, token in enumerate(side.tokens.spelled[: side.size]):
-            root = roots.of(token, number) if token else None
+        for token in side.tokens.id_of:
+            root = roots.of(token, number)
             if root is not None:
-                classes[i] = class_of[root]
+                # How many spaces a token has is where tokenizers differ most, and says least.
+                names[token] = root if root.strip(b" ") or not roots.one_space else b" "
+    return named_classes(student, teacher, names)
+
+
+def named_classes(
+    student: Vocabulary, teacher: Vocabulary, name_of: Mapping[bytes, bytes]
+) -> Classes:
+    """Classes by a name for each token. The ends of a turn are one class, and so are the tokens
+    without a name.
+    """
+    numbers = {name: k for k, name in enumerate(sorted(set(name_of.values())))}
+    end, none = len(numbers), len(numbers) + 1
+    sides = []
+    for side in (student, teacher):
+        spelled = side.tokens.spelled[: side.size]
+        classes = np.full(side.size, none)
+        classes[: len(spelled)] = [
+            numbers[name_of[token]] if token in name_of else none for token in spelled
+        ]
         classes[list(side.end_ids)] = end
         sides.append(classes)
-    used, (student_V, teacher_W) = renumbered(sides)
-    return Classes(student_V=student_V, teacher_W=teacher_W, count=used, shared=len(shared))
-
-
-def renumbered(sides: Sequence[np.ndarray]) -> tuple[int, list[np.ndarray]]:
-    """Classes numbered without gaps."""
-    used, numbers = np.unique(np.concatenate(sides), return_inverse=True)
-    return len(used), np.split(numbers, [len(sides[0])])
+    # Numbered without gaps.
+    used, numbers_of = np.unique(np.concatenate(sides), return_inverse=True)
+    student_V, teacher_W = np.split(numbers_of, [student.size])
+    shared = len(student.tokens.id_of.keys() & teacher.tokens.id_of.keys())
+    return Classes(student_V=student_V, teacher_W=teacher_W, count=len(used), shared=shared)
 
 
 class _Roots:
@@ -85,6 +92,7 @@ class _Roots:
             first_pieces(self._tokens[side], cutters[1 - side], self._tokens[1 - side])
             for side in (0, 1)
         ]
+        self.one_space = all(b" " in tokens.id_of for tokens in self._tokens)
 
     def of(self, token: bytes, side: int) -> bytes | None:
         """The root of a token of a side; None where there is none."""

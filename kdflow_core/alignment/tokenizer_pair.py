@@ -56,7 +56,7 @@ class TokenizerPair:
         student, teacher = self.vocabularies
         return student.size, teacher.size
 
-    def classes(self, by: ClassMap = "folded") -> Classes:
+    def classes(self, by: ClassMap) -> Classes:
         """The classes of both vocabularies; takes seconds."""
         return MAPS[by](*self.vocabularies)
 
