@@ -92,30 +92,32 @@ class HiddenStateReader:
 
         Raises RowsMismatchError.
         """
-        entries, surely = self._nearest(digests)
+        entries, here, _ = self._nearest(digests)
         # Not there, or two that share their first half: looked up one by one.
-        for i in np.flatnonzero(~surely):
+        for i in np.flatnonzero(~here):
             entries[i] = self._entry(digests[i].tobytes())
         return np.asarray(self._begin(entries) // self.layout.shard_rows)
 
     def holds(self, digests: np.ndarray) -> np.ndarray:
         """Whether the rows of each sequence are here, by digests uint8 [N, 16]."""
-        _, here = self._nearest(digests)
-        for i in np.flatnonzero(~here):
+        _, here, half = self._nearest(digests)
+        for i in np.flatnonzero(half & ~here):  # two that share their first half
             here[i] = self._position(digests[i].tobytes()) is not None
         return here
 
-    def _nearest(self, digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The first entry with each digest's first half, or one near it; and whether it is the
-        digest's own.
+    def _nearest(self, digests: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The first entry with each digest's first half, or one near it; whether it is the digest's
+        own; and whether it has its first half.
         """
         known = self._digests.as_array()
         wanted = np.ascontiguousarray(digests)
         if not len(known):
-            return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), bool)
+            nowhere = np.zeros(len(wanted), bool)
+            return np.zeros(len(wanted), np.int64), nowhere, nowhere.copy()
         entries = np.searchsorted(_first_halves(known), _first_halves(wanted))
         entries[entries == len(known)] = 0
-        return entries, (known[entries] == wanted).all(axis=1)
+        same = known[entries] == wanted
+        return entries, same.all(axis=1), same[:, : DIGEST_BYTES // 2].all(axis=1)
 
     def rows(self, digest: bytes, target_ids_N: np.ndarray) -> np.ndarray:
         """The bfloat16 bits [N, H] of one sequence's states; of codec `raw`, without a copy.

@@ -44,10 +44,13 @@ def check_pair(run: RunConfig, student: ChatFormat, teacher: ChatFormat) -> None
             raise ModelError(f"student and teacher have different vocabularies; {error}") from error
         for title, chat in (("student", student), ("teacher", teacher)):
             token_bytes(chat.tokenizer, title)
-    one = same_vocabulary(student.tokenizer, teacher.tokenizer)
     setting = run.loss.of_two_tokenizers
     # Spans are there wherever tokens are aligned by bytes.
-    if setting and one and (run.loss.compared_by != "folded" or run.alignment != "bytes"):
+    if (
+        setting
+        and (run.loss.compared_by != "folded" or run.alignment != "bytes")
+        and same_vocabulary(student.tokenizer, teacher.tokenizer)
+    ):
         raise ModelError(
             f"{setting} is for two tokenizers, and student and teacher have one; leave it out"
         )

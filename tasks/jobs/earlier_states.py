@@ -8,47 +8,48 @@ was computed in.
 Dimensions: N sequences or rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch.distributed as dist
 
+from kdflow_core.contracts import TokenSequence
 from storage.artifact import ArtifactRef, Manifest
 from storage.codecs import codec_named
 from storage.errors import StoreCorruptError
 from storage.states.reader import HiddenStateReader
-from tasks.jobs.parts import rank_and_size
+from tasks.jobs.parts import open_states, rank_and_size
 from tasks.jobs.stage_run import StageRun
 
 MOST = 64  # artifacts that are looked at, the newest first
 
 
 class EarlierStates:
-    """Rows of the sequences that other artifacts hold."""
+    """Rows of some sequences, by digests uint8 [N, 16], that other artifacts hold, by their names.
+    `held_N` says of which sequences.
+    """
 
-    def __init__(self, names: Sequence[str], readers: Sequence[HiddenStateReader]) -> None:
-        self._names = names
-        self._readers = readers
+    def __init__(self, digests: np.ndarray, readers: Mapping[str, HiddenStateReader]) -> None:
+        self._names, self._readers = list(readers), list(readers.values())
+        self._holder_N = np.full(len(digests), -1)
+        for number, reader in enumerate(self._readers):
+            left = np.flatnonzero(self._holder_N < 0)
+            self._holder_N[left[reader.holds(digests[left])]] = number
+        self.held_N = self._holder_N >= 0
 
-    def holder(self, digests: np.ndarray) -> np.ndarray:
-        """Which artifact holds each of some sequences, by digests uint8 [N, 16]; -1 for none."""
-        found_N = np.full(len(digests), -1)
-        for number in reversed(range(len(self._readers))):
-            found_N[self._readers[number].holds(digests)] = number
-        return found_N
-
-    def rows(self, holder: int, digest: bytes, target_ids_N: np.ndarray) -> np.ndarray:
-        """A sequence's rows, see `HiddenStateReader.rows`."""
+    def rows(self, number: int, sequence: TokenSequence) -> np.ndarray:
+        """The rows of the sequence with this number, see `HiddenStateReader.rows`."""
+        holder = int(self._holder_N[number])
         try:
-            return self._readers[holder].rows(digest, target_ids_N)
+            return self._readers[holder].rows(sequence.digest, sequence.target_ids_N)
         except StoreCorruptError as error:
             raise StoreCorruptError(
                 f"{self._names[holder]}, from which this run copies states: {error}"
             ) from error
 
 
-def earlier_states(stage: StageRun, head_digest: str) -> EarlierStates:
-    """What is there of the stage's teacher, on all ranks alike."""
+def earlier_states(stage: StageRun, head_digest: str, digests: np.ndarray) -> EarlierStates:
+    """What is there of the stage's teacher and these sequences, on all ranks alike."""
     refs: list[list[ArtifactRef]] = [[]]
     rank, _ = rank_and_size()
     if rank == 0:
@@ -61,11 +62,8 @@ def earlier_states(stage: StageRun, head_digest: str) -> EarlierStates:
         ]
     if dist.is_initialized():
         dist.broadcast_object_list(refs)
-    limit = int(stage.run.storage.read_cache_gb * 1e9)
-    return EarlierStates(
-        [f"{ref.kind}/{ref.digest}" for ref in refs[0]],
-        [HiddenStateReader(store=stage.store, ref=ref, cache_bytes=limit) for ref in refs[0]],
-    )
+    readers = {f"{ref.kind}/{ref.digest}": open_states(stage, ref) for ref in refs[0]}
+    return EarlierStates(digests, readers)
 
 
 def _serves(stage: StageRun, manifest: Manifest, head_digest: str) -> bool:

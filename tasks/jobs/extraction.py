@@ -28,7 +28,7 @@ from storage.states.layout import Layout, Sequences, plan_layout
 from storage.states.writer import HiddenStateWriter
 from storage.tokens import TokenTable
 from tasks.jobs import parts
-from tasks.jobs.earlier_states import earlier_states
+from tasks.jobs.earlier_states import EarlierStates, earlier_states
 from tasks.jobs.reference import Reference
 from tasks.jobs.stage_run import StageRun, job
 from tasks.jobs.stored import TeacherSequences, bfloat16_bits, bfloat16_tensor
@@ -71,6 +71,7 @@ def extract_states(stage: StageRun) -> ArtifactRef | None:
     folder = stage.model_folder("teacher")
     check_lengths(int(work.lengths.max()), longest_allowed(stage.run.teacher, folder))
     head = parts.teacher_head(stage, torch.device("cpu"))
+    heads_digest = head_digest(head) if rank == 0 else ""  # of gigabytes, asked for by the first
     storage = stage.run.storage
     layout = plan_layout(
         hidden_size=head.weight_VH.shape[1],
@@ -98,12 +99,13 @@ def extract_states(stage: StageRun) -> ArtifactRef | None:
     if portion is not None:
         missing = [k for k in missing if k % portion.of == portion.number]
     if missing:
-        _run_teacher(stage, head, work, writer, missing)
+        earlier = earlier_states(stage, heads_digest, work.sequences.digests)
+        _run_teacher(stage, head, work, writer, missing, earlier)
     barrier()
     if rank != 0 or portion is not None:
         return None
     files, measured = writer.close()
-    info = _info(stage, head, layout)
+    info = _info(stage, head, heads_digest, layout)
     if measured:
         info["codec_loss"] = codec_loss(measured)
         _tell_loss(stage, info["codec_loss"])
@@ -133,7 +135,7 @@ def _tell_loss(stage: StageRun, loss: dict[str, float]) -> None:
     )
 
 
-def _info(stage: StageRun, head: OutputHead, layout: Layout) -> dict[str, Any]:
+def _info(stage: StageRun, head: OutputHead, heads_digest: str, layout: Layout) -> dict[str, Any]:
     """What a reader of the states must check or wants to know."""
     folder, trust = stage.model_folder("teacher"), stage.trusts("teacher")
     config = load_config(folder, trust_remote_code=trust)
@@ -152,7 +154,7 @@ def _info(stage: StageRun, head: OutputHead, layout: Layout) -> dict[str, Any]:
         "dtype": stage.run.teacher.dtype,
         "final_norm_applied": True,
         "head": {
-            "digest": head_digest(head),
+            "digest": heads_digest,
             "vocabulary": head.weight_VH.shape[0],
             "bias": head.bias_V is not None,
             "logit_scale": head.logit_scale,
@@ -237,22 +239,21 @@ def _run_teacher(
     work: TeacherWork,
     writer: HiddenStateWriter,
     missing: list[int],
+    earlier: EarlierStates,
 ) -> None:
     teacher = stage.run.teacher
     rank, size = parts.rank_and_size()
     replica, place_in_replica = divmod(rank, teacher.ranks_per_replica)
     shards = missing[replica :: size // teacher.ranks_per_replica]
-    earlier = earlier_states(stage, head_digest(head))
-    holder = earlier.holder(work.sequences.digests)
     wanted = [number for shard in missing for number in writer.sequences_of(shard)]
-    fresh = int((holder[wanted] < 0).sum())
-    if rank == 0 and fresh < len(wanted):
+    held = int(earlier.held_N[wanted].sum())
+    if rank == 0 and held:
         stage.reporter.message(
-            f"the states of {len(wanted) - fresh} of {len(wanted)} sequences are copied: this "
-            "teacher has read them for other runs"
+            f"the states of {held} of {len(wanted)} sequences are copied: this teacher has read "
+            "them for other runs"
         )
     engine = None
-    if fresh:  # on any rank: they build it together
+    if held < len(wanted):  # on any rank: they build it together
         reference = _reference(stage, work, writer, missing) if replica == 0 else None
         engine = _checked_engine(stage, head, int(work.lengths.max()), reference)
     numbers = [number for shard in shards for number in writer.sequences_of(shard)]
@@ -268,15 +269,11 @@ def _run_teacher(
             # there already, nor on who computes the others, and states of a batch depend on it.
             rows: list[np.ndarray] = []
             targets: list[np.ndarray] = []
-            sequences = writer.sequences_of(shard)
-            computed = _computed(engine, work, [n for n in sequences if holder[n] < 0], window)
-            for number in sequences:
-                if holder[number] < 0:
-                    rows_NH, targets_N = next(computed)
-                else:
-                    (sequence,) = TeacherSequences(work.tables, work.places([number]))
-                    targets_N = sequence.target_ids_N
-                    rows_NH = earlier.rows(int(holder[number]), sequence.digest, targets_N)
+            sequences: Sequence[int] = writer.sequences_of(shard)
+            if place_in_replica:  # what is copied is the writer's
+                sequences = [number for number in sequences if not earlier.held_N[number]]
+            made = _rows(engine, earlier, work, sequences, window)
+            for number, (rows_NH, targets_N) in zip(sequences, made, strict=True):
                 rows.append(rows_NH)
                 targets.append(targets_N)
                 done += int(work.lengths[number])
@@ -288,10 +285,28 @@ def _run_teacher(
         engine.close()
 
 
+def _rows(
+    engine: TeacherEngine | None,
+    earlier: EarlierStates,
+    work: TeacherWork,
+    numbers: Sequence[int],
+    window_tokens: int,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows [N, H], in bits of bfloat16, and target ids [N] of sequences, copied or computed."""
+    fresh = [number for number in numbers if not earlier.held_N[number]]
+    computed = _computed(engine, work, fresh, window_tokens)
+    for number in numbers:
+        if earlier.held_N[number]:
+            (sequence,) = TeacherSequences(work.tables, work.places([number]))
+            yield earlier.rows(number, sequence), sequence.target_ids_N
+        else:
+            yield next(computed)
+
+
 def _computed(
     engine: TeacherEngine | None, work: TeacherWork, numbers: Sequence[int], window_tokens: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows [N, H], in bits of bfloat16, and target ids [N] of some sequences, from the teacher."""
+    """The same, from the teacher."""
     targets: deque[np.ndarray] = deque()
 
     def sequences() -> Iterator[TokenSequence]:

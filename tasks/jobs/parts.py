@@ -12,6 +12,7 @@ from kdflow_core.models.loading import load_config
 from kdflow_core.models.tokenizers import true_vocabulary_size
 from kdflow_core.rollout.base import Prompt
 from kdflow_core.workers.devices import device_of, join_group
+from storage.artifact import ArtifactRef
 from storage.states.reader import HiddenStateReader
 from tasks.jobs.chats import tokenizer
 from tasks.jobs.stage_run import StageRun
@@ -54,9 +55,13 @@ def stored_teacher(stage: StageRun) -> TeacherAtHand[StoredStates]:
             "the teacher's output head is not the one that its stored states were made for; "
             f"delete {ref.uri} and run again"
         )
+    return TeacherAtHand(StoredStates(open_states(stage, ref)), head)
+
+
+def open_states(stage: StageRun, ref: ArtifactRef) -> HiddenStateReader:
+    """An artifact of hidden states, with the run's cache of what is remote."""
     limit = int(stage.run.storage.read_cache_gb * 1e9)
-    reader = HiddenStateReader(store=stage.store, ref=ref, cache_bytes=limit)
-    return TeacherAtHand(StoredStates(reader), head)
+    return HiddenStateReader(store=stage.store, ref=ref, cache_bytes=limit)
 
 
 def teacher_head(stage: StageRun, where: torch.device) -> OutputHead:
