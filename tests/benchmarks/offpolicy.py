@@ -178,71 +178,73 @@ def padded(sequences: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, rows
 
 
-def plain_loop(work: Work) -> list[float]:
-    """Batches as they come, under the same limit of tokens; all logits of both models."""
+def cut(sequences: Sequence[Any], budget: int) -> list[list[Any]]:
+    """Batches of sequences in their order, under a limit of padded tokens."""
+    batches: list[list[Any]] = []
+    for sequence in sequences:
+        following = [*batches[-1], sequence] if batches else []
+        if following and len(following) * max(len(s.ids_T) for s in following) <= budget:
+            batches[-1].append(sequence)
+        else:
+            batches.append([sequence])
+    return batches
+
+
+def train(
+    work: Work,
+    kl: Callable[[PreTrainedModel, PreTrainedModel, Sequence[Any]], torch.Tensor],
+    *,
+    by_length: bool,
+    fused: bool,
+) -> list[float]:
+    """The losses of all steps; `kl` is the sum over the supervised tokens of a batch."""
     teacher, student = work.models()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=LR, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=LR, weight_decay=0.0, fused=fused)
     losses = []
     for sequences in work.steps:
         begin, total = time.perf_counter(), 0.0
         count = sum(len(s.target_positions_N) for s in sequences)
-        batch: list[Any] = []
-        for number, sequence in enumerate(sequences):
-            batch.append(sequence)
-            following = [*batch, *sequences[number + 1 : number + 2]]
-            area = len(following) * max(len(s.ids_T) for s in following)
-            if area <= work.args.micro_batch_tokens and number + 1 < len(sequences):
-                continue
-            ids, rows = padded(batch)
-            with torch.no_grad():
-                p = teacher(ids).logits.float().log_softmax(-1)
-            with work.autocast():
-                logits = student(ids).logits
-            q = logits.float().log_softmax(-1)
-            kl = F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
-            loss = kl[rows].sum() / count
+        ordered = sorted(sequences, key=lambda s: -len(s.ids_T)) if by_length else sequences
+        for batch in cut(ordered, work.args.micro_batch_tokens):
+            loss = kl(teacher, student, batch) / count
             loss.backward()
             total += float(loss.detach())
-            batch = []
         torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
         work.times.append(time.perf_counter() - begin)
     return losses
+
+
+def plain_loop(work: Work) -> list[float]:
+    """Batches as they come; all logits of both models."""
+
+    def kl(teacher: PreTrainedModel, student: PreTrainedModel, batch: Sequence[Any]) -> Any:
+        ids, rows = padded(batch)
+        with torch.no_grad():
+            p = teacher(ids).logits.float().log_softmax(-1)
+        with work.autocast():
+            logits = student(ids).logits
+        q = logits.float().log_softmax(-1)
+        return F.kl_div(q, p, log_target=True, reduction="none").sum(-1)[rows].sum()
+
+    return train(work, kl, by_length=False, fused=False)
 
 
 def tuned_loop(work: Work) -> list[float]:
     """Sorted by length; states first, then logits of supervised rows alone; fused AdamW."""
-    teacher, student = work.models()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=LR, weight_decay=0.0, fused=True)
-    losses = []
-    for sequences in work.steps:
-        begin, total = time.perf_counter(), 0.0
-        count = sum(len(s.target_positions_N) for s in sequences)
-        batches: list[list[Any]] = []
-        for sequence in sorted(sequences, key=lambda s: -len(s.ids_T)):
-            longest = len(batches[-1][0].ids_T) if batches else 0
-            if batches and (len(batches[-1]) + 1) * longest <= work.args.micro_batch_tokens:
-                batches[-1].append(sequence)
-            else:
-                batches.append([sequence])
-        for batch in batches:
-            ids, rows = padded(batch)
-            with torch.no_grad():
-                p = teacher.lm_head(teacher.model(ids).last_hidden_state[rows]).float()
-                p = p.log_softmax(-1)
-            with work.autocast():
-                q = student.lm_head(student.model(ids).last_hidden_state[rows])
-            loss = F.kl_div(q.float().log_softmax(-1), p, log_target=True, reduction="sum") / count
-            loss.backward()
-            total += float(loss.detach())
-        torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total)
-        work.times.append(time.perf_counter() - begin)
-    return losses
+
+    def kl(teacher: PreTrainedModel, student: PreTrainedModel, batch: Sequence[Any]) -> Any:
+        ids, rows = padded(batch)
+        with torch.no_grad():
+            p = teacher.lm_head(teacher.model(ids).last_hidden_state[rows]).float()
+            p = p.log_softmax(-1)
+        with work.autocast():
+            q = student.lm_head(student.model(ids).last_hidden_state[rows])
+        return F.kl_div(q.float().log_softmax(-1), p, log_target=True, reduction="sum")
+
+    return train(work, kl, by_length=True, fused=True)
 
 
 def trl_loop(work: Work) -> list[float]:
