@@ -1,15 +1,40 @@
 """The processes of a run, for tests that kill them."""
 
 import contextlib
+import os
 
 import psutil
 
+RANK = "kdflow_core.workers.rank"
+FORK_SERVER = "kdflow_core.workers.fork_server"
+
+
+def is_rank(process: psutil.Process, job: str = "") -> bool:
+    """Whether a process is a rank, of a job whose name has `job` in it."""
+    with contextlib.suppress(psutil.Error):
+        words = " ".join(process.cmdline()).split()  # a forked rank has one title
+        return RANK in words and any(job in word for word in words)
+    return False
+
+
+def orphaned_ranks() -> list[psutil.Process]:
+    """The ranks whose launcher, the parent of their fork server if they have one, is gone."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            parent = process.parent()
+            if parent is not None and FORK_SERVER in parent.cmdline():
+                parent = parent.parent()
+            if is_rank(process) and (parent is None or parent.pid in {1, os.getpid()}):
+                found.append(process)
+    return found
+
 
 def stage_ranks(parent: psutil.Process) -> list[psutil.Process]:
-    """The ranks that work for a stage below a process, by id; any child may end meanwhile."""
-    ranks = []
-    for child in parent.children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "tasks.jobs.stage_host:StageHost" in child.cmdline():
-                ranks.append(child)
+    """The ranks that work for a stage below a process, by id."""
+    ranks = [
+        child
+        for child in parent.children(recursive=True)
+        if is_rank(child, "tasks.jobs.stage_host:StageHost")
+    ]
     return sorted(ranks, key=lambda rank: rank.pid)

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -35,6 +36,7 @@ from kdflow_core.workers.base import (
     Start,
     WorkerGroup,
 )
+from kdflow_core.workers.forking import ForkedProcess, ForkServers, can_fork
 from kdflow_core.workers.rank_side import BEAT_S, EVENT_PREFIX
 
 GRACE_S = 2.0
@@ -45,7 +47,7 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass
 class _Rank:
-    process: "subprocess.Popen[str]"
+    process: "subprocess.Popen[str] | ForkedProcess"
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_LINES))
     error: dict[str, Any] | None = None
     reader: threading.Thread | None = None
@@ -69,9 +71,16 @@ class _Pending:
 
 
 class LocalLauncher:
-    """Ranks as processes of this machine, each in a session of its own."""
+    """Ranks as processes of this machine, each in a session of its own.
+
+    Where ranks can be forked, and `preload` names modules, they have loaded these when they start;
+    see `forking`.
+    """
 
     one_machine = True
+
+    def __init__(self, preload: Sequence[str] = ()) -> None:
+        self._preload = preload if can_fork() else ()
 
     def start(
         self,
@@ -83,14 +92,21 @@ class LocalLauncher:
         stall_s: float = STALL_S,
     ) -> "LocalGroup":
         """See `Launcher`."""
-        return LocalGroup(job, spec, placement, events, stall_s=stall_s)
+        return LocalGroup(job, spec, placement, events, stall_s=stall_s, preload=self._preload)
 
 
 class LocalGroup:
     """See `WorkerGroup`. Ranks take their calls as lines of standard input."""
 
     def __init__(
-        self, job: str, spec: str, placement: Placement, events: Events, *, stall_s: float
+        self,
+        job: str,
+        spec: str,
+        placement: Placement,
+        events: Events,
+        *,
+        stall_s: float,
+        preload: Sequence[str],
     ) -> None:
         self._name = placement.name
         self._events = events
@@ -102,7 +118,7 @@ class LocalGroup:
         self._calls = 0
         try:
             for number in range(placement.num_ranks):
-                self._ranks.append(_start(job, number, placement))
+                self._ranks.append(_start(job, number, placement, preload))
                 _watch(number, self._ranks[number], self._lines)
                 context = RankContext(
                     rank=number,
@@ -261,7 +277,7 @@ def _event(line: str) -> dict[str, Any]:
     return event
 
 
-def _start(job: str, number: int, placement: Placement) -> _Rank:
+def _start(job: str, number: int, placement: Placement, preload: Sequence[str]) -> _Rank:
     threads = max(1, (os.cpu_count() or 1) // placement.num_ranks)
     env = {**placement.env, **os.environ} | {
         "OMP_NUM_THREADS": str(threads),
@@ -273,8 +289,13 @@ def _start(job: str, number: int, placement: Placement) -> _Rank:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
     }
+    command = [sys.executable, "-m", "kdflow_core.workers.rank", job, placement.name, str(number)]
+    if preload:
+        # A server that cannot load the modules leaves it to the rank to say why.
+        with contextlib.suppress(OSError):
+            return _Rank(_SERVERS.fork(" ".join(command), preload, env))
     process = subprocess.Popen(
-        [sys.executable, "-m", "kdflow_core.workers.rank", job, placement.name, str(number)],
+        command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -312,6 +333,7 @@ def _read(number: int, rank: _Rank, lines: "queue.Queue[tuple[int, str | None]]"
     lines.put((number, None))
 
 
+_SERVERS = ForkServers()
 BEAT = EVENT_PREFIX + '{"event": "beat"'
 
 
@@ -349,7 +371,7 @@ def _end(ranks: list[_Rank]) -> None:
             rank.reader.join(timeout=GRACE_S)
 
 
-def _signal(process: "subprocess.Popen[str]", number: signal.Signals) -> None:
+def _signal(process: "subprocess.Popen[str] | ForkedProcess", number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
 

@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from pkgutil import resolve_name
+from typing import NoReturn
 
 from kdflow_core.workers.rank_side import begin, emit, receive_requests, reply
 
@@ -77,13 +78,22 @@ def _is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def leave(code: int) -> None:
+def leave(code: int) -> NoReturn:
     """End this process at once: at a usual exit, threads of native libraries abort some."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """Be a rank, and end."""
     begin()  # before all imports that take their time
-    leave(serve())
+    try:
+        code = serve()
+    except SystemExit as asked:  # by a library
+        code = asked.code if isinstance(asked.code, int) else 1
+    leave(code)
+
+
+if __name__ == "__main__":
+    run()

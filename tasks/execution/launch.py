@@ -18,6 +18,9 @@ from tasks.stages.identity import StageSpec, find, open_store
 
 ENDING_S = 300.0  # more than ranks that stand still take to be ended
 
+# What most stages load, and takes its time; not what reads the environment of its stage.
+PRELOAD = sorted({stage.job.partition(":")[0] for stage in CATALOGUE.values()})
+
 Logger = logging.Logger | logging.LoggerAdapter[Any]
 
 
@@ -46,7 +49,7 @@ class Listener:
 def launcher_of(spec: StageSpec) -> Launcher:
     """What starts the ranks of a run."""
     del spec  # there is one way so far
-    return LocalLauncher()
+    return LocalLauncher(PRELOAD)
 
 
 def launch_stage(spec: StageSpec, logger: Logger) -> ArtifactRef:

@@ -21,7 +21,12 @@ from tests.readme import ROOT
 
 pytestmark = pytest.mark.ranks
 
-LAUNCHERS: dict[str, Callable[[], Launcher]] = {"local": LocalLauncher}
+# What the forked ones have loaded has threads of its own by then.
+LAUNCHERS: dict[str, Callable[[], Launcher]] = {
+    "local": LocalLauncher,
+    "local, forked": lambda: LocalLauncher(["numpy"]),
+}
+CHOSEN = "LAUNCHER_UNDER_TEST"  # a variable, as some tests have a launcher in another process
 RANK = """
 import os, sys, time
 from pathlib import Path
@@ -41,6 +46,11 @@ CLOSE = """
     def close(self):
         (self.folder / f"closed-{self.rank}").touch()
 """
+
+
+@pytest.fixture(autouse=True, params=sorted(LAUNCHERS))
+def _launcher(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CHOSEN, request.param)
 
 
 @pytest.fixture
@@ -79,12 +89,11 @@ def run(
     folder: Path,
     num_ranks: int = 2,
     *,
-    launcher: str = "local",
     name: str = "",
     stall_s: float = 1800.0,
 ) -> Heard:
     heard = Heard()
-    with LAUNCHERS[launcher]().start(
+    with LAUNCHERS[os.environ[CHOSEN]]().start(
         f"{module}:Host",
         str(folder),
         Placement(name=name or module, num_ranks=num_ranks),
@@ -339,17 +348,15 @@ class Server:
 """
 
 
-@pytest.fixture(params=sorted(LAUNCHERS))
-def serve(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[Heard], WorkerGroup]:
+@pytest.fixture
+def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Heard], WorkerGroup]:
     """Starts two ranks that count."""
     (tmp_path / "serving.py").write_text(SERVING)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
     def start(heard: Heard) -> WorkerGroup:
         placement = Placement(name="counters", num_ranks=2)
-        return LAUNCHERS[request.param]().start("serving:Server", "7", placement, heard)
+        return LAUNCHERS[os.environ[CHOSEN]]().start("serving:Server", "7", placement, heard)
 
     return start
 

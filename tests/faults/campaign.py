@@ -28,12 +28,14 @@ import psutil
 import yaml
 
 from tests.conftest import make_llama, make_tokenizer
+from tests.processes import is_rank
 from tests.readme import ROOT
 
 TIMEOUT_S = 400
 MARK = "KDFLOW_CAMPAIGN"
 GONE_WITHIN_S = 5.0
 VICTIMS = ("flow", "rank", "rank", "server", "all")
+SERVER = "flows.temporary_server"
 WAITED = "is computing this artifact; waiting for it"
 
 
@@ -199,7 +201,6 @@ class Attempt:
 
     def victims(self, kind: str) -> list[psutil.Process]:
         """Those of a kind; none while there is none."""
-        words = {"rank": "kdflow_core.workers.rank", "server": "flows.temporary_server"}
         found = list(self.processes())
         if kind == "all":
             return found
@@ -208,7 +209,7 @@ class Attempt:
         chosen = []
         for process in found:
             with contextlib.suppress(psutil.Error):
-                if words[kind] in process.cmdline():
+                if is_rank(process) if kind == "rank" else SERVER in process.cmdline():
                     chosen.append(process)
         return chosen
 

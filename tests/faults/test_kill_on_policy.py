@@ -20,11 +20,11 @@ from storage.store import ArtifactStore
 from tasks.presentation.tracking import read_metrics
 from tasks.stages.planning import plan_stages, round_identities
 from tests.prefect_server import Server, start_server
+from tests.processes import is_rank, orphaned_ranks
 from tests.readme import ROOT
 
 pytestmark = [pytest.mark.prefect, pytest.mark.ranks]
 ROUNDS, STEPS = 6, 4
-RANK = "kdflow_core.workers.rank"
 STARTUP_S = 14.0  # a kill comes at any time of the start or the rounds
 
 
@@ -51,9 +51,7 @@ def victims(flow: psutil.Process, kind: str) -> list[psutil.Process]:
     """The processes of a kind that this run has now; of an engine, those of SGLang too."""
     if kind == "flow":
         return [flow]
-    hosts = [
-        child for child in flow.children() if RANK in child.cmdline() and kind in child.cmdline()
-    ]
+    hosts = [child for child in flow.children(recursive=True) if is_rank(child, kind)]
     own = [child for host in hosts for child in host.children(recursive=True)]
     return [p for p in (*hosts, *own) if "resource_tracker" not in " ".join(p.cmdline())]
 
@@ -98,11 +96,7 @@ def orphans(recipe: Path) -> list[psutil.Process]:
     """Processes of runs of this test that are still there a moment later."""
     deadline = time.monotonic() + 20
     while True:
-        found = [
-            p
-            for p in psutil.process_iter(["cmdline"])
-            if RANK in (p.info["cmdline"] or []) and p.ppid() in {1, os.getpid()}
-        ]
+        found = orphaned_ranks()
         if not found or time.monotonic() > deadline:
             return found
         time.sleep(0.2)

@@ -1,0 +1,118 @@
+"""`python -m kdflow_core.workers.fork_server FD MODULE...`: bears ranks that have loaded MODULEs.
+
+It loads the modules once, and then forks a rank for each request that comes through the socket FD.
+It never runs a thread of its own, and ends when the socket's other end is closed and the last of
+its ranks is gone. See `kdflow_core.workers.forking` for the other side.
+"""
+
+import contextlib
+import fcntl
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any, NoReturn
+
+import setproctitle
+
+from kdflow_core.workers import rank
+
+READY = b"R"
+NUMBER = struct.Struct("q")  # a process's id when it is born, its exit code when it is gone
+NUM_FDS = 3  # a rank's standard input, its standard output, and where its numbers go
+
+
+def main(connection: socket.socket, modules: list[str]) -> None:
+    """Serve until the launcher is gone, and all ranks are."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["SPT_NOENV"] = "1"  # titles leave the environment as it is, for who looks there
+    with _ending_with(connection):
+        for module in modules:
+            import_module(module)
+    gc.collect()
+    gc.freeze()  # a collection in a rank then does not copy the pages of what is loaded
+    connection.sendall(READY)
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    ranks: dict[int, tuple[int, int]] = {}  # by the descriptor of its process: its id, its pipe
+    open_for_more = True
+    while open_for_more or ranks:
+        for fd, _ in poll.poll():
+            if fd in ranks:
+                poll.unregister(fd)
+                _tell_end(fd, *ranks.pop(fd))
+            elif (request := _receive(connection)) is None:
+                poll.unregister(connection)
+                open_for_more = False
+            else:
+                words, (stdin, stdout, pipe) = request
+                pid = os.fork()
+                if pid == 0:
+                    connection.close()
+                    for process, (_, others) in ranks.items():
+                        os.close(process)
+                        os.close(others)
+                    _be_rank(words, stdin, stdout, pipe)
+                os.close(stdin)
+                os.close(stdout)
+                process = os.pidfd_open(pid)
+                ranks[process] = pid, pipe
+                poll.register(process, select.POLLIN)
+
+
+@contextlib.contextmanager
+def _ending_with(connection: socket.socket) -> Iterator[None]:
+    """Within, the launcher's end ends this process at once: nothing else comes through the socket
+    yet, so that what SIGIO tells of is that.
+    """
+    flags = fcntl.fcntl(connection, fcntl.F_GETFL)
+    fcntl.fcntl(connection, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(connection, fcntl.F_SETFL, flags | os.O_ASYNC)
+    yield
+    fcntl.fcntl(connection, fcntl.F_SETFL, flags)
+
+
+def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    """A request and its descriptors; None at the end."""
+    data, fds, _, _ = socket.recv_fds(connection, 1 << 16, NUM_FDS)
+    while data and not data.endswith(b"\n"):
+        more = connection.recv(1 << 16)
+        data = data + more if more else b""
+    return (json.loads(data), fds) if data else None
+
+
+def _tell_end(process: int, pid: int, pipe: int) -> None:
+    _, status = os.waitpid(pid, 0)
+    with contextlib.suppress(BrokenPipeError):  # the launcher is gone
+        os.write(pipe, NUMBER.pack(os.waitstatus_to_exitcode(status)))
+    os.close(pipe)
+    os.close(process)
+
+
+def _be_rank(request: dict[str, Any], stdin: int, stdout: int, pipe: int) -> NoReturn:
+    """What the process would be that the launcher could have started afresh."""
+    try:
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for source, target in ((stdin, 0), (stdout, 1), (stdout, 2)):
+            os.dup2(source, target)
+        os.close(stdin)
+        os.close(stdout)
+        setproctitle.setproctitle(request["title"])
+        os.environ.clear()
+        os.environ.update(request["env"])
+        os.write(pipe, NUMBER.pack(os.getpid()))
+        os.close(pipe)
+        rank.run()
+    finally:
+        os._exit(1)  # whatever happens, there is one server
+
+
+if __name__ == "__main__":
+    main(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])

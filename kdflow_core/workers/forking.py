@@ -1,0 +1,155 @@
+"""Ranks that start in a moment, forked from a process that has loaded what they need.
+
+A fresh rank spends seconds on loading libraries, more than many a stage works on a small model. A
+fork server does it once for all ranks of one environment; see `fork_server`. It is for machines
+without accelerators: whatever their drivers were asked before a fork is lost in the child, and
+beside their stages the seconds do not count.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from kdflow_core.workers.fork_server import NUMBER, READY
+
+MOST_SERVERS = 3  # of one launcher; each holds the libraries once
+# Where drivers put their devices: NVIDIA, AMD, NVIDIA under Windows.
+DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+# Variables that change within a process that launches, and that nothing reads while it is loaded.
+NO_MATTER = ("PREFECT_", "PYTEST_CURRENT_TEST")
+
+
+def can_fork() -> bool:
+    """Whether ranks of this machine may be forked."""
+    return sys.platform == "linux" and not any(Path(device).exists() for device in DEVICES)
+
+
+class ForkedProcess:
+    """A process that a server has borne; as much of `subprocess.Popen` as a launcher needs."""
+
+    def __init__(self, pid: int, stdin: TextIO, stdout: TextIO, end: int) -> None:
+        self.pid = pid
+        self.stdin = stdin
+        self.stdout = stdout
+        self._end: int | None = end  # the exit code comes here
+        self._code: int | None = None
+        self._ending = threading.Lock()
+
+    def poll(self) -> int | None:
+        """The exit code, minus the number of the signal that ended it; None while it runs."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.wait(timeout=0.0)
+        return None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code, once there is one. Raises TimeoutExpired after `timeout` seconds."""
+        with self._ending:
+            if self._end is not None:
+                arrival = select.poll()
+                arrival.register(self._end, select.POLLIN)
+                if not arrival.poll(None if timeout is None else 1000 * timeout):
+                    raise subprocess.TimeoutExpired(str(self.pid), timeout or 0.0)
+                told = os.read(self._end, NUMBER.size)
+                # Without a word it was the server that was killed; the process loses its input.
+                self._code = NUMBER.unpack(told)[0] if told else -9
+                os.close(self._end)
+                self._end = None
+        assert self._code is not None
+        return self._code
+
+
+class _Server:
+    """A fork server at work. Raises OSError when it cannot be had."""
+
+    def __init__(self, modules: Sequence[str], env: Mapping[str, str]) -> None:
+        self._requests, theirs = socket.socketpair()
+        with theirs:
+            words = ["-m", "kdflow_core.workers.fork_server", str(theirs.fileno()), *modules]
+            self._process = subprocess.Popen(
+                [sys.executable, *words],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=env,
+                start_new_session=True,
+            )
+        try:
+            ready = self._requests.recv(len(READY)) == READY
+        except BaseException:
+            self.close()
+            raise
+        if not ready:
+            self.close()
+            raise ConnectionError("the fork server did not start")
+
+    def fork(self, title: str, env: Mapping[str, str]) -> ForkedProcess:
+        """A process that is a rank."""
+        request = json.dumps({"title": title, "env": dict(env)}) + "\n"
+        their_stdin, stdin = os.pipe()
+        stdout, their_stdout = os.pipe()
+        end, their_end = os.pipe()
+        theirs = [their_stdin, their_stdout, their_end]
+        try:
+            first = socket.send_fds(self._requests, [request.encode()], theirs)
+            self._requests.sendall(request.encode()[first:])
+        finally:
+            for fd in theirs:
+                os.close(fd)
+        born = os.read(end, NUMBER.size)
+        files = os.fdopen(stdin, "w"), os.fdopen(stdout, errors="replace")
+        if not born:
+            for file in files:
+                file.close()
+            os.close(end)
+            raise ConnectionError("the fork server has ended")
+        return ForkedProcess(NUMBER.unpack(born)[0], *files, end)
+
+    def close(self) -> None:
+        """Take no more requests. It ends after its ranks."""
+        self._requests.close()
+        threading.Thread(target=self._process.wait, daemon=True).start()
+
+
+class ForkServers:
+    """The fork servers of this process, one for each environment that ranks are to have."""
+
+    def __init__(self) -> None:
+        self._servers: dict[str, _Server] = {}
+        self._failed: set[str] = set()
+        self._lock = threading.Lock()
+        atexit.register(self.close)
+
+    def fork(self, title: str, modules: Sequence[str], env: Mapping[str, str]) -> ForkedProcess:
+        """A process that is a rank and has loaded `modules`. Raises OSError when there is none."""
+        read = {name: value for name, value in env.items() if not name.startswith(NO_MATTER)}
+        key = json.dumps([os.getcwd(), list(modules), sorted(read.items())])
+        with self._lock:
+            if key in self._failed:
+                raise ConnectionError("the fork server of this environment has failed")
+            try:
+                server = self._servers.pop(key, None) or _Server(modules, env)
+                process = server.fork(title, env)
+            except OSError:
+                self._failed.add(key)
+                raise
+            self._servers[key] = server  # the one that was used last is the last
+            while len(self._servers) > MOST_SERVERS:
+                self._servers.pop(next(iter(self._servers))).close()
+        return process
+
+    def close(self) -> None:
+        """End all servers, each after its ranks."""
+        with self._lock:
+            for server in self._servers.values():
+                server.close()
+            self._servers.clear()
