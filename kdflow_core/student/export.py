@@ -1,17 +1,19 @@
 """The trained student as a plain Hugging Face folder."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import PreTrainedModel
 
 from configs.schema.student import LoraConfig
 from kdflow_core.data.chat import ChatFormat
-from kdflow_core.models.saving import save_model_folder
-from kdflow_core.student.lora import merged_state, save_adapter
+from kdflow_core.models.saving import WeightFiles, save_description
+from kdflow_core.student.lora import save_adapter
 from kdflow_core.student.module import DistillationModule
+from kdflow_core.student.publish import WeightPublisher, gathered
+
+FILE_BYTES = 2 * 10**9
 
 
 def export_student(
@@ -22,34 +24,59 @@ def export_student(
     model_card: str,
     target: Path,
     lora: LoraConfig | None = None,
+    file_bytes: int = FILE_BYTES,
 ) -> None:
-    """Gather the weights on rank 0, with adapters merged, and write them with the tokenizer, the
-    chat template and the ends of turns that the student was trained with, generation config and
-    model card; adapters also by themselves, in `adapter` beside `target`. Collective: every rank
-    must call it.
+    """Write the weights, with adapters merged, with the tokenizer, the chat template and the ends
+    of turns that the student was trained with, generation config and model card; adapters also by
+    themselves, in `adapter` beside `target`. Rank 0 writes, a file of `file_bytes` at a time, and
+    holds no more of the model. Collective: every rank must call it.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state: dict[str, Any] = get_model_state_dict(module, options=options)
-    if dist.get_rank() == 0:
-        own = {
-            name.removeprefix("model."): tensor
-            for name, tensor in state.items()
-            if name.startswith("model.")  # and not what the algorithm has of its own
-        }
-        if lora is not None:
-            save_adapter(own, lora, target.parent / "adapter")
-        config, generation = module.model.config, module.model.generation_config
+    module.release()
+    model, first = module.model, dist.get_rank() == 0
+    weights = WeightPublisher(
+        model,
+        dtype=dtype,
+        bucket_bytes=file_bytes,
+        checkpoint_names=True,
+        lora_scale=1.0 if lora is None else lora.scale,
+    )
+    if lora is not None:
+        adapters = _adapters(model)
+        if first:
+            save_adapter(adapters, lora, target.parent / "adapter")
+    if first:
+        config, generation = model.config, model.generation_config
         ends: int | list[int] = list(chat.end_ids)
         if chat.end_ids:
             ends = chat.end_ids[0] if len(chat.end_ids) == 1 else ends
             config.eos_token_id = generation.eos_token_id = ends
-        save_model_folder(
-            config=config,
-            state_dict=merged_state(own, 1.0 if lora is None else lora.scale),
-            dtype=dtype,
-            generation_config=generation,
-            target=target,
-        )
+        save_description(model, dtype=dtype, target=target)
+    files = WeightFiles(target, weights.num_buckets)
+    buffers = _saved_buffers(model, dtype)
+    for number in range(weights.num_buckets):
+        tensors = dict(weights.gather(number))
+        if first:
+            last = number == weights.num_buckets - 1
+            files.write(tensors | buffers if last else tensors)
+    if first:
         chat.tokenizer_as_used().save_pretrained(target)
         (target / "README.md").write_text(model_card, encoding="utf-8")
     dist.barrier()
+
+
+@torch.no_grad()
+def _adapters(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The adapters' weights, whole, on every rank."""
+    parameters = dict(model.named_parameters())
+    names = [name for name in parameters if ".lora_" in name]
+    return {name: gathered(parameters, torch.float32, name).cpu() for name in names}
+
+
+def _saved_buffers(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Buffers that belong into a checkpoint."""
+    saved, buffers = model.state_dict().keys(), dict(model.named_buffers())
+    return {
+        name: buffer.to(dtype) if buffer.is_floating_point() else buffer
+        for name, buffer in buffers.items()
+        if name in saved
+    }

@@ -94,10 +94,10 @@ class WeightPublisher:
             weight = self._served[name]
             # Without an adapter to add, the shards are cast before they travel.
             dtype = self._dtype if weight.a is None else torch.float32
-            yield name, weight.value(partial(_gathered, parameters, dtype)).to(self._dtype)
+            yield name, weight.value(partial(gathered, parameters, dtype)).to(self._dtype)
 
 
-def _gathered(
+def gathered(
     parameters: Mapping[str, torch.nn.Parameter], dtype: torch.dtype, name: str
 ) -> torch.Tensor:
     """A whole parameter. Every rank takes part."""

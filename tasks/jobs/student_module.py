@@ -1,10 +1,12 @@
 """The student with its algorithm and loss, as a run's config has them."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from transformers import PreTrainedModel
 
 from configs.schema.loss import ComparedBy
 from configs.schema.run import RunConfig
@@ -19,6 +21,7 @@ from kdflow_core.losses.surrogate import PolicyGradient
 from kdflow_core.losses.token_weights import build_token_weight
 from kdflow_core.losses.vocabulary import WholeVocabulary
 from kdflow_core.models.loading import DTYPES, load_causal_lm
+from kdflow_core.models.partial_loading import fill_own_part_, unfilled_causal_lm
 from kdflow_core.models.tokenizers import true_vocabulary_size
 from kdflow_core.student.head_part import HeadPart, part_of, teacher_part
 from kdflow_core.student.lora import add_adapters
@@ -35,12 +38,8 @@ def build_module(
 ) -> DistillationModule:
     """The student with its algorithm, sharded over all ranks; `heads` are the teachers' by name."""
     config = stage.run.student
-    model = load_causal_lm(
-        stage.model_folder("student"),
-        dtype=torch.float32,
-        attention=config.attention,
-        trust_remote_code=stage.trusts("student"),
-    )
+    folder = stage.model_folder("student")
+    model, in_parts = _load(stage, folder)
     if config.lora is not None:
         # The adapters' first weights are random, on all ranks alike.
         torch.manual_seed(stage.run.seed)
@@ -69,7 +68,25 @@ def build_module(
         head_part=part,
     )
     shard(module, mesh=mesh, compute_dtype=compute_dtype)
+    if in_parts:
+        for own in (module.model, *module.algorithm.models):
+            fill_own_part_(own, folder)
     return module
+
+
+def _load(stage: StageRun, folder: Path) -> tuple[PreTrainedModel, bool]:
+    """The student, and whether its weights are yet to be read, by each rank its own."""
+    attention, trusts = stage.run.student.attention, stage.trusts("student")
+    if dist.get_world_size() > 1:
+        unfilled = unfilled_causal_lm(
+            folder, dtype=torch.float32, attention=attention, trust_remote_code=trusts
+        )
+        if unfilled is not None:
+            return unfilled, True
+    model = load_causal_lm(
+        folder, dtype=torch.float32, attention=attention, trust_remote_code=trusts
+    )
+    return model, False
 
 
 def build_comparison(

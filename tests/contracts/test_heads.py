@@ -70,11 +70,11 @@ EXTRA: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_model(architecture: str, folder: Path) -> torch.nn.Module:
+def tiny_model(architecture: str, folder: Path, **sizes: int) -> torch.nn.Module:
     """A random model with a padded vocabulary, saved and loaded as a user's would be."""
     torch.manual_seed(0)
     model_class = getattr(transformers, architecture)
-    config = model_class.config_class(**SIZES | EXTRA.get(architecture, {}))
+    config = model_class.config_class(**SIZES | EXTRA.get(architecture, {}) | sizes)
     config.initializer_range = 0.2
     model_class(config).save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
