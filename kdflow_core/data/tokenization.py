@@ -17,6 +17,7 @@ import numpy as np
 from configs.schema.data import DataConfig, Source
 from kdflow_core.contracts import Alignment, Example, TokenSequence
 from kdflow_core.data.conversations import Conversation, parse_row
+from kdflow_core.data.many_cores import in_order
 from kdflow_core.data.messages import SampleError
 from kdflow_core.data.rendering import Renderer
 from kdflow_core.data.sources import RowFiles, iterate_rows
@@ -24,6 +25,7 @@ from kdflow_core.errors import DataError
 from kdflow_core.sinks import Reporter
 
 Split = Literal["train", "heldout"]
+SIDES = ("student", "teacher")
 # What is dropped as a matter of course; a limit holds for every other reason.
 EXPECTED = ("too_long", "blank_line")
 HASH_SPAN = 2**64
@@ -34,18 +36,44 @@ MARKUP_CHARACTERS = 100_000
 @dataclass
 class Tally:
     """Samples read, those of them that are prompts alone, and those dropped, by source and reason,
-    with an example of each reason.
+    with an example of each reason; and fields that student's and teacher's templates leave out.
     """
 
     read: Counter[str] = field(default_factory=Counter)
     prompts: Counter[str] = field(default_factory=Counter)
     dropped: dict[str, Counter[str]] = field(default_factory=dict)
     first_detail: dict[str, str] = field(default_factory=dict)
+    ignored: dict[str, Counter[str]] = field(default_factory=dict)
 
     def drop(self, source: str, error: SampleError) -> None:
         """Count a dropped sample."""
-        self.dropped.setdefault(source, Counter())[error.reason] += 1
-        self.first_detail.setdefault(error.reason, str(error))
+        self._dropped(source, error.reason, str(error))
+
+    def _dropped(self, source: str, reason: str, detail: str) -> None:
+        self.dropped.setdefault(source, Counter())[reason] += 1
+        self.first_detail.setdefault(reason, detail)
+
+    def take(self, source: str, rendered: "_Rendered") -> None:
+        """Count what was rendered."""
+        for side, found in rendered.ignored.items():
+            if found:
+                self.ignored.setdefault(side, Counter()).update(found)
+        if rendered.example is None:
+            self._dropped(source, rendered.reason, rendered.detail)
+        else:
+            self.prompts[source] += rendered.is_prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rendered:
+    """What has become of a sample: an example, or the reason why it is dropped."""
+
+    example: Example | None = None
+    split: Split = "train"
+    is_prompt: bool = False
+    reason: str = ""
+    detail: str = ""
+    ignored: dict[str, Counter[str]]
 
 
 class Aligner(Protocol):
@@ -85,8 +113,10 @@ def tokenize(
     reporter: Reporter,
     tally: Tally,
     aligner: Aligner | None = None,
+    cores: int = 1,
 ) -> Iterator[tuple[Split, Example]]:
-    """Examples with their split, one by one; counts go to `tally`.
+    """Examples with their split, one by one, the same whatever the number of `cores`; counts go to
+    `tally`.
 
     Where both models render alike, give the same renderer twice: it then renders once. Without an
     `aligner`, both have to supervise the same tokens.
@@ -101,19 +131,19 @@ def tokenize(
     selections = _selections(config, seed, files)
     kept = Counter[str]()
     for source, name, selected in zip(config.sources, config.source_names, selections, strict=True):
-        for conversation in _conversations(config, source, name, files, tally):
-            if not selected(conversation):
-                continue
-            try:
-                example = _render(conversation, name, limits, aligner)
-            except SampleError as error:
-                tally.drop(name, error)
-                continue
-            tally.prompts[name] += conversation.lacks_answer
-            split = split_of(text_hash(conversation.prompt_text, seed), config.heldout_fraction)
-            kept[split] += 1
-            yield split, example
-            reporter.progress(done=kept.total(), total=0, unit="samples", detail=name)
+
+        def rendered(conversation: Conversation, source: str = name) -> _Rendered:
+            hashed = text_hash(conversation.prompt_text, seed)
+            split = split_of(hashed, config.heldout_fraction)
+            return _rendered(conversation, source, limits, aligner, split)
+
+        conversations = _conversations(config, source, name, files, tally)
+        for found in in_order(rendered, filter(selected, conversations), cores=cores):
+            tally.take(name, found)
+            if found.example is not None:
+                kept[found.split] += 1
+                yield found.split, found.example
+                reporter.progress(done=kept.total(), total=0, unit="samples", detail=name)
         _refuse_dropped(name, tally, config.max_malformed_fraction)
     _refuse_empty(kept, tally, config)
 
@@ -196,6 +226,25 @@ def _conversations(
             yield parse_row(row, layout=source.layout, columns=source.columns, prompts=prompts)
         except SampleError as error:
             tally.drop(name, error)
+
+
+def _rendered(
+    conversation: Conversation,
+    source: str,
+    limits: tuple[tuple[Renderer, int], ...],
+    aligner: Aligner | None,
+    split: Split,
+) -> _Rendered:
+    """What becomes of a sample."""
+    for renderer, _ in limits:
+        renderer.ignored = Counter()
+    try:
+        example = _render(conversation, source, limits, aligner)
+    except SampleError as error:
+        return _Rendered(reason=error.reason, detail=str(error), ignored={})
+    ignored = {side: limit[0].ignored for side, limit in zip(SIDES, limits, strict=True)}
+    is_prompt = conversation.lacks_answer
+    return _Rendered(example=example, split=split, is_prompt=is_prompt, ignored=ignored)
 
 
 def _render(

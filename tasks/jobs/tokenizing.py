@@ -5,6 +5,7 @@ from pathlib import Path
 
 from kdflow_core.alignment.coverage import Coverage, plain, summary
 from kdflow_core.contracts import Example
+from kdflow_core.data.many_cores import usable_cores
 from kdflow_core.data.rendering import Renderer
 from kdflow_core.data.tokenization import Split, Tally, tokenize
 from kdflow_core.models.folders import context_length
@@ -45,12 +46,13 @@ def tokenize_data(stage: StageRun) -> ArtifactRef:
         aligner=aligner,
         reporter=stage.reporter,
         tally=tally,
+        cores=usable_cores(),
     )
     coverage: dict[str, Coverage] = {}
     _write_examples(folder, examples, coverage)
     counts = _counts(folder)
     dropped = {source: dict(reasons) for source, reasons in tally.dropped.items()}
-    ignored = {side: dict(r.ignored) for side, r in renderers.items() if r.ignored}
+    ignored = {side: dict(found) for side, found in tally.ignored.items()}
     stage.reporter.message(
         "alignment: exact; student and teacher have one vocabulary"
         if aligner is None

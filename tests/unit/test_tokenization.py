@@ -19,6 +19,7 @@ from kdflow_core.errors import DataError
 from storage.data_files import DataFiles
 from tests.conftest import SilentReporter
 
+ANSWER = {"role": "assistant", "content": "y"}
 ROWS = [{"prompt": f"number {i}", "completion": f"answer {i}", "answer": str(i)} for i in range(60)]
 
 
@@ -34,7 +35,11 @@ def renderer(teacher_folder: Path) -> Renderer:
 
 
 def run(
-    renderer: Renderer, config: dict[str, object], *, teacher: Renderer | None = None
+    renderer: Renderer,
+    config: dict[str, object],
+    *,
+    teacher: Renderer | None = None,
+    cores: int = 1,
 ) -> tuple[list[tuple[Split, Example]], Tally]:
     tally = Tally()
     examples = tokenize(
@@ -47,12 +52,40 @@ def run(
         max_teacher_length=256,
         reporter=SilentReporter(),
         tally=tally,
+        cores=cores,
     )
     return list(examples), tally
 
 
 def files(path: Path | str, **fields: object) -> dict[str, object]:
     return {"type": "files", "path": str(path)} | fields
+
+
+def test_the_number_of_cores_does_not_matter(tmp_path: Path, renderer: Renderer) -> None:
+    """Examples, their order, and what is counted."""
+    rows: list[object] = [
+        {"prompt": f"number {i}", "completion": f"answer {i}"} for i in range(1400)
+    ]
+    rows[700] = "no JSON"
+    rows[1200] = {"prompt": "long", "completion": "answer " * 300}
+    rows[1300] = {"messages": [{"role": "user", "content": "x", "name": "Ann"}, ANSWER]}
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    write_jsonl(tmp_path / "b.jsonl", rows[:50])
+    config: dict[str, object] = {
+        "sources": [files(tmp_path / "a.jsonl"), files(tmp_path / "b.jsonl")],
+        "max_malformed_fraction": 0.1,
+        "max_samples": 1300,
+    }
+    (one, tally), (many, other) = (run(renderer, config, cores=cores) for cores in (1, 3))
+    assert [(s, e.source, e.teacher.digest) for s, e in one] == [
+        (s, e.source, e.teacher.digest) for s, e in many
+    ]
+    assert tally == other
+    assert {reason for found in tally.dropped.values() for reason in found} == {
+        "malformed",
+        "too_long",
+    }
+    assert tally.ignored == {side: Counter(name=1) for side in ("student", "teacher")}
 
 
 def test_jsonl_parquet_arrow_and_saved_folders_read_alike(
