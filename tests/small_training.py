@@ -22,6 +22,7 @@ from kdflow_core.losses.forward_kl import ForwardKL
 from kdflow_core.models.heads import load_head
 from kdflow_core.models.loading import load_causal_lm, load_config
 from kdflow_core.student.module import DistillationModule, shard
+from kdflow_core.student.optim import freeze_
 from kdflow_core.student.schedule import BatchSchedule
 from tests.conftest import VOCABULARY, SilentReporter
 
@@ -93,7 +94,10 @@ class SmallTraining:
         self.states = States([sequences[number] for number in broken])
         self.records, self.reporter = Records(), SilentReporter()
         head = load_head(teacher, load_config(teacher), VOCABULARY)
+        given = {"model": {"type": "pretrained", "path": "."}, "max_steps": steps, "lr": 1e-3}
+        config = StudentConfig.model_validate(given | fields)
         model = load_causal_lm(student, dtype=torch.float32, attention="sdpa")
+        freeze_(model, config)
         spec = LossSpec(divergence=ForwardKL(), kd_ratio=0.9, logits_bytes=10**6)
         ingredients = Ingredients(
             spec=spec, model=model, heads={"teacher": head}, vocabulary_size=VOCABULARY
@@ -105,12 +109,11 @@ class SmallTraining:
         )
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         shard(module, mesh=mesh, compute_dtype=torch.float32)
-        config = {"model": {"type": "pretrained", "path": "."}, "max_steps": steps, "lr": 1e-3}
         self.trainer = Trainer(
             module=module,
             num_steps=steps,
             seed=0,
-            config=StudentConfig.model_validate(config | fields),
+            config=config,
             checkpoints=folder,
             reporter=self.reporter,
             device=torch.device("cpu"),

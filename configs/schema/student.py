@@ -28,6 +28,30 @@ class LoraConfig(StrictModel):
         return self.alpha / self.rank
 
 
+class ParameterGroup(StrictModel):
+    """Some of the student's parameters, and how they are trained otherwise than the rest."""
+
+    names: str = Field(min_length=1)
+    """Which they are: their name, or a pattern with `*`, as `model.embed_tokens.*`. A parameter is
+    in the first group that it fits.
+    """
+    lr: float | None = Field(default=None, gt=0)
+    """Their peak learning rate, in place of `student.lr`; it follows the same schedule."""
+    weight_decay: float | None = Field(default=None, ge=0)
+    """Their weight decay, in place of `student.weight_decay`, and of none for norms and biases."""
+    frozen: bool = False
+    """They keep their values."""
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "ParameterGroup":
+        rates = self.lr is not None or self.weight_decay is not None
+        if rates == self.frozen:
+            raise ValueError(
+                f"parameters '{self.names}': give either `frozen: true`, or lr or weight_decay"
+            )
+        return self
+
+
 class StudentConfig(StrictModel):
     """The student and its optimization."""
 
@@ -65,6 +89,10 @@ class StudentConfig(StrictModel):
     """For `wsd`, the share of the steps after the rise in which the learning rate falls."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's weight decay."""
+    parameter_groups: tuple[ParameterGroup, ...] = Field(default=(), strict=False)
+    """Parameters with a learning rate or a weight decay of their own, or none: `[{names:
+    "model.embed_tokens.*", lr: 1e-5}, {names: "*.layers.0.*", frozen: true}]`.
+    """
     adam_betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), strict=False)
     """AdamW's betas."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
@@ -113,6 +141,15 @@ class StudentConfig(StrictModel):
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} is more than max_steps={most}: the learning "
                 "rate would never reach its peak"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _groups_are_of_weights(self) -> "StudentConfig":
+        if self.lora is not None and self.parameter_groups:
+            raise ValueError(
+                "parameter_groups are of the student's own weights, of which lora trains none; "
+                "leave one of them out"
             )
         return self
 

@@ -74,9 +74,7 @@ def probe_training(
     device: torch.device,
 ) -> float:
     """Student tokens per second over all ranks, which call it together. The student is spent."""
-    optimizer = build_optimizer(
-        module, lr=config.lr, weight_decay=config.weight_decay, betas=config.adam_betas
-    )
+    optimizer = build_optimizer(module, config)
     module.train()
     states = [RandomStates(t.head.weight_VH.shape[1]) for t in module.algorithm.teachers]
     seconds, tokens = 0.0, 0

@@ -39,9 +39,7 @@ class Trainer:
         device: torch.device,
     ) -> None:
         self.module = module
-        self.optimizer = build_optimizer(
-            module, lr=config.lr, weight_decay=config.weight_decay, betas=config.adam_betas
-        )
+        self.optimizer = build_optimizer(module, config)
         # A checkpoint brings the rates of its last step.
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.step = load_newest(checkpoints, module, self.optimizer, reporter.message)

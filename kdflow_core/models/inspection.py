@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from configs.schema.student import ParameterGroup
 from kdflow_core.errors import ModelError
 from kdflow_core.models.checkpoints import Checkpoint, read_checkpoint
 from kdflow_core.models.families import family_of
@@ -20,7 +21,7 @@ from kdflow_core.models.loading import (
     load_config,
     refuse_incomplete,
 )
-from kdflow_core.models.structure import adapter_targets, decoder_layers, meta_model
+from kdflow_core.models.structure import adapter_targets, decoder_layers, meta_model, named_groups
 from kdflow_core.models.tokenizers import load_tokenizer, true_vocabulary_size
 
 DTYPES = {
@@ -39,13 +40,14 @@ class Use:
 
     `attentions` are those with which transformers runs it; `in_sglang`: SGLang loads it. `trained`:
     it is the student, maybe with adapters on `lora_targets` (None: no adapters; empty: on all
-    layers), or with its head spread over ranks.
+    layers), with some parameters in `parameter_groups`, or with its head spread over ranks.
     """
 
     attentions: tuple[str, ...] = ()
     in_sglang: bool = False
     trained: bool = False
     lora_targets: tuple[str, ...] | None = None
+    parameter_groups: tuple[ParameterGroup, ...] = ()
     vocabulary_parallel: bool = False
     trust_remote_code: bool = False
 
@@ -131,6 +133,7 @@ def check_trainable(model: PreTrainedModel, use: Use) -> None:
     decoder_layers(model)
     if use.lora_targets is not None:
         adapter_targets(model, use.lora_targets or None)
+    named_groups(dict(model.named_parameters()), use.parameter_groups)
     if use.vocabulary_parallel and model.config.get_text_config().tie_word_embeddings:
         raise ModelError(
             f"student.vocabulary_parallel: the output head of {type(model).__name__} is its "

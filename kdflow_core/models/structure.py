@@ -1,10 +1,13 @@
 """What a model is made of, by its config alone: built on PyTorch's meta device, without weights."""
 
 import re
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from configs.schema.student import ParameterGroup
 from kdflow_core.errors import ModelError
 from kdflow_core.models.families import BY_ARCHITECTURE, known_family
 from kdflow_core.models.families.plain import PLAIN
@@ -37,6 +40,27 @@ def layers_prefix(model: PreTrainedModel) -> str:
     """What stands before a layer's number in the names of its parameters."""
     layers = decoder_layers(model)
     return next(f"{name}." for name, module in model.named_modules() if module is layers)
+
+
+def named_groups(names: Iterable[str], groups: Sequence[ParameterGroup]) -> list[list[str]]:
+    """The names of a student's parameters that fit each group, and no earlier one.
+
+    Raises ModelError for a group that none is left for, and where all parameters are frozen.
+    """
+    left, found = list(names), []
+    for group in groups:
+        fitting = [name for name in left if fnmatchcase(name, group.names)]
+        if not fitting:
+            raise ModelError(
+                f"student.parameter_groups: no parameter is named '{group.names}', or an earlier "
+                f"group has it; there are {', '.join(left[:3]) or 'none left'}"
+                + (", and others" if len(left) > 3 else "")
+            )
+        left = [name for name in left if name not in set(fitting)]
+        found.append(fitting)
+    if groups and not left and all(group.frozen for group in groups):
+        raise ModelError("student.parameter_groups: every parameter is frozen; nothing would train")
+    return found
 
 
 def adapter_targets(model: PreTrainedModel, targets: tuple[str, ...] | None) -> list[str]:

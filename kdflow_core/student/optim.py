@@ -1,15 +1,51 @@
 """The student's optimizer."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 
+from configs.schema.student import ParameterGroup, StudentConfig
+from kdflow_core.models.structure import named_groups
+from kdflow_core.student.module import DistillationModule
 
-def build_optimizer(
-    module: torch.nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float]
-) -> torch.optim.AdamW:
-    """AdamW; weight decay acts on matrices only, not on norms and biases."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
+Named = dict[str, torch.nn.Parameter]
+
+
+def freeze_(model: torch.nn.Module, config: StudentConfig) -> None:
+    """Take what is frozen out of training. Raises ModelError for groups that do not fit."""
+    for group, named in _grouped(dict(model.named_parameters()), config):
+        if group is not None and group.frozen:
+            for parameter in named.values():
+                parameter.requires_grad = False
+
+
+def build_optimizer(module: DistillationModule, config: StudentConfig) -> torch.optim.AdamW:
+    """AdamW on what trains, by its groups; where these say nothing, weight decay acts on matrices
+    only, not on norms and biases. The rates of the groups are their peaks.
+    """
+    groups: list[dict[str, Any]] = []
+    for group, named in _grouped(dict(module.model.named_parameters()), config):
+        lr = config.lr if group is None or group.lr is None else group.lr
+        given = None if group is None else group.weight_decay
+        # What an algorithm has of its own is in no group.
+        own = module.algorithm.parameters() if group is None else ()
+        training = [p for p in (*named.values(), *own) if p.requires_grad]
+        for matrices in (True, False):
+            decay = given if given is not None else config.weight_decay if matrices else 0.0
+            params = [p for p in training if (p.ndim >= 2) == matrices]
+            groups.append({"params": params, "weight_decay": decay, "lr": lr})
+    used = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(used, lr=config.lr, betas=config.adam_betas, fused=True)
+
+
+def _grouped(
+    parameters: Named, config: StudentConfig
+) -> Iterator[tuple[ParameterGroup | None, Named]]:
+    """Each group with its parameters, and the rest of them."""
+    groups = config.parameter_groups
+    chosen = named_groups(parameters, groups)
+    left = parameters.keys() - {name for names in chosen for name in names}
+    yield None, {name: p for name, p in parameters.items() if name in left}
+    for group, names in zip(groups, chosen, strict=True):
+        yield group, {name: parameters[name] for name in names}

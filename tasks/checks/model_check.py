@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 import transformers
 
-from configs.schema.models import LayerDropModel
+from configs.schema.models import LayerDropModel, NewVocabularyModel
 from configs.schema.run import RunConfig
 from configs.schema.teacher import TransformersTeacher
 from kdflow_core.errors import ModelError
 from kdflow_core.models.inspection import Use, check_model, check_trainable
 from kdflow_core.models.layer_drop import kept_config
+from kdflow_core.models.loading import load_config
 from kdflow_core.models.structure import meta_model
 from tasks.checks.chat_check import chat_format, check_pair
 from tasks.stages.identity import made_of, run_of_teacher
@@ -41,6 +42,7 @@ def use_of(run: RunConfig, side: str) -> Use:
         in_sglang=teaches_in_sglang or any(engine.type == "sglang" for engine in engines),
         trained=trained,
         lora_targets=None if lora is None else lora.targets or (),
+        parameter_groups=run.student.parameter_groups if trained else (),
         vocabulary_parallel=trained and run.student.vocabulary_parallel,
         trust_remote_code=made_of(run, side).trust_remote_code,
     )
@@ -63,17 +65,33 @@ def check_folders(run: RunConfig, folders: Mapping[str, Path]) -> None:
         except ModelError as error:
             field = name if name in ("student", "teacher") else f"algorithm.teachers.{name}.teacher"
             raise ModelError(f"{field}.model: {error}") from error
-    dropped = run.student.model
-    if isinstance(dropped, LayerDropModel) and "student" not in folders and "teacher" in folders:
-        trust = made_of(run, "teacher").trust_remote_code
-        config = kept_config(folders["teacher"], dropped.drop_layers, trust_remote_code=trust)
-        check_trainable(meta_model(config, trust_remote_code=trust), use_of(run, "student"))
+    if "student" not in folders:
+        _check_student_to_be_made(run, folders.get("teacher"))
     if folders.keys() >= {"student", "teacher"}:
         check_pair(
             run,
             chat_format(run, "student", folders["student"]),
             chat_format(run, "teacher", folders["teacher"]),
         )
+
+
+def _check_student_to_be_made(run: RunConfig, teacher: Path | None) -> None:
+    """A student that a stage makes has the structure of what it is made of, as far as that is here.
+
+    Raises ModelError.
+    """
+    made, base = run.student.model, teacher
+    if isinstance(made, NewVocabularyModel) and made.of is not None:
+        base = Path(made.of.path) if Path(made.of.path).is_dir() else None
+    if base is None or not isinstance(made, LayerDropModel | NewVocabularyModel):
+        return
+    trust = made_of(run, "student").trust_remote_code
+    config = (
+        kept_config(base, made.drop_layers, trust_remote_code=trust)
+        if isinstance(made, LayerDropModel)
+        else load_config(base, trust_remote_code=trust)
+    )
+    check_trainable(meta_model(config, trust_remote_code=trust), use_of(run, "student"))
 
 
 def check_ranks(run: RunConfig) -> None:

@@ -26,6 +26,7 @@ from kdflow_core.models.tokenizers import true_vocabulary_size
 from kdflow_core.student.head_part import HeadPart, part_of, teacher_part
 from kdflow_core.student.lora import add_adapters
 from kdflow_core.student.module import DistillationModule, shard
+from kdflow_core.student.optim import freeze_
 from tasks.jobs import chats
 from tasks.jobs.stage_run import StageRun
 
@@ -44,6 +45,7 @@ def build_module(
         # The adapters' first weights are random, on all ranks alike.
         torch.manual_seed(stage.run.seed)
         add_adapters(model, config.lora)
+    freeze_(model, config)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     vocabulary_size = true_vocabulary_size(chats.tokenizer(stage, "student"))

@@ -158,7 +158,7 @@ def train(
     sources: dict[str, SignalSource],
 ) -> dict[str, list[float]]:
     """Seconds of the second epoch's steps, by source; every step is made once with each."""
-    optimizer = build_optimizer(module, lr=1e-4, weight_decay=0.0, betas=(0.9, 0.95))
+    optimizer = build_optimizer(module, CONFIG)
     examples, seconds = AsExamples(rows), {name: [] for name in sources}
     for step in range(schedule.num_steps):
         for name, states in sources.items():

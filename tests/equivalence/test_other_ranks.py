@@ -13,15 +13,28 @@ from kdflow_core.student.checkpoint import completed_steps
 from tests.small_training import SmallTraining
 
 STEPS, SEQUENCES = 7, 6
+GROUPS = [{"names": "model.layers.0.*", "frozen": True}, {"names": "*embed*", "lr": 3e-3}]
 PARTS = ((1, 2), (2, 4), (3, 5), (1, STEPS))  # ranks, and until which step
 
 
-def rank_main(rank: int, ranks: int, stop: int, folder: Path, models: tuple[Path, Path]) -> None:
+def rank_main(
+    rank: int,
+    ranks: int,
+    stop: int,
+    folder: Path,
+    models: tuple[Path, Path],
+    groups: list[dict[str, object]],
+) -> None:
     store = f"file://{folder}/rendezvous-{stop}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
     student, teacher = models
     training = SmallTraining(
-        folder / "checkpoints", student=student, teacher=teacher, steps=STEPS, per_step=SEQUENCES
+        folder / "checkpoints",
+        student=student,
+        teacher=teacher,
+        steps=STEPS,
+        per_step=SEQUENCES,
+        parameter_groups=groups,
     )
     training.run(stop)
     training.trainer.save()
@@ -34,8 +47,9 @@ def rank_main(rank: int, ranks: int, stop: int, folder: Path, models: tuple[Path
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize("groups", [[], GROUPS], ids=["plain", "groups"])
 def test_ranks_may_change_at_every_checkpoint(
-    tmp_path: Path, student_folder: Path, teacher_folder: Path
+    tmp_path: Path, student_folder: Path, teacher_folder: Path, groups: list[dict[str, object]]
 ) -> None:
     """One, two, three and one again end where one alone does."""
     models = (student_folder, teacher_folder)
@@ -44,7 +58,7 @@ def test_ranks_may_change_at_every_checkpoint(
         folder.mkdir()
         first = 0
         for ranks, stop in parts:
-            mp.spawn(rank_main, (ranks, stop, folder, models), nprocs=ranks)
+            mp.spawn(rank_main, (ranks, stop, folder, models, groups), nprocs=ranks)
             assert completed_steps(folder / "checkpoints")[-1] == stop
             _, messages = torch.load(folder / f"after-{stop}.pt")
             assert any(re.match(f"training from step {first} of {STEPS}", m) for m in messages)

@@ -160,6 +160,23 @@ def test_adapters_that_would_be_dead_or_lost(make: Make, targets: list[str], mes
     )
 
 
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([{"names": "embed_tokens", "lr": 1e-5}], r"no parameter is named 'embed_tokens'"),
+        (
+            [{"names": "model.*", "frozen": True}, {"names": "*norm*", "lr": 1e-5}],
+            r"'\*norm\*', or an earlier group has it; there are lm_head\.weight$",
+        ),
+        ([{"names": "*", "frozen": True}], "every parameter is frozen"),
+    ],
+)
+def test_groups_of_parameters_that_are_none(
+    make: Make, groups: list[dict[str, object]], message: str
+) -> None:
+    refused(make({"student.parameter_groups": groups}), rf"student\.parameter_groups: .*{message}")
+
+
 def gpt2(folder: Path) -> None:
     config = GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=32, vocab_size=416)
     GPT2LMHeadModel(config).save_pretrained(folder)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from kdflow_core.errors import TrainingError
+from kdflow_core.errors import ModelError, TrainingError
 from kdflow_core.student.checkpoint import completed_steps
 from tests.small_training import SmallTraining
 
@@ -94,3 +94,78 @@ def test_gradients_are_clipped_only_where_it_is_asked_for(
         norms.append(2 * float(torch.linalg.vector_norm(torch.stack([m.norm() for m in moments]))))
     assert norms[0] > 0.1
     assert norms[1] == pytest.approx(1e-3, rel=1e-3)
+
+
+GROUPS = [
+    {"names": "model.layers.0.self_attn.*", "frozen": True},
+    {"names": "model.layers.0.*", "lr": 5e-3},
+    {"names": "*norm.weight", "weight_decay": 0.5},
+    {"names": "lm_head.weight", "frozen": True},
+]
+
+
+def test_groups_of_parameters_train_as_they_are_told(
+    tmp_path: Path, student_folder: Path, teacher_folder: Path
+) -> None:
+    """AdamW's first step is as large as its learning rate, whatever the gradient; weight decay adds
+    its part.
+    """
+    training = SmallTraining(
+        tmp_path,
+        student=student_folder,
+        teacher=teacher_folder,
+        steps=1,
+        per_step=2,
+        warmup_fraction=0.0,
+        lr_schedule="constant",
+        weight_decay=0.1,
+        parameter_groups=GROUPS,
+    )
+    named = dict(training.trainer.module.model.named_parameters())
+    before = {name: parameter.detach().clone() for name, parameter in named.items()}
+    training.run(1)
+    for name, parameter in named.items():
+        if "layers.0.self_attn" in name or name == "lm_head.weight":
+            assert torch.equal(parameter, before[name]), name
+            continue
+        lr = 5e-3 if "layers.0." in name else 1e-3
+        # The layer norms of layer 0 are in its group, which came first.
+        decay = 0.5 if "norm" in name and lr == 1e-3 else 0.1 if parameter.ndim > 1 else 0.0
+        moved = parameter.detach() - before[name] * (1 - lr * decay)
+        assert moved.abs().max().item() == pytest.approx(lr, rel=0.02), name
+
+
+def test_groups_of_parameters_are_those_of_a_checkpoint(
+    tmp_path: Path, student_folder: Path, teacher_folder: Path
+) -> None:
+    weights = []
+    for number, stops in enumerate(([4], [2, 4])):
+        for stop in stops:
+            training = SmallTraining(
+                tmp_path / str(number),
+                student=student_folder,
+                teacher=teacher_folder,
+                steps=4,
+                per_step=2,
+                parameter_groups=GROUPS,
+            )
+            training.run(stop)
+            training.trainer.save()
+            training.trainer.wait()
+        weights.append(dict(training.trainer.module.model.named_parameters()))
+    for name, parameter in weights[0].items():
+        assert torch.equal(parameter, weights[1][name]), name
+
+
+def test_a_student_that_is_all_frozen_is_refused(
+    tmp_path: Path, student_folder: Path, teacher_folder: Path
+) -> None:
+    with pytest.raises(ModelError, match="every parameter is frozen"):
+        SmallTraining(
+            tmp_path,
+            student=student_folder,
+            teacher=teacher_folder,
+            steps=1,
+            per_step=1,
+            parameter_groups=[{"names": "*", "frozen": True}],
+        )
