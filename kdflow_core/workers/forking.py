@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import TextIO
 
 from kdflow_core.workers.fork_server import NUMBER, READY
+from kdflow_core.workers.rank_side import ROOT
 
+SOURCES = ("configs", "kdflow_core", "storage", "tasks")
 MOST_SERVERS = 3  # of one launcher; each holds the libraries once
 # Where drivers put their devices: NVIDIA, AMD, NVIDIA under Windows.
 DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
@@ -120,6 +122,14 @@ class _Server:
         threading.Thread(target=self._process.wait, daemon=True).start()
 
 
+def _code_changed() -> int:
+    """When our code last changed, in nanoseconds: who edits it between two runs of one process,
+    in a notebook say, gets ranks with the new one.
+    """
+    files = (file for package in SOURCES for file in (ROOT / package).rglob("*.py"))
+    return max(file.stat().st_mtime_ns for file in files)
+
+
 class ForkServers:
     """The fork servers of this process, one for each environment that ranks are to have."""
 
@@ -132,7 +142,7 @@ class ForkServers:
     def fork(self, title: str, modules: Sequence[str], env: Mapping[str, str]) -> ForkedProcess:
         """A process that is a rank and has loaded `modules`. Raises OSError when there is none."""
         read = {name: value for name, value in env.items() if not name.startswith(NO_MATTER)}
-        key = json.dumps([os.getcwd(), list(modules), sorted(read.items())])
+        key = json.dumps([os.getcwd(), list(modules), sorted(read.items()), _code_changed()])
         with self._lock:
             if key in self._failed:
                 raise ConnectionError("the fork server of this environment has failed")

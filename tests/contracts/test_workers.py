@@ -408,3 +408,17 @@ def test_a_job_that_there_is_not_is_an_error_of_the_group(
 ) -> None:
     with pytest.raises(WorkerError, match="No module named 'rank_that_is_not_there'"):
         run("rank_that_is_not_there", tmp_path, 1)
+
+
+def test_code_that_was_edited_is_loaded_anew(
+    rank_module: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two groups of one process, whatever was loaded for the first one."""
+    monkeypatch.setattr("kdflow_core.workers.forking.ROOT", tmp_path)
+    monkeypatch.setattr("kdflow_core.workers.forking.SOURCES", (".",))
+    module = rank_module("import edited; (folder / edited.NAME).touch()")
+    monkeypatch.setitem(LAUNCHERS, "local, forked", lambda: LocalLauncher(["numpy", "edited"]))
+    for number in range(2):
+        (tmp_path / "edited.py").write_text(f"NAME = 'seen-{number}'\n" + "#" * number)
+        run(module, tmp_path, 1)
+        assert (tmp_path / f"seen-{number}").exists()
