@@ -22,6 +22,7 @@ from typing import TextIO
 from kdflow_core.workers.fork_server import NUMBER, READY
 from kdflow_core.workers.rank_side import ROOT
 
+START_S = 120.0  # a server that takes longer to load is not waited for
 SOURCES = ("configs", "kdflow_core", "storage", "tasks")
 MOST_SERVERS = 3  # of one launcher; each holds the libraries once
 # Where drivers put their devices: NVIDIA, AMD, NVIDIA under Windows.
@@ -86,7 +87,9 @@ class _Server:
                 start_new_session=True,
             )
         try:
+            self._requests.settimeout(START_S)
             ready = self._requests.recv(len(READY)) == READY
+            self._requests.settimeout(None)
         except BaseException:
             self.close()
             raise
@@ -101,19 +104,17 @@ class _Server:
         stdout, their_stdout = os.pipe()
         end, their_end = os.pipe()
         theirs = [their_stdin, their_stdout, their_end]
-        try:
+        with contextlib.suppress(OSError):  # it has ended, which is seen below
             first = socket.send_fds(self._requests, [request.encode()], theirs)
             self._requests.sendall(request.encode()[first:])
-        finally:
-            for fd in theirs:
-                os.close(fd)
+        for fd in theirs:
+            os.close(fd)
         born = os.read(end, NUMBER.size)
-        files = os.fdopen(stdin, "w"), os.fdopen(stdout, errors="replace")
         if not born:
-            for file in files:
-                file.close()
-            os.close(end)
+            for fd in (stdin, stdout, end):
+                os.close(fd)
             raise ConnectionError("the fork server has ended")
+        files = os.fdopen(stdin, "w"), os.fdopen(stdout, errors="replace")
         return ForkedProcess(NUMBER.unpack(born)[0], *files, end)
 
     def close(self) -> None:
@@ -144,13 +145,18 @@ class ForkServers:
         read = {name: value for name, value in env.items() if not name.startswith(NO_MATTER)}
         key = json.dumps([os.getcwd(), list(modules), sorted(read.items()), _code_changed()])
         with self._lock:
-            if key in self._failed:
-                raise ConnectionError("the fork server of this environment has failed")
+            server = self._servers.pop(key, None)
+            if server is None and key in self._failed:
+                raise ConnectionError("the fork server of this environment does not start")
             try:
-                server = self._servers.pop(key, None) or _Server(modules, env)
-                process = server.fork(title, env)
+                server = server or _Server(modules, env)
             except OSError:
                 self._failed.add(key)
+                raise
+            try:
+                process = server.fork(title, env)
+            except OSError:
+                server.close()
                 raise
             self._servers[key] = server  # the one that was used last is the last
             while len(self._servers) > MOST_SERVERS:

@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from kdflow_core.errors import WorkerError
 from kdflow_core.workers.base import Launcher, Placement, WorkerGroup
 from kdflow_core.workers.local import LocalLauncher
+from tests.processes import FORK_SERVER
 from tests.readme import ROOT
 
 pytestmark = pytest.mark.ranks
@@ -422,3 +424,19 @@ def test_code_that_was_edited_is_loaded_anew(
         (tmp_path / "edited.py").write_text(f"NAME = 'seen-{number}'\n" + "#" * number)
         run(module, tmp_path, 1)
         assert (tmp_path / f"seen-{number}").exists()
+
+
+def test_a_killed_fork_server_is_replaced(
+    rank_module: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Its next rank starts afresh, the one after that from a new server."""
+    module = rank_module("(folder / f'parent-{os.getppid()}').touch()")
+    for _ in range(3):
+        run(module, tmp_path, 1)
+        for child in psutil.Process().children():
+            if FORK_SERVER in child.cmdline():
+                child.kill()
+                child.wait()
+    parents = {int(file.name.removeprefix("parent-")) for file in tmp_path.glob("parent-*")}
+    assert os.getpid() in parents
+    assert len(parents) == (1 if os.environ[CHOSEN] == "local" else 3)
