@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import time
+from pathlib import Path
 
 import psutil
 
@@ -38,3 +40,17 @@ def stage_ranks(parent: psutil.Process) -> list[psutil.Process]:
         if is_rank(child, "tasks.jobs.stage_host:StageHost")
     ]
     return sorted(ranks, key=lambda rank: rank.pid)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + 15
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, "a process outlived its group"
+        time.sleep(0.05)

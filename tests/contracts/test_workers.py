@@ -18,7 +18,7 @@ import pytest
 from kdflow_core.errors import WorkerError
 from kdflow_core.workers.base import Launcher, Placement, WorkerGroup
 from kdflow_core.workers.local import LocalLauncher
-from tests.processes import FORK_SERVER
+from tests.processes import FORK_SERVER, wait_until_gone
 from tests.readme import ROOT
 
 pytestmark = pytest.mark.ranks
@@ -111,20 +111,6 @@ from tests.contracts.test_workers import run
 from pathlib import Path
 run({module!r}, Path({folder!r}))
 """
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_until_gone(pids: list[int]) -> None:
-    deadline = time.monotonic() + 15
-    while any(alive(pid) for pid in pids):
-        assert time.monotonic() < deadline, "a process outlived its group"
-        time.sleep(0.05)
 
 
 def pids_in(folder: Path, count: int) -> list[int]:

@@ -13,6 +13,7 @@ import pytest
 
 from kdflow_core.data.many_cores import AHEAD, BATCH, in_order
 from kdflow_core.errors import DataError
+from tests.processes import wait_until_gone
 from tests.readme import ROOT
 
 
@@ -92,13 +93,6 @@ for _ in in_order(work, range(10**6), cores=2, alone=0):
 """
 
 
-def runs(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
 def test_its_processes_end_with_it(tmp_path: Path) -> None:
     """However it ends: they hold its output, for whose end its launcher waits."""
     parent = subprocess.Popen(
@@ -111,4 +105,4 @@ def test_its_processes_end_with_it(tmp_path: Path) -> None:
         time.sleep(0.05)
     parent.kill()
     assert parent.communicate(timeout=10)[0] == b""
-    assert not [file.name for file in tmp_path.iterdir() if runs(int(file.name))]
+    wait_until_gone([int(file.name) for file in tmp_path.iterdir()])
