@@ -25,7 +25,6 @@ from kdflow_core.errors import DataError
 from kdflow_core.sinks import Reporter
 
 Split = Literal["train", "heldout"]
-SIDES = ("student", "teacher")
 # What is dropped as a matter of course; a limit holds for every other reason.
 EXPECTED = ("too_long", "blank_line")
 HASH_SPAN = 2**64
@@ -47,11 +46,8 @@ class Tally:
 
     def drop(self, source: str, error: SampleError) -> None:
         """Count a dropped sample."""
-        self._dropped(source, error.reason, str(error))
-
-    def _dropped(self, source: str, reason: str, detail: str) -> None:
-        self.dropped.setdefault(source, Counter())[reason] += 1
-        self.first_detail.setdefault(reason, detail)
+        self.dropped.setdefault(source, Counter())[error.reason] += 1
+        self.first_detail.setdefault(error.reason, str(error))
 
     def take(self, source: str, rendered: "_Rendered") -> None:
         """Count what was rendered."""
@@ -59,7 +55,7 @@ class Tally:
             if found:
                 self.ignored.setdefault(side, Counter()).update(found)
         if rendered.example is None:
-            self._dropped(source, rendered.reason, rendered.detail)
+            self.drop(source, SampleError(rendered.reason, rendered.detail))
         else:
             self.prompts[source] += rendered.is_prompt
 
@@ -242,7 +238,8 @@ def _rendered(
         example = _render(conversation, source, limits, aligner)
     except SampleError as error:
         return _Rendered(reason=error.reason, detail=str(error), ignored={})
-    ignored = {side: limit[0].ignored for side, limit in zip(SIDES, limits, strict=True)}
+    student, teacher = (renderer.ignored for renderer, _ in limits)
+    ignored = {"student": student, "teacher": teacher}
     is_prompt = conversation.lacks_answer
     return _Rendered(example=example, split=split, is_prompt=is_prompt, ignored=ignored)
 

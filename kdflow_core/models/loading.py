@@ -60,6 +60,19 @@ def check_attention(config: PretrainedConfig, attention: str) -> None:
         )
 
 
+def checked_folder(
+    folder: Path, attention: str, *, trust_remote_code: bool
+) -> tuple[PretrainedConfig, dict[str, TensorHeader]]:
+    """The config of a model folder and the headers of its weights, which are seen to do for an
+    implementation of attention. Raises ModelError.
+    """
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    check_attention(config, attention)
+    tensors = read_checkpoint(folder).tensors
+    check_tied_head(folder, config, tensors)
+    return config, tensors
+
+
 def load_causal_lm(
     folder: Path,
     *,
@@ -72,10 +85,7 @@ def load_causal_lm(
 
     Raises ModelError, also for weights that are not wholly and exactly the model's.
     """
-    config = load_config(folder, trust_remote_code=trust_remote_code)
-    check_attention(config, attention)
-    tensors = read_checkpoint(folder).tensors
-    check_tied_head(folder, config, tensors)
+    checked_folder(folder, attention, trust_remote_code=trust_remote_code)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from kdflow_core.models.checkpoints import TensorHeader, read_checkpoint
-from kdflow_core.models.loading import check_attention, check_tied_head, load_config
+from kdflow_core.models.loading import checked_folder
+from kdflow_core.models.saving import saved_buffers
 from kdflow_core.models.tokenizers import LIBRARY_ERRORS
 
 
@@ -27,10 +28,7 @@ def unfilled_causal_lm(
     read, or are not wholly and exactly the model's: then `load_causal_lm` reads them, or says what
     is wrong. Raises ModelError.
     """
-    config = load_config(folder, trust_remote_code=trust_remote_code)
-    check_attention(config, attention)
-    tensors = read_checkpoint(folder).tensors
-    check_tied_head(folder, config, tensors)
+    config, tensors = checked_folder(folder, attention, trust_remote_code=trust_remote_code)
     try:
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -91,9 +89,7 @@ def _saved_name(name: str) -> str:
 def _stateful(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """What a checkpoint holds: parameters, a tied one once, and buffers that are saved."""
     named: dict[str, torch.Tensor] = dict(model.named_parameters())
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    saved = model.state_dict(keep_vars=True)
-    return named | {name: saved[name] for name in saved.keys() - parameters.keys()}
+    return named | saved_buffers(model)
 
 
 def _same(model: PreTrainedModel, tensors: dict[str, TensorHeader]) -> bool:

@@ -40,6 +40,12 @@ def save_description(model: PreTrainedModel, *, dtype: torch.dtype, target: Path
     model.generation_config.save_pretrained(target)
 
 
+def saved_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that belong into a checkpoint, by name."""
+    saved = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
+
+
 class WeightFiles:
     """The safetensors of a model folder, one after the other, and their index where there are
     several.

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from configs.schema.student import LoraConfig
 from kdflow_core.data.chat import ChatFormat
-from kdflow_core.models.saving import WeightFiles, save_description
+from kdflow_core.models.saving import WeightFiles, save_description, saved_buffers
 from kdflow_core.student.lora import save_adapter
 from kdflow_core.student.module import DistillationModule
 from kdflow_core.student.publish import WeightPublisher, gathered
@@ -52,7 +52,10 @@ def export_student(
             config.eos_token_id = generation.eos_token_id = ends
         save_description(model, dtype=dtype, target=target)
     files = WeightFiles(target, weights.num_buckets)
-    buffers = _saved_buffers(model, dtype)
+    buffers = {
+        name: buffer.to(dtype) if buffer.is_floating_point() else buffer
+        for name, buffer in saved_buffers(model).items()
+    }
     for number in range(weights.num_buckets):
         tensors = dict(weights.gather(number))
         if first:
@@ -70,13 +73,3 @@ def _adapters(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     parameters = dict(model.named_parameters())
     names = [name for name in parameters if ".lora_" in name]
     return {name: gathered(parameters, torch.float32, name).cpu() for name in names}
-
-
-def _saved_buffers(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Buffers that belong into a checkpoint."""
-    saved, buffers = model.state_dict().keys(), dict(model.named_buffers())
-    return {
-        name: buffer.to(dtype) if buffer.is_floating_point() else buffer
-        for name, buffer in buffers.items()
-        if name in saved
-    }

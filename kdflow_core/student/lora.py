@@ -89,11 +89,3 @@ def served_weights(names: Mapping[str, object], scale: float) -> dict[str, Serve
         else:
             served[outer] = ServedWeight(parameter=name)
     return served
-
-
-def merged_state(state: Mapping[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
-    """A state dict with its adapters merged, under the model's own names."""
-    return {
-        name: weight.value(state.__getitem__)
-        for name, weight in served_weights(state, scale).items()
-    }

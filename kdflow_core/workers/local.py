@@ -43,6 +43,7 @@ GRACE_S = 2.0
 KEPT_LINES = 40
 SILENT_S = 60.0  # a rank that has not beaten for so long is stopped, or starved
 LOOPBACK = "127.0.0.1"
+_SERVERS = ForkServers()
 
 
 @dataclass
@@ -333,7 +334,6 @@ def _read(number: int, rank: _Rank, lines: "queue.Queue[tuple[int, str | None]]"
     lines.put((number, None))
 
 
-_SERVERS = ForkServers()
 BEAT = EVENT_PREFIX + '{"event": "beat"'
 
 

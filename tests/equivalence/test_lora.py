@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from configs.load import load_run
 from kdflow_core.errors import ModelError, WorkerError
-from kdflow_core.student.lora import add_adapters, merged_state
+from kdflow_core.student.lora import add_adapters, served_weights
 from tasks.presentation.tracking import read_metrics
 from tests.conftest import run_inline
 
@@ -63,7 +63,9 @@ def test_merging_is_pefts(student_folder: Path) -> None:
     config = Ours(rank=2, alpha=5, targets=("q_proj", "down_proj"))
     add_adapters(ours, config)
     filled(ours)
-    merged = merged_state(ours.state_dict(), config.scale)
+    state = ours.state_dict()
+    served = served_weights(state, config.scale)
+    merged = {name: weight.value(state.__getitem__) for name, weight in served.items()}
     theirs = get_peft_model(
         AutoModelForCausalLM.from_pretrained(student_folder, dtype=torch.float32),
         LoraConfig(r=2, lora_alpha=5, target_modules=["q_proj", "down_proj"]),
