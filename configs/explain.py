@@ -15,8 +15,8 @@ from configs.schema.run import RunConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Explained:
-    """A field by its dotted `name` (where only some types of its section have it, followed by
-    these), its default as YAML has it (None: it must be given), and what it is for.
+    """A field by its dotted `name`, followed by the types of its section that have it where not all
+    do; its default in YAML (None: it has none and must be given); and what it is for.
     """
 
     name: str

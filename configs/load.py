@@ -86,7 +86,7 @@ def validate_run(tree: dict[str, Any]) -> RunConfig:
 
 
 def _refuse_non_finite(value: Any, where: str) -> None:
-    """Raises ConfigError for a number that is none."""
+    """Raises ConfigError for NaN and infinities."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"the config is not valid:\n  {where} = {value}: give a finite number")
     if isinstance(value, Mapping):

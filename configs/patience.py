@@ -1,4 +1,4 @@
-"""Trying again what may pass by itself: servers, object stores and the hub for a moment away."""
+"""Retries for what may pass by itself: a server, object store or hub that is briefly away."""
 
 import errno
 import logging

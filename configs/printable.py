@@ -9,7 +9,7 @@ _CONTROL = re.compile(
 
 
 def printable(text: str) -> str:
-    """The text with control characters as what is written for them: it cannot drive a terminal."""
+    """The text with control characters escaped: it cannot drive a terminal."""
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 

@@ -21,7 +21,7 @@ _CONTAINERS = ("abfs://", "abfss://", "wasb://", "wasbs://")
 
 def public(value: Value) -> Value:
     """The value with users, passwords, queries and fragments of all URLs in it taken out; of nested
-    plain values, of all of them. What has none is returned equal.
+    plain values, of all of them. A value without any is returned as it is.
     """
     if isinstance(value, str):
         return _URL.sub(_stripped, value)  # type: ignore[return-value]

@@ -107,8 +107,8 @@ def show_config(
         bool, typer.Option("--explain", help="Say what each field is for, instead.")
     ] = False,
 ) -> None:
-    """Print a recipe with overrides and defaults filled in; or with --explain what the fields are
-    for: all, or those whose names begin with what is given in place of a recipe.
+    """Print a recipe with overrides and defaults filled in; with --explain, what each field is for:
+    all fields, or those whose names begin with the given prefix.
     """
     if explain_fields:
         console.print(field_table(recipe))

@@ -43,7 +43,7 @@ class Foreground:
         self.leave("interrupted", INTERRUPTED)
 
     def died(self, what: str) -> None:
-        """After the death of what the run cannot do without."""
+        """After the death of something that the run depends on."""
         self.leave(what, 1)
 
 

@@ -55,7 +55,7 @@ def prefect_api(on_death: Callable[[str], None]) -> Iterator[None]:
 
 
 def _send_what_waits() -> None:
-    """Logs and events that Prefect sends behind the run's back: after it, nobody takes them."""
+    """Send the logs and events that Prefect holds back: after the run, nobody receives them."""
     from prefect.events.worker import EventsWorker  # noqa: PLC0415 - see above
     from prefect.logging.handlers import APILogWorker  # noqa: PLC0415 - see above
 
@@ -89,7 +89,7 @@ class _TemporaryServer:
                 return url
 
     def _start(self, deadline: float) -> str | None:
-        """None when another process has taken the port meanwhile."""
+        """The server's process; None when another process has taken the port meanwhile."""
         port = free_port()
         log = tempfile.TemporaryFile()  # noqa: SIM115 - the server writes to it until it ends
         self._process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Work done behind the caller's back, a little at a time."""
+"""Work done in the background, a bounded number of calls behind."""
 
 from collections import deque
 from collections.abc import Callable

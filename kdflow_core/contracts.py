@@ -241,7 +241,7 @@ class TeacherEngine(Protocol):
 
     @property
     def remark(self) -> str:
-        """What a user should be told once about how it runs; mostly nothing."""
+        """What a user should be told once about how it runs; usually nothing."""
         ...
 
     def pack(self, lengths: Sequence[int]) -> list[list[int]]:

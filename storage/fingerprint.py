@@ -20,8 +20,8 @@ MEMO = "fingerprints.sqlite"
 
 
 def file_state(path: str | os.PathLike[str]) -> str:
-    """What changes when a local file does: its place, size, times and inode. The time at which the
-    inode changed cannot be set back as that of the content can.
+    """What changes when a local file does: its place, size, times and inode. Unlike the content's
+    time, the time at which the inode changed cannot be set back.
     """
     stat = os.stat(path)
     times = f"{stat.st_mtime_ns}|{stat.st_ctime_ns}"

@@ -29,7 +29,7 @@ GENERATION = re.compile(r"\.(\d+)\.json$")
 
 
 def lease_name(kind: str, digest: str) -> str:
-    """The name of the lease that one has who computes an artifact."""
+    """The name of the lease held by whoever computes an artifact."""
     return f"{kind}-{digest}"
 
 

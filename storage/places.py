@@ -64,7 +64,7 @@ def _check_local(root: Path) -> None:
 
 
 def _within_time(store: ArtifactStore, work: Callable[[], object], what: str) -> None:
-    """A remote store answers at once, or refuses for a reason, or is not there."""
+    """Bounds a check of a remote store: it answers soon, refuses for a reason, or is not there."""
     failure: list[Exception] = []
 
     def run() -> None:

@@ -37,7 +37,7 @@ def is_gone(mark: Mapping[str, Any]) -> bool:
 
 
 def _started(pid: int) -> str | None:
-    """When a process started, by a clock that nobody sets; None when it is gone.
+    """When a process started, by a clock that cannot be set; None when it is gone.
 
     psutil's `create_time` adds the time of the boot, which moves with the system's clock.
     """

@@ -37,7 +37,9 @@ CLIENTS = {"aiohttp", "aiobotocore", "botocore", "gcsfs", "google"}
 
 
 class RemoteError(StoreError, OSError):
-    """A remote file system refuses, is not there, or not now: then a stage may be tried again."""
+    """A remote file system that refuses or cannot be reached, perhaps only for now: a stage may be
+    tried again.
+    """
 
     def __init__(self, what: str, error: Exception) -> None:
         super().__init__(

@@ -74,9 +74,8 @@ class ArtifactStore:
             raise StoreCorruptError(f"{path} is not a manifest: {error}") from error
 
     def newest_manifests(self, kind: str, most: int) -> list[Manifest]:
-        """The newest readable manifests of a kind, at most so many, the newest first. Of the others
-        nothing but the names is read; a remote store does not say which are the newest, and gives
-        any.
+        """Up to `most` readable manifests of a kind, the newest first; of the others only the names
+        are read. A remote store does not say which are the newest, so any may be given.
         """
         folder = f"{self.root}/artifacts/{kind}"
         paths = [f"{folder}/{name}/{MANIFEST}" for name in self.list_names(folder)]

@@ -23,7 +23,7 @@ class _Algorithm(StrictModel):
 
 
 class SFTConfig(_Algorithm):
-    """Cross-entropy alone; `loss` has no say. The teacher is for evaluation."""
+    """Cross-entropy alone; the section `loss` is not used. The teacher is for evaluation."""
 
     SIGNALS = frozenset({"text"})
 

@@ -15,7 +15,7 @@ MAX_PATH_BYTES = 4096
 
 
 def _possible_path(path: str) -> str:
-    """A path that can exist. Raises ValueError."""
+    """A path that a file system can hold. Raises ValueError."""
     if any(ord(sign) < 32 for sign in path):
         raise ValueError("it holds control characters; a path has none")
     scheme, colon, rest = path.partition("://")

@@ -9,9 +9,9 @@ from configs.schema.base import MOST, StrictModel
 
 
 class _Tempered(StrictModel):
-    """What all divergences have. One that `NEEDS_WHOLE_VOCABULARY` cannot do with a part of it on
-    each rank. One that is `OF_CLASSES` grows as both models' probabilities do (it is homogeneous of
-    degree 1), and so means the same for tokens and for classes of them.
+    """What all divergences have. One that `NEEDS_WHOLE_VOCABULARY` cannot run over a vocabulary
+    that is spread over ranks. One that is `OF_CLASSES` is homogeneous of degree 1 in both models'
+    probabilities, and so means the same for tokens and for classes of tokens.
     """
 
     NEEDS_WHOLE_VOCABULARY: ClassVar[bool] = False
@@ -244,7 +244,7 @@ class LossConfig(StrictModel):
 
     @property
     def of_two_tokenizers(self) -> str | None:
-        """What is set that means nothing between models of one tokenizer."""
+        """The fields that are set and mean nothing between models of one tokenizer."""
         if self.compared_by != "folded":
             return f"loss.compared_by={self.compared_by}"
         return f"loss.span_share={self.span_share:g}" if self.span_share else None

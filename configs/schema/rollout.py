@@ -1,5 +1,5 @@
-"""How the student answers prompts between two rounds of training: an engine for generation that
-takes new weights.
+"""How the student answers prompts between two rounds of training: a generation engine that takes
+new weights.
 """
 
 from typing import Annotated, Literal

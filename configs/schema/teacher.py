@@ -11,7 +11,7 @@ from configs.schema.signals import SignalKind
 
 class _Teacher(StrictModel):
     """What all teachers have. `RESULT_FIELDS` can change its states, others cannot; `SIGNAL` is the
-    kind of what it says.
+    kind of signal it gives.
     """
 
     RESULT_FIELDS: ClassVar[frozenset[str]] = frozenset()

@@ -46,7 +46,7 @@ class TokenizerPair:
 
     @property
     def has_classes(self) -> bool:
-        """Whether the two vocabularies differ, and have only classes of tokens in common."""
+        """Whether the two vocabularies differ, so that only classes of tokens can be compared."""
         student, teacher = (side.tokenizer for side in self.vocabularies)
         return not same_vocabulary(student, teacher)
 

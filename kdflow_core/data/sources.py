@@ -1,6 +1,6 @@
 """Raw rows of data sources, in order: files through a `RowFiles`, the rest through `dataset_rows`.
 
-A row that cannot be read costs itself alone, and is told with its file and number.
+A row that cannot be read is lost alone, and reported with its file and number.
 """
 
 import json

@@ -42,7 +42,9 @@ def _stripped(word: str) -> str:
 
 
 def _is_edge(sign: str, behind: str) -> bool:
-    """Whether a sign at the edge of a word is none of it; `behind` is what follows at its front."""
+    """Whether a sign at the edge of a word is no part of it; `behind` is what follows a sign at the
+    front.
+    """
     if sign in QUOTING or unicodedata.category(sign) == "Sc":
         return True
     if sign == "." and behind[:1].isdigit():

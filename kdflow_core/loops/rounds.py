@@ -1,6 +1,7 @@
 """The compute of on-policy rounds: the teacher scores what a round trains on, the student trains.
 
-Over the protocols of `contracts`: where examples come from and where figures go, the caller knows.
+Written against the protocols of `contracts`: the caller says where examples come from and where
+figures go.
 """
 
 import time

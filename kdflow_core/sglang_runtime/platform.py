@@ -13,7 +13,7 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
     _enum = PlatformEnum.OOT
 
     def is_pin_memory_available(self, device: Any = None) -> bool:  # noqa: ARG002 - SGLang's signature
-        """No: there is no device to pin memory for."""
+        """False: there is no device to pin memory for."""
         return False
 
     def get_default_attention_backend(self) -> str:

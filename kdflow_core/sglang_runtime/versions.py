@@ -1,4 +1,4 @@
-"""Whether an SGLang is installed that we know."""
+"""Whether a tested version of SGLang is installed."""
 
 import logging
 from importlib import import_module, metadata
@@ -37,7 +37,9 @@ def check_sglang() -> None:
 
 
 def check_names(*, attention_backend: str | None, quantization: str | None) -> None:
-    """Refuse names that are not SGLang's, or of what is not installed. Raises ModelError."""
+    """Refuse names that SGLang does not know, or whose packages are not installed. Raises
+    ModelError.
+    """
     if attention_backend is None and quantization is None:
         return
     require_sglang()

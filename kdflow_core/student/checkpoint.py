@@ -60,7 +60,7 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 class CheckpointWriter:
-    """Writes checkpoints behind the caller's back, one at a time, and keeps the newest `keep`.
+    """Writes checkpoints in the background, one at a time, and keeps the newest `keep`.
 
     What is saved is copied to host memory first, so that training may go on. Every rank makes one
     and calls its methods together with the others.

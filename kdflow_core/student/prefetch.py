@@ -33,7 +33,7 @@ class PrefetchedStates:
         self._rows: dict[bytes, Future[SignalRows]] = {}
 
     def begin_step(self, step: int) -> None:
-        """Let go of earlier steps' rows and have the coming ones read."""
+        """Drop earlier steps' rows, and start reading the coming ones."""
         for ahead in range(step, min(step + STEPS_AHEAD + 1, self._num_steps)):
             if ahead not in self._steps:
                 self._steps[ahead] = {

@@ -23,7 +23,7 @@ from kdflow_core.teacher import longest_allowed
 
 
 class TransformersTeacherEngine:
-    """Runs the model without its head, after verifying that `head` rebuilds its logits."""
+    """Runs the model without its head, once `head` is seen to rebuild its logits."""
 
     remark = ""
 

@@ -1,4 +1,4 @@
-"""The contract between those who want work done and the ranks that do it.
+"""The contract between a caller that has work and the ranks that do it.
 
 A launcher starts ranks; each makes a host of its own, by the name of a job, and serves the methods
 that the host offers until the group is closed. Whatever goes between them is JSON.
@@ -46,7 +46,7 @@ class Placement:
 
 
 class Events(Protocol):
-    """Who listens to a group. Called in the thread that waits for it."""
+    """A listener to a group's events. Called in the thread that waits for the group."""
 
     def event(self, event: dict[str, Any]) -> None:
         """What a rank has emitted: `event` is its kind, the rest is its own."""

@@ -96,7 +96,7 @@ def _tell_end(process: int, pid: int, pipe: int) -> None:
 
 
 def _be_rank(request: dict[str, Any], stdin: int, stdout: int, pipe: int) -> NoReturn:
-    """What the process would be that the launcher could have started afresh."""
+    """Become what a rank is that the launcher has started afresh."""
     try:
         os.setsid()
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -37,7 +37,7 @@ def can_fork() -> bool:
 
 
 class ForkedProcess:
-    """A process that a server has borne; as much of `subprocess.Popen` as a launcher needs."""
+    """A process that a server has forked; as much of `subprocess.Popen` as a launcher needs."""
 
     def __init__(self, pid: int, stdin: TextIO, stdout: TextIO, end: int) -> None:
         self.pid = pid

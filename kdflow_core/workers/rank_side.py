@@ -95,7 +95,7 @@ def _beat(main_thread: int) -> None:
 
 
 def _stack(frame: FrameType | None) -> list[tuple[int, int]]:
-    """What changes when a thread moves."""
+    """The stack of a thread, as something that changes when the thread moves on."""
     stack = []
     while frame is not None:
         stack.append((id(frame.f_code), frame.f_lasti))

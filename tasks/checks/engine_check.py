@@ -21,8 +21,8 @@ ANSWER_S = 10.0
 def check_engines(
     run: RunConfig, plan: Mapping[str, StageIdentity], *, ask_servers: bool = False
 ) -> None:
-    """Refuse a run with a stage that has yet to run in an engine that is not there: SGLang, where
-    there is none that we know, and with `ask_servers` a server that does not answer.
+    """Refuse a run with a stage still to run whose engine is not there: SGLang where no tested
+    version is installed, and with `ask_servers` a server that does not answer.
 
     Raises ConfigError, which names the field.
     """

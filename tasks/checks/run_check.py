@@ -1,7 +1,7 @@
 """What can be known before a run starts, checked before it starts.
 
-A model that was found in order is not looked at again for the same use, so that a run that comes
-from cache loads no model library.
+A model that passed is not checked again for the same use, so a run that comes from cache loads no
+model library.
 """
 
 from collections.abc import Mapping
@@ -101,7 +101,7 @@ def _prepared(run: RunConfig, plan: Mapping[str, StageIdentity]) -> dict[str, Pa
 
 
 def _check(run: RunConfig, folders: Mapping[str, Path]) -> None:
-    """Check the models, unless these very files were in order for this very run."""
+    """Check the models, unless these very files have passed for this very run."""
     memo = Memo(Path(run.storage.scratch) / CHECKED)
     key = digest(
         {

@@ -19,7 +19,7 @@ COPIES = ("copies", "read-cache")
 def descendants(known: Iterable[Entry], damaged: Iterable[Entry]) -> list[Entry]:
     """The finished artifacts that were made of damaged ones, or of what was made of these.
 
-    Whether they have read the damage, nobody can tell afterwards.
+    Whether they have read the damaged part cannot be told afterwards.
     """
     doubtful, result = list(damaged), []
     rest = [e for e in known if e.manifest is not None and e not in doubtful]
@@ -62,8 +62,8 @@ def _round_and_run(manifest: Manifest) -> tuple[int, tuple[dict[str, Any], dict[
 
 
 def take_back(store: ArtifactStore, entry: Entry) -> None:
-    """Have the next run make an artifact again. Of states nothing is left, as their finished shards
-    would serve on; of others the files stay until then. Raises StoreError while it is computed.
+    """Have the next run make an artifact again. States are removed at once, as their finished
+    shards would be used again; other files stay until then. Raises StoreError while it is computed.
     """
     if entry.kind == "states":
         remove_artifact(store, entry)

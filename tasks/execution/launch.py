@@ -25,7 +25,7 @@ Logger = logging.Logger | logging.LoggerAdapter[Any]
 
 
 class Listener:
-    """What a group of ranks tells, for a log. See `Events`."""
+    """Logs what a group of ranks reports. See `Events`."""
 
     def __init__(self, logger: Logger, name: str, pulse: Callable[[], None]) -> None:
         self._logger = logger
@@ -100,7 +100,7 @@ def stage_lease(spec: StageSpec, logger: Logger) -> AbstractContextManager[Pulse
 
 
 def tell_failure(logger: Logger, error: WorkerError) -> None:
-    """Log what stands behind an error's message."""
+    """Log the details behind an error's message."""
     if error.details:
         logger.error("%s; its traceback or last output:\n%s", error, error.details)
 

@@ -124,7 +124,9 @@ def why_not_live(run: RunConfig, estimate: Estimate) -> str:
 
 
 def with_delivery(run: RunConfig, delivery: Literal["replay", "live"]) -> RunConfig:
-    """A run with `delivery: auto` decided. What a replay has no use for is left at its default."""
+    """A run with `delivery: auto` decided. Fields that a replay does not use are left at their
+    defaults.
+    """
     fields: Mapping[str, Any] = run.model_dump(mode="json")
     changed = dict(fields) | {"delivery": delivery}
     if delivery == "replay" and isinstance(run.teacher, InProcessTeacher):

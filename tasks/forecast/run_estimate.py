@@ -12,7 +12,7 @@ from tasks.stages.identity import open_store, stage_spec
 def estimate(run: RunConfig, logger: Logger) -> tuple[Estimate, Prospect]:
     """What the run will take. Its stages up to the probe are computed, or come from the store.
 
-    Raises ConfigError for an algorithm that has no teacher states to store or not.
+    Raises ConfigError for an algorithm that reads no teacher states.
     """
     if not run.algorithm.reads_signals:
         raise ConfigError(

@@ -32,7 +32,8 @@ def join(stage: StageRun) -> None:
 
 
 def prompt(stage: StageRun, example: Example, side: Side, most: int) -> Prompt:
-    """What a side's model is asked, with room for up to `most` tokens that both sides can hold.
+    """The prompt for a side's model, with room for up to `most` answer tokens that both sides can
+    hold.
 
     The data's own answer fits, so there is room for one at least.
     """

@@ -1,5 +1,5 @@
-"""The net under the loading of a teacher: the first states that it gives are compared with those
-that transformers computes from the same folder.
+"""A safety net for loading a teacher: its first states are compared with those that transformers
+computes from the same folder.
 """
 
 from collections.abc import Sequence

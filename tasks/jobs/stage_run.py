@@ -120,7 +120,7 @@ def refuse_foreign(spec: StageSpec, *stages: str) -> None:
 
 
 def job(*stages: str) -> Callable[[Callable[[StageRun], R]], Callable[[StageRun], R]]:
-    """The function is the job of these stages, and refuses the spec of any other."""
+    """Mark a function as the job of these stages; it refuses the spec of any other."""
 
     def decorate(work: Callable[[StageRun], R]) -> Callable[[StageRun], R]:
         @functools.wraps(work)

@@ -25,7 +25,7 @@ def artifact_key(name: str) -> str:
 
 
 def evaluation_rows(run: RunConfig, ref: ArtifactRef) -> list[dict[str, Any]]:
-    """One row per model and source (`all` first) with the scores that there are."""
+    """One row per model and source (`all` first), with the scores that exist."""
     path = open_store(run).local_copy(ref) / "evaluation.json"
     models = json.loads(path.read_text(encoding="utf-8"))["models"]
     sources = sorted(

@@ -26,7 +26,7 @@ def check_tracking(run: RunConfig) -> None:
 
 
 class MetricsLog:
-    """Writes the records of a run; a resumed run drops what lies behind its checkpoint first."""
+    """Writes the records of a run; a resumed run first drops those after its checkpoint."""
 
     def __init__(self, *, run: RunConfig, folder: Path, run_id: str, first_step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -117,8 +117,8 @@ class NoMetrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file up to the first line that is none: the last one of a killed run
-    may be torn.
+    """The records of a metrics file, up to the first line that is not one: the last line of a
+    killed run may be torn.
     """
     if not path.is_file():
         return []

@@ -1,4 +1,4 @@
-"""Where a stage keeps what its ranks and its launcher both look at, beside the store."""
+"""Where a stage keeps checkpoints: outside the store, seen by its ranks and its launcher."""
 
 from pathlib import Path
 

@@ -85,7 +85,7 @@ def find(run: RunConfig, identity: StageIdentity) -> ArtifactRef | None:
 
 
 def of_teacher(output: str, name: str) -> str:
-    """Under which name a stage's artifact is found that is about one of several teachers."""
+    """The name of a stage's artifact that is about one of several teachers."""
     return output if name == "teacher" else f"{output}_{name}"
 
 

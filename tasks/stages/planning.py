@@ -13,7 +13,7 @@ from tasks.stages.slices import Known, Slice
 def plan_stages(run: RunConfig) -> dict[str, StageIdentity]:
     """The stages of a run by name, in the order in which they run.
 
-    Those of `delivery: auto` end with its estimate, which decides on what follows.
+    With `delivery: auto` they end with the estimate, which decides what follows.
 
     Raises DataError, ModelError or StoreError for data or models that are not there.
     """

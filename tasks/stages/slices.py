@@ -1,6 +1,6 @@
-"""What of a run's config and inputs identifies each stage's output: a function for each stage.
+"""Which parts of a run's config and inputs identify each stage's output: a function for each stage.
 
-Sizes of batches, numbers of ranks and paths stand outside.
+Batch sizes, numbers of ranks and paths are left out.
 """
 
 import os
