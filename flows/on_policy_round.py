@@ -82,6 +82,8 @@ def round_markdown(record: RoundRecord, answers: list[Answer]) -> str:
         figures[f"held-out {name.replace('_', ' ')}"] = f"{value:.4f}"
     for name, value in (record.log_prob_difference or {}).items():
         figures[f"log-prob difference to the engine, {name.replace('_', ' ')}"] = f"{value:.2e}"
+    for name, value in (record.translated or {}).items():
+        figures[f"across tokenizers: {name.replace('_', ' ')}"] = f"{value:,}"
     for name, value in record.seconds.items():
         figures[f"{name} (s)"] = f"{value:.2f}"
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())

@@ -27,12 +27,14 @@ TOKEN_TERMS = (
 )
 # Those that compare the student with a teacher: where tokens are aligned, of some tokens alone.
 TAUGHT_TERMS = ("kd", "forward_kl", "teacher_entropy", "agreement")
-# Beside them where two tokenizers are aligned: a mean over spans of tokens that spell the same.
+# Beside them where two tokenizers are aligned: means over spans of tokens that spell the same.
 SPAN_TERM = Metric("span", "likelihood of spans (nats/span)", "divergence")
+WITHIN_TERM = Metric("within_classes", "reverse KL within classes (nats/span)", "estimate")
 TERM_NAMES = tuple(term.name for term in TOKEN_TERMS)
 STEP_METRICS = (
     *TOKEN_TERMS,
     SPAN_TERM,
+    WITHIN_TERM,
     Metric("grad_norm", "gradient norm (before clipping)", "gradient norm"),
     Metric("lr", "learning rate", "lr"),
     Metric("tokens_per_s", "throughput (tokens/s)", "tokens/s"),

@@ -226,6 +226,11 @@ class LossConfig(StrictModel):
     both models find each run of tokens that spells the same (ALM's limit, 2503.20083). The
     divergence has the rest, at 1 nothing.
     """
+    within_classes: bool = False
+    """Between two tokenizers, for `reverse_kl` on what the student has sampled: learn also how it
+    spells a text that falls in one class with the teacher's, by a policy gradient (clipped as that
+    of `sampled_reverse_kl` is). With it the whole reverse KL of texts is learned.
+    """
     compared_by: ComparedBy = "folded"
     """Between two tokenizers, what the divergence compares: `folded` (both vocabularies folded onto
     the tokens that they share), `first_piece` and `byte_prefix` (a token of the teacher as the one
@@ -242,17 +247,38 @@ class LossConfig(StrictModel):
     result stays the same.
     """
 
+    @model_validator(mode="after")
+    def _within_fits(self) -> "LossConfig":
+        if self.within_classes and (
+            self.divergence.type != "reverse_kl"
+            or self.divergence.temperature != 1
+            or self.compared_by == "ranks"
+            or self.span_share == 1
+        ):
+            raise ValueError(
+                "`within_classes` adds what reverse_kl of classes leaves out; set "
+                "divergence={type: reverse_kl} at temperature 1, compared_by=folded and span_share "
+                "below 1"
+            )
+        return self
+
     @property
     def of_two_tokenizers(self) -> str | None:
         """The fields that are set and mean nothing between models of one tokenizer."""
         if self.compared_by != "folded":
             return f"loss.compared_by={self.compared_by}"
+        if self.within_classes:
+            return "loss.within_classes"
         return f"loss.span_share={self.span_share:g}" if self.span_share else None
 
     @property
-    def learns_from_samples(self) -> bool:
-        """Whether the divergence reads the log-probabilities that tokens were sampled with."""
-        return any(isinstance(term, SampledReverseKLConfig) for term in self._terms)
+    def learns_from_samples(self) -> str | None:
+        """The setting by which the loss reads the log-probabilities that tokens were sampled with,
+        if one does.
+        """
+        if any(isinstance(term, SampledReverseKLConfig) for term in self._terms):
+            return "loss.divergence sampled_reverse_kl"
+        return "loss.within_classes" if self.within_classes else None
 
     @property
     def needs_whole_vocabulary(self) -> bool:

@@ -211,12 +211,12 @@ def check_on_policy(run: "RunConfig", on_policy: OnPolicyConfig) -> None:
             )
 
 
-def check_samples(on_policy: OnPolicyConfig, temperature: float) -> None:
-    """Refuse samples that a divergence at a temperature cannot learn from. Raises ValueError."""
+def check_samples(on_policy: OnPolicyConfig, setting: str, temperature: float) -> None:
+    """Refuse samples that a `setting` at a temperature cannot learn from. Raises ValueError."""
     whole = on_policy.top_p == 1 and on_policy.top_k == 0
     if not (on_policy.all_sampled and whole and on_policy.temperature == temperature):
         raise ValueError(
-            "loss.divergence sampled_reverse_kl learns from what the student has sampled; set "
-            "on_policy.fraction to the constant 1, top_p=1, top_k=0 and the divergence's own "
-            f"temperature ({temperature:g})"
+            f"{setting} learns from what the student has sampled; set on_policy.fraction to the "
+            "constant 1, top_p=1, top_k=0 and the divergence's own temperature "
+            f"({temperature:g})"
         )

@@ -247,9 +247,11 @@ class RunConfig(StrictModel):
                 f"{self.loss.of_two_tokenizers} is for two tokenizers, and alignment=exact asks "
                 "for one; leave one of the two out"
             )
-        if self.loss.span_share and self.algorithm.type not in ("vanilla_kd", "sft"):
+        by_spans = self.loss.span_share or self.loss.within_classes
+        if by_spans and self.algorithm.type not in ("vanilla_kd", "sft"):
             raise ValueError(
-                f"loss.span_share is not for algorithm.type={self.algorithm.type}; leave it out"
+                f"{self.loss.of_two_tokenizers} is not for algorithm.type={self.algorithm.type}; "
+                "leave it out"
             )
         if self.alignment == "bytes" or isinstance(self.student.model, NewVocabularyModel):
             check_aligned(self)
@@ -270,11 +272,12 @@ class RunConfig(StrictModel):
     @model_validator(mode="after")
     def _samples_fit(self) -> "RunConfig":
         answers = self.data.answers
-        if not self.loss.learns_from_samples or self.algorithm.type == "sft":
+        setting = self.loss.learns_from_samples
+        if setting is None or self.algorithm.type == "sft":
             return self
         temperature = self.loss.divergence.temperature
         if self.on_policy is not None:
-            check_samples(self.on_policy, temperature)
+            check_samples(self.on_policy, setting, temperature)
             return self
         if (
             answers is None
@@ -284,9 +287,9 @@ class RunConfig(StrictModel):
             or answers.temperature != temperature
         ):
             raise ValueError(
-                "loss.divergence sampled_reverse_kl learns from what the student has sampled; set "
-                "data.answers with by=student, fraction=1, top_p=1 and the divergence's own "
-                f"temperature ({temperature:g})"
+                f"{setting} learns from what the student has sampled; set data.answers with "
+                "by=student, fraction=1, top_p=1 and the divergence's own temperature "
+                f"({temperature:g})"
             )
         return self
 

@@ -2,7 +2,8 @@
 
 Hinton et al., arXiv 1503.02531; with `reverse_kl` or `generalized_jsd` on answers of the student's
 own, one round of GKD, arXiv 2306.13649, algorithm 1. Between two tokenizers also the likelihood of
-spans. Dimensions: N supervised tokens, M the teacher's tokens in spans, S spans.
+spans, and what a divergence of classes leaves out. Dimensions: N supervised tokens, M the teacher's
+tokens in spans, S spans.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,9 @@ from kdflow_core.algorithms.base import (
     whole_batch_loss,
 )
 from kdflow_core.losses.chunked import LossOutput
-from kdflow_core.losses.span_likelihood import span_divergence, span_sums, surprisals
+from kdflow_core.losses.folding import Folding
+from kdflow_core.losses.span_likelihood import Spans, span_divergence, span_sums, surprisals
+from kdflow_core.losses.within_classes import advantages_within, cross_entropy_weights
 
 
 class VanillaKD(Algorithm):
@@ -33,7 +36,7 @@ class VanillaKD(Algorithm):
         del config
         self._spec = ingredients.spec
         self._teacher = Teacher(
-            head=ingredients.heads["teacher"], reads_spans=ingredients.spec.span_share > 0
+            head=ingredients.heads["teacher"], reads_spans=ingredients.spec.reads_spans
         )
 
     @property
@@ -48,20 +51,60 @@ class VanillaKD(Algorithm):
             return self._token_loss(student, batch, taught)
         spec, spans = self._spec, taught.spans
         ce_N = surprisals(student.hidden_NH, student.head, batch.target_ids_N, spec.logits_bytes)
+        x_M = surprisals(spans.hidden_MG, self._teacher.head, spans.target_ids_M, spec.logits_bytes)
+        x_S = span_sums(x_M, spans.span_M, spans.count)
         y_S = span_sums(ce_N[spans.row_R], spans.span_R, spans.count)
-        log_p_M = surprisals(
-            spans.hidden_MG, self._teacher.head, spans.target_ids_M, spec.logits_bytes
-        )
-        value_S, slope_S = span_divergence(span_sums(log_p_M, spans.span_M, spans.count), y_S)
-        # By the chain rule: a span's surprisal is the sum of its tokens' cross-entropies.
-        part = spec.kd_ratio * spec.span_share
-        extra_N = torch.zeros_like(ce_N).index_add_(0, spans.row_R, slope_S[spans.span_R])
-        extra_N *= batch.weight * part
+        extra_N, total, terms = torch.zeros_like(ce_N), ce_N.new_zeros(()), {}
+        if spec.span_share:
+            part = spec.kd_ratio * spec.span_share
+            terms["span"], slope_S = span_divergence(x_S, y_S)
+            # By the chain rule: a span's surprisal is the sum of its tokens' cross-entropies.
+            extra_N.index_add_(0, spans.row_R, part * slope_S[spans.span_R])
+            total = total + part * terms["span"].sum()
+        if spec.within_classes and isinstance(spec.folding, Folding):
+            part, folding = spec.divergence_weight, spec.folding
+            advantage_S = self._advantages(student, batch, spans, (y_S, x_S), folding)
+            terms["within_classes"] = -advantage_S
+            extra_N += part * self._within(batch, spans, advantage_S, ce_N)
+            total = total - part * advantage_S.sum()
+        extra_N *= batch.weight
         output = self._token_loss(student, replace(batch, extra_ce_N=extra_N), taught)
-        terms = output.terms | {"span": value_S}
-        total = part * value_S.sum()
+        terms = output.terms | terms
         terms["loss"] = terms["loss"] + total / max(1, len(ce_N))
         return LossOutput(output.loss + batch.weight * total, terms)
+
+    def _advantages(
+        self,
+        student: Student,
+        batch: MicroBatch,
+        spans: Spans,
+        surprisal_S: tuple[torch.Tensor, torch.Tensor],
+        folding: Folding,
+    ) -> torch.Tensor:
+        """See `advantages_within`, [S]."""
+        return advantages_within(
+            spans=spans,
+            hidden_NH=student.hidden_NH,
+            head=student.head,
+            target_ids_N=batch.target_ids_N,
+            teacher_head=self._teacher.head,
+            surprisal_S=surprisal_S,
+            folding=folding,
+            logits_bytes=self._spec.logits_bytes,
+        )
+
+    def _within(
+        self,
+        batch: MicroBatch,
+        spans: Spans,
+        advantage_S: torch.Tensor,
+        ce_N: torch.Tensor,
+    ) -> torch.Tensor:
+        """The weights of cross-entropies, [N], of a policy gradient with these advantages."""
+        advantage_N = torch.zeros_like(ce_N)
+        advantage_N.index_add_(0, spans.row_R, advantage_S[spans.span_R])
+        assert batch.sampled_log_prob_N is not None  # the config refuses others
+        return cross_entropy_weights(advantage_N, -ce_N, batch.sampled_log_prob_N)
 
     def _token_loss(self, student: Student, batch: MicroBatch, taught: TokenSignal) -> LossOutput:
         """Cross-entropy and the divergence, token by token."""

@@ -82,14 +82,14 @@ def align_answer(
         return Alignment(pairs_P2=np.zeros((0, 2), np.int32), spans_S4=np.zeros((0, 4), np.int32))
     own, other = sides[0][-1], sides[1][-1]
     texts = [r.tokens.spell(turn.ids_R) for turn, r in zip((own, other), readers, strict=True)]
-    begins, size = _common_beginning(texts, readers)
+    begins, size = common_beginning(texts, readers)
     whole = all(begin + size == len(text) for begin, text in zip(begins, texts, strict=True))
     closed = own.closed and other.closed and whole
     pairs_P2, spans_S4 = _align_part(own, other, readers, begins, size, closed=closed)
     return Alignment(pairs_P2=pairs_P2, spans_S4=spans_S4)
 
 
-def _common_beginning(
+def common_beginning(
     texts: Sequence[bytes], readers: tuple[Reader, Reader]
 ) -> tuple[tuple[int, int], int]:
     """Where the text begins on both sides, and how many bytes of it are the same: behind the space

@@ -106,6 +106,7 @@ class HeldoutCurve:
                 token_weight=None,
                 policy_gradient=None,
                 span_share=0.0,
+                within_classes=False,
             ),
             model=module.model,
             heads={"teacher": module.part_of_head(head)},

@@ -25,7 +25,8 @@ class LossSpec:
     Without a divergence there is no teacher, and `kd_ratio` is 0. `logits_bytes` is the memory for
     both models' logits of a chunk of tokens. `vocabulary` says whether heads are whole or spread
     over ranks. With a `folding`, the models have different vocabularies, and the divergence is of
-    the classes that both are folded onto, or of their ranks.
+    the classes that both are folded onto, or of their ranks; `within_classes` adds what a reverse
+    KL of classes leaves out (see `within_classes.py`).
     """
 
     divergence: Divergence | None
@@ -36,6 +37,12 @@ class LossSpec:
     vocabulary: WholeVocabulary | ShardedVocabulary = WholeVocabulary()
     folding: Comparison | None = None
     span_share: float = 0.0
+    within_classes: bool = False
+
+    @property
+    def reads_spans(self) -> bool:
+        """Whether the loss is also of runs of tokens that spell the same."""
+        return self.span_share > 0 or self.within_classes
 
     @property
     def divergence_weight(self) -> float:

@@ -239,9 +239,12 @@ def _spans(
     """The spans of the examples, numbered through, with the teacher's states of their tokens."""
     empty = np.zeros(0, np.int64)
     rows, spans, targets, theirs = [empty], [empty], [empty], [empty]
-    states, count, first = [], 0, 0
+    states, pairs, count, first = [], [np.zeros(0, bool)], 0, 0
     for example in examples:
-        spans_S4 = example.alignments[teacher.view].spans_S4.astype(np.int64)
+        alignment = example.alignments[teacher.view]
+        spans_S4 = alignment.spans_S4.astype(np.int64)
+        own_of = dict(alignment.pairs_P2.tolist())
+        pairs.append(np.array([own_of.get(a) == c for a, _, c, _ in spans_S4.tolist()], bool))
         numbers_S = count + np.arange(len(spans_S4))
         own, other = (_members(spans_S4[:, side : side + 2]) for side in (0, 2))
         rows.append(first + own.token)
@@ -251,9 +254,9 @@ def _spans(
         theirs.append(numbers_S[other.span])
         states.append(rows_at(hidden_rows(signals.rows(sequence)), other.token))
         first, count = first + len(example.student.target_positions_N), count + len(spans_S4)
-    row_R, span_R, target_ids_M, span_M = (
+    row_R, span_R, target_ids_M, span_M, is_pair_S = (
         torch.from_numpy(np.concatenate(parts)).to(device)
-        for parts in (rows, spans, targets, theirs)
+        for parts in (rows, spans, targets, theirs, pairs)
     )
     return Spans(
         count=count,
@@ -262,6 +265,7 @@ def _spans(
         hidden_MG=select_rows(states, hidden_size=signals.hidden_size, device=device),
         target_ids_M=target_ids_M,
         span_M=span_M,
+        is_pair_S=is_pair_S,
     )
 
 

@@ -5,13 +5,16 @@ code.
 from collections.abc import Mapping
 
 from kdflow_core.alignment.tokenizer_pair import TokenizerPair, vocabulary
-from kdflow_core.alignment.translation import Translator
+from kdflow_core.alignment.translation import Translated, Translator
 from kdflow_core.data.chat import ChatFormat
 from kdflow_core.models.tokenizers import true_vocabulary_size
 from tasks.checks.chat_check import aligns_by_bytes
 from tasks.jobs.chats import chat
 from tasks.jobs.stage_run import SIDES, StageRun
 from tasks.stages.slices import Side
+
+# The share of answers that may be read in part before it is told: a few percent are usual.
+MOST_SHORTENED = 0.05
 
 
 def pair(stage: StageRun) -> TokenizerPair | None:
@@ -42,6 +45,17 @@ def translator(stage: StageRun) -> Translator | None:
     chats = _chats(stage)
     made = pair_of(stage, chats)
     return None if made is None else Translator(pair=made, chats=chats, limit=stage.length_limit)
+
+
+def tell_shortened(stage: StageRun, translated: Translated) -> None:
+    """Say where one side reads less of the other's answers than it should."""
+    if translated.shortened > MOST_SHORTENED:
+        stage.reporter.message(
+            f"of {translated.answers} answers, {translated.rewritten} are read otherwise by the "
+            f"other side's tokenizer, and {translated.invalid_utf8} are no UTF-8: what follows in "
+            "them is not distilled. Look at some by `kdflow show`; a tokenizer that rewrites text "
+            "is the usual cause"
+        )
 
 
 def _chats(stage: StageRun) -> dict[Side, ChatFormat]:

@@ -7,7 +7,7 @@ goes on with the missing ones.
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ def generate_answers(stage: StageRun) -> ArtifactRef | None:
         supervised += _merge(
             TokenExamples(table), set(wanted[split]), paths, target / f"{split}.arrow"
         )
+    translated = _translated(stage, config, folder, portions)
     files = stage.store.publish(stage.kind, stage.digest, target)
     counts = {
         "sequences": len(tables["train"]),
@@ -80,7 +81,8 @@ def generate_answers(stage: StageRun) -> ArtifactRef | None:
         "heldout_answered": len(wanted["heldout"]),
         "supervised_tokens": supervised,
     }
-    ref = stage.commit(files=files, counts=counts, info={"by": config.by})
+    info = {"by": config.by, "translated": translated}
+    ref = stage.commit(files=files, counts=counts, info=info)
     shutil.rmtree(stage.workdir)  # the parts have served
     return ref
 
@@ -207,6 +209,22 @@ def _merge(examples: TokenExamples, answered: set[int], parts: Sequence[Path], p
             writer.add(row)
             tokens += int(row["student_supervised"].sum())
     return tokens
+
+
+def _translated(
+    stage: StageRun, config: AnswersConfig, folder: Path, parts: Sequence[_Part]
+) -> dict[str, int] | None:
+    """What became of the answers on their way to the other side's tokens; None where both have the
+    same.
+    """
+    translator = aligning.translator(stage)
+    if translator is None:
+        return None
+    tables = [TokenExamples(TokenTable(part.path(folder))) for part in parts]
+    examples = (table[index] for table in tables for index in range(len(table)))
+    translated = translator.count(examples, config.by)
+    aligning.tell_shortened(stage, translated)
+    return asdict(translated)
 
 
 def _rows(path: Path) -> Iterator[Mapping[str, Any]]:

@@ -123,4 +123,5 @@ def loss_spec(run: RunConfig, part: HeadPart | None, folding: Comparison | None)
         vocabulary=WholeVocabulary() if part is None else part.vocabulary,
         folding=folding,
         span_share=loss.span_share,
+        within_classes=loss.within_classes,
     )

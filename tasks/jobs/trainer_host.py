@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from configs.schema.on_policy import OnPolicyConfig
 from configs.schema.teacher import InProcessTeacher
+from kdflow_core.alignment.translation import Translated
 from kdflow_core.contracts import Examples, SignalSource, TeacherAtHand
 from kdflow_core.errors import TrainingError
 from kdflow_core.loops.rounds import RoundSettings, RoundTrainer
@@ -23,6 +24,7 @@ from kdflow_core.workers.base import RankContext, offered
 from kdflow_core.workers.ports import free_port
 from storage.sealed import is_whole, seal
 from tasks.jobs import aligning, parts
+from tasks.jobs.aligning import tell_shortened
 from tasks.jobs.round_examples import RoundExamples, round_examples
 from tasks.jobs.stage_host import open_stage
 from tasks.jobs.stage_run import StageRun
@@ -70,6 +72,7 @@ class TrainerHost:
             lora_scale=lora.scale if lora else 1.0,
         )
         self._group: Any = None
+        self._translated: Translated | None = None
 
     def _round_trainer(self, teacher: TeacherAtHand[StoredStates]) -> RoundTrainer:
         session, run = self._session, self._stage.run
@@ -119,7 +122,11 @@ class TrainerHost:
         return self._rounds.score(wanted.number, self._examples(wanted))
 
     def _examples(self, wanted: RoundRequest) -> RoundExamples:
-        return round_examples(self._stage, self._table, wanted, self._translator)
+        examples = round_examples(self._stage, self._table, wanted, self._translator)
+        if self._translator is not None and dist.get_rank() == 0:
+            self._translated = self._translator.count(examples.sampled, "student")
+            tell_shortened(self._stage, self._translated)
+        return examples
 
     @offered
     def train(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -137,6 +144,7 @@ class TrainerHost:
             return kept
         figures = self._rounds.train(number, lambda: self._examples(wanted), self._session.metrics)
         result = figures.plain() | self._means(figures.last_step)
+        result["translated"] = None if self._translated is None else asdict(self._translated)
         if dist.get_rank() == 0:
             done.parent.mkdir(exist_ok=True)
             done.write_text(json.dumps(result), encoding="utf-8")

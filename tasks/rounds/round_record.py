@@ -30,7 +30,8 @@ class RoundRecord(BaseModel):
 
     `version` is that of the weights that wrote the answers: the round that they were trained in (0:
     none). `log_prob_difference` compares the engine's log-probabilities of its samples with the
-    trainer's. `seconds` has the parts of the round as the flow saw them.
+    trainer's. `translated` is what became of the answers on their way to a teacher with another
+    tokenizer. `seconds` has the parts of the round as the flow saw them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,6 +52,7 @@ class RoundRecord(BaseModel):
     log_prob_difference: dict[str, float] | None
     heldout_before: dict[str, float] | None
     heldout: dict[str, float] | None
+    translated: dict[str, int] | None = None
     seconds: dict[str, float]
 
 

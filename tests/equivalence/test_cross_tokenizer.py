@@ -355,12 +355,20 @@ def test_a_pair_that_was_in_order_is_looked_at_again_for_another_loss(
         checked_plan(other_run(loss__divergence={"type": "alpha_beta"}), download=True)
 
 
+LEARNED_WITHIN = {
+    "loss.within_classes": True,
+    "loss.divergence": {"type": "reverse_kl"},
+    "data.answers": {"by": "student", "engine": {"type": "transformers"}},
+}
+
+
 def test_what_is_for_two_tokenizers_is_refused_between_equal_ones(
     make_recipe: Callable[..., Path],
 ) -> None:
     for setting, alignment in (
         ({"loss.span_share": 1.0}, "auto"),
         ({"loss.compared_by": "ranks"}, "auto"),
+        (LEARNED_WITHIN, "auto"),
         ({"loss.compared_by": "shared_tail"}, "bytes"),
     ):
         run = load_run(str(make_recipe()), setting | {"alignment": alignment})
@@ -401,10 +409,14 @@ def test_answers_that_a_model_writes_are_read_by_both(
     assert read_metrics(done["student"] / METRICS_FILE)[-1]["kd"] > 0
 
 
-def test_rounds_on_the_students_own_answers(other_run: Callable[..., RunConfig]) -> None:
+@pytest.mark.parametrize("within_classes", [False, True])
+def test_rounds_on_the_students_own_answers(
+    other_run: Callable[..., RunConfig], *, within_classes: bool
+) -> None:
     """The student trains on the very ids that it sampled, the teacher reads them as text."""
+    numbers = [1] if within_classes else [1, 2, 3]
     on_policy = {
-        "rounds": 3,
+        "rounds": len(numbers),
         "prompts_per_round": 24,
         "max_new_tokens": 16,
         "heldout_sequences": 8,
@@ -414,6 +426,7 @@ def test_rounds_on_the_students_own_answers(other_run: Callable[..., RunConfig])
         mode="onpolicy",
         on_policy=on_policy,
         loss__divergence={"type": "reverse_kl"},
+        loss__within_classes=within_classes,
         loss__kd_ratio=1.0,
         student__max_steps=None,
     )
@@ -421,16 +434,26 @@ def test_rounds_on_the_students_own_answers(other_run: Callable[..., RunConfig])
     spec = stage_spec(plan_stages(run)["train"], run, done)
     with RoundsAtWork(spec, logging.getLogger("test")) as work:
         records = []
-        for number in (1, 2, 3):
+        for number in numbers:
             work.roll_out(number)
             work.score(number)
             records.append(work.record(work.train(number)))
         student = work.export()
-    assert student.counts["rounds"] == 3
+    assert student.counts["rounds"] == len(numbers)
+    for record in records:
+        assert record.log_prob_difference is not None
+        assert record.log_prob_difference["largest"] < 1e-4
+        # What random models write is often no UTF-8, and seldom what a tokenizer would write.
+        assert record.translated is not None
+        assert record.translated["answers"] == record.answers
+        assert record.translated["tokens"] == record.answer_tokens
+        assert 0 < record.translated["paired"] < record.translated["tokens"]
+        assert record.translated["not_canonical"] + record.translated["invalid_utf8"] > 0
+    steps = read_metrics(Path(student.uri) / METRICS_FILE)
+    if within_classes:
+        assert all(step["within_classes"] != 0 for step in steps)
+        return
     before, after = records[0].heldout_before, records[-1].heldout
     assert before is not None
     assert after is not None
     assert after["reverse_kl"] < 0.95 * before["reverse_kl"]
-    for record in records:
-        assert record.log_prob_difference is not None
-        assert record.log_prob_difference["largest"] < 1e-4

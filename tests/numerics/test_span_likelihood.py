@@ -91,6 +91,7 @@ class Problem:
             hidden_MG=self.teacher_MG,
             target_ids_M=self.targets_M,
             span_M=self.span_M,
+            is_pair_S=torch.tensor([True, True, True, True]),
         )
         nothing = torch.zeros(0, dtype=torch.long)
         batch = MicroBatch(

@@ -214,6 +214,7 @@ def test_paths_of_further_teachers_start_at_the_recipe(
 
 
 ON_POLICY = {"rounds": 2, "prompts_per_round": 4}
+WITHIN = {"within_classes": True, "divergence": {"type": "reverse_kl"}}
 
 
 @pytest.mark.parametrize(
@@ -253,8 +254,14 @@ ON_POLICY = {"rounds": 2, "prompts_per_round": 4}
                 "loss.divergence": {"type": "sampled_reverse_kl"},
                 "on_policy.fraction": {"type": "linear", "start": 0.5, "end": 1.0},
             },
-            "learns from what the student has sampled",
+            "sampled_reverse_kl learns from what the student has sampled",
         ),
+        (
+            {"loss": WITHIN, "on_policy.top_p": 0.9},
+            "loss.within_classes learns from what the student has sampled",
+        ),
+        ({"loss": {"within_classes": True}}, "set divergence={type: reverse_kl}"),
+        ({"loss": WITHIN | {"compared_by": "ranks"}}, "compared_by=folded"),
     ],
 )
 def test_on_policy_runs_that_do_not_fit(

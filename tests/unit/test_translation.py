@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kdflow_core.alignment.classes import Vocabulary
 from kdflow_core.alignment.tokenizer_pair import TokenizerPair, vocabulary
-from kdflow_core.alignment.translation import Translator, valid_text, with_answer
+from kdflow_core.alignment.translation import Translated, Translator, valid_text, with_answer
 from kdflow_core.contracts import Example, TokenSequence
 from kdflow_core.data.chat import ChatFormat
 from tests.real_tokenizers import real_tokenizer
@@ -123,6 +123,39 @@ def test_the_teachers_answer_in_the_students_tokens() -> None:
     np.testing.assert_array_equal(
         example.student.target_ids_N, ids_of(real_tokenizer("gpt2"), "It is 12345.")
     )
+
+
+def test_what_became_of_answers_is_counted() -> None:
+    made = translator("gpt2", "qwen")
+    table = made.pair.vocabularies[0].tokens.id_of
+    texts = [
+        ids_of(real_tokenizer("gpt2"), "It is 12."),
+        ids_of(real_tokenizer("gpt2"), " a leading space", end=False),
+        np.array([table[b"I"], table[b"t"]], np.int32),
+        np.array([table[b"ok"], table[b"\xff"]], np.int32),
+        ids_of(real_tokenizer("gpt2"), "then e\u0301 and more"),
+        np.zeros(0, np.int32),
+    ]
+    examples = [made.answered(prompt(made), ids, "student") for ids in texts]
+    counted = made.count(examples, "student")
+    assert counted == Translated(
+        answers=6,
+        not_canonical=1,
+        invalid_utf8=1,
+        rewritten=1,
+        tokens=sum(map(len, texts)),
+        paired=sum(len(e.alignments["teacher"].pairs_P2) for e in examples),
+    )
+    assert 0 < counted.paired < counted.tokens
+    assert counted.shortened == pytest.approx(2 / 6)
+
+
+@pytest.mark.parametrize("pair", [("gpt2", "sentencepiece"), ("sentencepiece", "gpt2")])
+def test_a_space_that_a_tokenizer_puts_in_front_is_no_rewriting(pair: tuple[str, str]) -> None:
+    made = translator(*pair)
+    own = [ids_of(real_tokenizer(pair[0]), text) for text in TEXTS]
+    counted = made.count([made.answered(prompt(made), ids, "student") for ids in own], "student")
+    assert (counted.answers, counted.invalid_utf8, counted.rewritten) == (len(TEXTS), 0, 0)
 
 
 def test_an_answer_behind_a_context() -> None:
