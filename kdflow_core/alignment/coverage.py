@@ -36,7 +36,7 @@ def summary(by_source: Mapping[str, Coverage]) -> str:
     total = Coverage(**{n: sum(getattr(own, n) for own in by_source.values()) for n in names})
     share = total.pairs / max(1, total.tokens)
     return (
-        f"alignment: bytes; {share:.1%} of the student's {total.tokens:,} supervised tokens begin "
+        f"{share:.1%} of the student's {total.tokens:,} supervised tokens begin "
         f"where one of the teacher's does; {total.groups:,} runs of tokens spell the same, "
         f"{total.one_to_one:,} of them one token on each side"
     )

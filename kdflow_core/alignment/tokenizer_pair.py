@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from configs.schema.loss import ClassMap
@@ -56,9 +57,23 @@ class TokenizerPair:
         student, teacher = self.vocabularies
         return student.size, teacher.size
 
+    @property
+    def is_shared(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of every id of both, whether the other side has the token too, or it ends a turn."""
+        student, teacher = self.vocabularies
+        return _is_shared(student, teacher), _is_shared(teacher, student)
+
     def classes(self, by: ClassMap) -> Classes:
         """The classes of both vocabularies; takes seconds."""
         return MAPS[by](*self.vocabularies)
+
+
+def _is_shared(own: Vocabulary, other: Vocabulary) -> np.ndarray:
+    found = np.zeros(own.size, bool)
+    spelled = own.tokens.spelled[: own.size]
+    found[: len(spelled)] = [token in other.tokens.id_of for token in spelled]
+    found[list(own.end_ids)] = True
+    return found
 
 
 def vocabulary(

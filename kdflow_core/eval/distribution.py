@@ -35,8 +35,9 @@ from kdflow_core.models.heads import live_head
 from kdflow_core.sinks import Reporter
 
 CHUNK_TOKENS = 256
-COLUMNS = ("forward_kl", "reverse_kl", "agreement", "ce_model", "ce_teacher")
-COUNTS = ("compared", "tokens", "bytes")
+COMPARED = ("forward_kl", "reverse_kl", "agreement", "ce_model", "ce_teacher", "shared_mass")
+COLUMNS = (*COMPARED, "ends_right")
+COUNTS = ("compared", "tokens", "bytes", "ends")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +45,13 @@ class DistributionScores:
     """Means over supervised tokens. KL in nats per token; agreement is the share of tokens with
     the teacher's top-1; the perplexity is of the text itself, in the model's own tokens, and
     `bits_per_byte` its cross-entropy by the bytes of the text: that compares models of different
-    tokenizers.
+    tokenizers. `end_accuracy` is the share of the `num_ends` ends of turns in the text at which the
+    model would end the turn, too.
 
     Where tokens are aligned, KL and agreement are of classes of tokens, at `num_compared` of them,
-    and the teacher's perplexity, of other tokens, is left out; elsewhere the bytes are.
+    and `shared_mass` is the model's mean probability there of the tokens that both have (and of
+    ends); the teacher's perplexity, of other tokens, is left out. Elsewhere the bytes are, and the
+    shared mass.
     """
 
     num_tokens: int
@@ -58,16 +62,32 @@ class DistributionScores:
     perplexity: float
     teacher_perplexity: float | None
     bits_per_byte: float | None
+    num_ends: int
+    end_accuracy: float | None
+    shared_mass: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Aligned:
     """What scoring needs where student and teacher have two tokenizers: both vocabularies folded
-    (None where they are the same), and the bytes of each id of the model that is scored.
+    (None where they are the same); and of each id of the model that is scored, its bytes, and
+    whether the other side has the token too, or it is an end.
     """
 
     folding: Comparison | None
     length_V: np.ndarray
+    is_shared_V: np.ndarray
+
+
+class _Scored(NamedTuple):
+    """The model that is scored: its logits, the ids that end its turns, the classes in which it is
+    compared, and which of its tokens [V] the other side has too.
+    """
+
+    producer: LogitProducer
+    end_ids: torch.Tensor
+    folding: Comparison | None
+    is_shared_V: torch.Tensor | None
 
 
 class _Rows(NamedTuple):
@@ -92,16 +112,23 @@ def score_distributions(
     title: str,
     side: Literal["student", "teacher"],
     vocabulary_size: int,
+    end_ids: Sequence[int],
     aligned: Aligned | None = None,
 ) -> dict[str, DistributionScores]:
     """Scores by source, and over all under the name `all`; the model reads the sequences of its
-    `side`, and has a true vocabulary of `vocabulary_size` tokens. `teachers` are by the data source
-    that they teach; the one named `all` teaches the rest.
+    `side`, has a true vocabulary of `vocabulary_size` tokens, and ends its turns by `end_ids`.
+    `teachers` are by the data source that they teach; the one named `all` teaches the rest.
     """
-    producer = LogitProducer(live_head(model, vocabulary_size), torch.float32)
+    scored = _Scored(
+        producer=LogitProducer(live_head(model, vocabulary_size), torch.float32),
+        end_ids=torch.tensor(end_ids, dtype=torch.long, device=model.device),
+        folding=aligned.folding if aligned is not None and side == "student" else None,
+        is_shared_V=None
+        if aligned is None
+        else torch.from_numpy(aligned.is_shared_V).to(model.device),
+    )
     teaching = {n: LogitProducer(t.head, torch.float32) for n, t in teachers.items()}
     sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(len(COLUMNS) + len(COUNTS)))
-    folding = aligned.folding if aligned is not None and side == "student" else None
     done = 0
     longest = batched_length(model.config.get_text_config().to_dict())
     for batch in batch_by_tokens(examples.lengths(side), tokens_per_batch, longest):
@@ -112,9 +139,10 @@ def score_distributions(
         for row, (example, sequence) in enumerate(zip(chosen, sequences, strict=True)):
             name = example.source if example.source in teachers else "all"
             rows = _rows(hidden_BTH[row], example, side, teachers[name].signals)
-            terms = _token_sums(rows, (producer, teaching[name]), folding)
+            terms = _token_sums(rows, scored, teaching[name])
             size = 0 if aligned is None else int(aligned.length_V[sequence.target_ids_N].sum())
-            counts = [len(rows.compared_P), len(rows.targets_N), size]
+            ends = int(torch.isin(rows.targets_N, scored.end_ids).sum())
+            counts = [len(rows.compared_P), len(rows.targets_N), size, ends]
             for source in ("all", example.source):
                 sums[source] += [*terms, *counts]
         done += len(batch)
@@ -144,23 +172,25 @@ def _rows(
     )
 
 
-def _token_sums(
-    rows: _Rows, producers: tuple[LogitProducer, LogitProducer], folding: Comparison | None
-) -> list[float]:
+def _token_sums(rows: _Rows, scored: _Scored, teacher: LogitProducer) -> list[float]:
     total = torch.zeros(len(COLUMNS), dtype=torch.float64)
     for begin in range(0, len(rows.compared_P), CHUNK_TOKENS):
         part = slice(begin, begin + CHUNK_TOKENS)
         at_C = rows.compared_P[part]
-        student_CV = producers[0].logits(rows.hidden_NH[at_C])
-        teacher_CV = producers[1].logits(rows.teacher_PG[part])
-        columns = _compared(student_CV, teacher_CV, rows.targets_N[at_C], folding)
-        total += torch.stack([column.double().sum().cpu() for column in columns])
+        student_CV = scored.producer.logits(rows.hidden_NH[at_C])
+        teacher_CV = teacher.logits(rows.teacher_PG[part])
+        columns = _compared(student_CV, teacher_CV, rows.targets_N[at_C], scored)
+        total[: len(COMPARED)] += torch.stack([c.double().sum().cpu() for c in columns])
     alone = torch.ones_like(rows.targets_N, dtype=torch.bool)
     alone[rows.compared_P] = False
     for at_C in torch.split(alone.nonzero().squeeze(-1), CHUNK_TOKENS):
-        log_q_CV = torch.log_softmax(producers[0].logits(rows.hidden_NH[at_C]), -1)
+        log_q_CV = torch.log_softmax(scored.producer.logits(rows.hidden_NH[at_C]), -1)
         ce_C = -log_q_CV.gather(-1, rows.targets_N[at_C].unsqueeze(-1))
         total[COLUMNS.index("ce_model")] += ce_C.double().sum().cpu()
+    is_end_N = torch.isin(rows.targets_N, scored.end_ids)
+    for hidden_CH in torch.split(rows.hidden_NH[is_end_N], CHUNK_TOKENS):
+        top_C = scored.producer.logits(hidden_CH).argmax(-1)
+        total[COLUMNS.index("ends_right")] += torch.isin(top_C, scored.end_ids).sum().cpu()
     return [float(value) for value in total]
 
 
@@ -168,12 +198,15 @@ def _compared(
     student_CV: torch.Tensor,
     teacher_CV: torch.Tensor,
     targets_C: torch.Tensor,
-    folding: Comparison | None,
+    scored: _Scored,
 ) -> tuple[torch.Tensor, ...]:
-    """The columns of some tokens."""
-    over, target_C1 = WholeVocabulary(), targets_C.unsqueeze(-1)
+    """The columns `COMPARED` of some tokens."""
+    over, folding, target_C1 = WholeVocabulary(), scored.folding, targets_C.unsqueeze(-1)
     log_q_CV = torch.log_softmax(student_CV, -1)
     ce_model_C1 = -log_q_CV.gather(-1, target_C1)
+    shared_C = torch.zeros_like(ce_model_C1)
+    if scored.is_shared_V is not None:
+        shared_C = log_q_CV[:, scored.is_shared_V].exp().sum(-1)
     if folding is not None:
         student_CV, teacher_CV = folding.student(student_CV), folding.teacher(teacher_CV)
         log_q_CV = torch.log_softmax(student_CV, -1)
@@ -188,6 +221,7 @@ def _compared(
         over.top1(student_CV) == over.top1(teacher_CV),
         ce_model_C1,
         -log_p_CV.gather(-1, target_C1),
+        shared_C,
     )
 
 
@@ -205,6 +239,9 @@ def _scores(total: np.ndarray, *, aligned: bool) -> DistributionScores:
         perplexity=_perplexity(sums["ce_model"] / tokens),
         teacher_perplexity=teacher,
         bits_per_byte=bits,
+        num_ends=int(sums["ends"]),
+        end_accuracy=sums["ends_right"] / sums["ends"] if sums["ends"] else None,
+        shared_mass=sums["shared_mass"] / compared if aligned else None,
     )
 
 

@@ -78,8 +78,10 @@ def _aligned(stage: StageRun) -> dict[str, Aligned]:
         return {}
     # Students that were trained by other maps are judged by the same one.
     folding = build_comparison(pair, "folded", parts.device(stage))
-    lengths = {s: v.tokens.length_V for s, v in zip(SIDES, pair.vocabularies, strict=True)}
-    return {side: Aligned(folding=folding, length_V=own) for side, own in lengths.items()}
+    return {
+        side: Aligned(folding=folding, length_V=own.tokens.length_V, is_shared_V=is_shared_V)
+        for side, own, is_shared_V in zip(SIDES, pair.vocabularies, pair.is_shared, strict=True)
+    }
 
 
 def _judge(
@@ -93,6 +95,7 @@ def _judge(
     """A model's scores by source, and its greedy answers to the shown examples' prompts."""
     side: Literal["teacher", "student"] = "teacher" if title == "teacher" else "student"
     examples, shown = data
+    chat = chats.chat(stage, side)
     teacher, student = stage.run.teacher, stage.run.student
     model = load_causal_lm(
         folder,
@@ -111,13 +114,14 @@ def _judge(
         reporter=stage.reporter,
         title=title,
         side=side,
-        vocabulary_size=true_vocabulary_size(chats.tokenizer(stage, side)),
+        vocabulary_size=true_vocabulary_size(chat.tokenizer),
+        end_ids=chat.end_ids,
         aligned=aligned.get(side),
     )
     by_source: dict[str, dict[str, float]] = {name: asdict(s) for name, s in scores.items()}
     texts = generate_greedily(
         model=model,
-        chat=chats.chat(stage, side),
+        chat=chat,
         sequences=[e.teacher if side == "teacher" else e.student for e in shown],
         max_new_tokens=stage.run.eval.max_new_tokens,
         reporter=stage.reporter,

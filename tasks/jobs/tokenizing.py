@@ -1,14 +1,17 @@
 """The job that makes tokens. Loads no model code."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from kdflow_core.alignment.coverage import Coverage, plain, summary
+from kdflow_core.alignment.relation import relation
 from kdflow_core.contracts import Example
+from kdflow_core.data.chat import ChatFormat
 from kdflow_core.data.many_cores import usable_cores
 from kdflow_core.data.rendering import Renderer
 from kdflow_core.data.tokenization import Split, Tally, tokenize
-from kdflow_core.models.folders import context_length
+from kdflow_core.models.folders import context_length, text_config
+from kdflow_core.models.tokenizers import true_vocabulary_size
 from storage.artifact import ArtifactRef
 from storage.data_files import DataFiles
 from storage.tokens import TokenTable, TokenWriter
@@ -17,7 +20,7 @@ from tasks.jobs.aligning import pair_of
 from tasks.jobs.chats import chat
 from tasks.jobs.stage_run import SIDES, StageRun, job
 from tasks.jobs.stored import token_row
-from tasks.stages.slices import SPLITS
+from tasks.stages.slices import SPLITS, Side
 
 
 @job("tokenize")
@@ -53,11 +56,8 @@ def tokenize_data(stage: StageRun) -> ArtifactRef:
     counts = _counts(folder)
     dropped = {source: dict(reasons) for source, reasons in tally.dropped.items()}
     ignored = {side: dict(found) for side, found in tally.ignored.items()}
-    stage.reporter.message(
-        "alignment: exact; student and teacher have one vocabulary"
-        if aligner is None
-        else summary(coverage)
-    )
+    tokenizers = _tokenizers(stage, chats, by_bytes=aligner is not None)
+    stage.reporter.message("; ".join([tokenizers, *([summary(coverage)] if coverage else [])]))
     stage.reporter.message(
         f"{counts['train_sequences']} training and "
         f"{counts['heldout_sequences']} held-out samples; dropped: {dropped or 'none'}"
@@ -71,10 +71,25 @@ def tokenize_data(stage: StageRun) -> ArtifactRef:
             "dropped": dropped,
             "first_dropped": tally.first_detail,
             "ignored": ignored,
+            "tokenizers": tokenizers,
             "alignment": plain(coverage),
             "end_ids": {side: list(chat.end_ids) for side, chat in chats.items()},
         },
     )
+
+
+def _tokenizers(stage: StageRun, chats: Mapping[Side, ChatFormat], *, by_bytes: bool) -> str:
+    """How the two tokenizers stand to each other."""
+    student, teacher = (chats[side].tokenizer for side in SIDES)
+    # A config may leave out what is its architecture's default.
+    rows = [
+        int(text_config(stage.model_folder(side)).get("vocab_size", true_vocabulary_size(own)))
+        for side, own in zip(SIDES, (student, teacher), strict=True)
+    ]
+    word, sentence = relation(student, teacher, (rows[0], rows[1]))
+    if by_bytes and word in ("exact", "padded"):
+        word = "bytes"  # asked for
+    return f"alignment: {word}; {sentence}"
 
 
 def _write_examples(

@@ -54,6 +54,7 @@ def write_report(*, spec: StageSpec, store: ArtifactStore, target: Path) -> None
         first_dropped=tokens.info["first_dropped"],
         stages=[_stage_row(name, m) for name, m in manifests.items()],
         counts=tokens.counts,
+        tokenizers=tokens.info["tokenizers"].removeprefix("alignment: "),
         coverage=tokens.info["alignment"],
         config=yaml.safe_dump(public_config(spec.run), sort_keys=False),
         versions=manifests["student"].versions,

@@ -48,8 +48,9 @@ def _found(identity: StageIdentity, store: ArtifactStore) -> list[str]:
     """What an artifact that is there says of the run: of tokens, how far two tokenizers agree."""
     if identity.kind != CATALOGUE["tokenize"].kind:
         return []
-    counts = store.manifest(identity.kind, identity.digest).info["alignment"]
-    return [summary(from_plain(counts))] if counts else []
+    info = store.manifest(identity.kind, identity.digest).info
+    counts = info["alignment"]
+    return [info["tokenizers"], *([summary(from_plain(counts))] if counts else [])]
 
 
 def _rounds_done(train: StageIdentity, run: RunConfig, store: ArtifactStore) -> str:

@@ -19,6 +19,9 @@ from tasks.jobs.stored import StoredStates, TokenExamples
 from tasks.stages.identity import open_store
 from tests.conftest import VOCABULARY, SilentReporter, run_inline
 
+# Far more than a model has, so that random ones are right now and then.
+END_IDS = range(0, VOCABULARY, 2)
+
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_scores_are_those_of_full_logits(
@@ -42,13 +45,14 @@ def test_scores_are_those_of_full_logits(
         title=side,
         side=side,  # type: ignore[arg-type]
         vocabulary_size=VOCABULARY,
+        end_ids=END_IDS,
     )["all"]
 
     models = {
         name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
         for name, path in (("teacher", teacher_folder), ("scored", folder))
     }
-    sums = torch.zeros(5, dtype=torch.float64)
+    sums = torch.zeros(7, dtype=torch.float64)
     for index in range(len(examples)):
         sequence = examples[index].student
         ids_BT = torch.tensor(sequence.ids_T).long()[None]
@@ -59,6 +63,7 @@ def test_scores_are_those_of_full_logits(
                 for n in ("teacher", "scored")
             )
         gold_N = ids_BT[0, rows_N + 1]
+        is_end_N = gold_N % 2 == 0
         sums += torch.stack(
             [
                 (p_NV * (p_NV / q_NV).log()).sum(),
@@ -66,12 +71,17 @@ def test_scores_are_those_of_full_logits(
                 (p_NV.argmax(-1) == q_NV.argmax(-1)).sum(),
                 -q_NV[torch.arange(len(rows_N)), gold_N].log().sum(),
                 torch.tensor(len(rows_N)),
+                is_end_N.sum(),
+                (q_NV.argmax(-1)[is_end_N] % 2 == 0).sum(),
             ]
         )
-    forward, reverse, agreement, cross_entropy, count = sums.tolist()
+    forward, reverse, agreement, cross_entropy, count, ends, right = sums.tolist()
     assert scores.num_tokens == count
     # The stored states are rounded to bfloat16: 2^-9 relative, on logits of a few nats.
     assert scores.forward_kl == pytest.approx(forward / count, rel=5e-3, abs=1e-4)
     assert scores.reverse_kl == pytest.approx(reverse / count, rel=5e-3, abs=1e-4)
     assert scores.agreement == pytest.approx(agreement / count, abs=0.02)
+    assert (scores.num_ends, scores.end_accuracy) == (ends, right / ends)
+    assert 0 < right < ends
+    assert scores.shared_mass is None
     assert scores.perplexity == pytest.approx(math.exp(cross_entropy / count), rel=1e-4)

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from configs.schema.data import DataConfig
 from kdflow_core.eval.answers import answer_matches
-from kdflow_core.eval.distribution import _scores
+from kdflow_core.eval.distribution import COLUMNS, COUNTS, _scores
 from kdflow_core.eval.greedy import exact_match
 from tasks.execution.progress import ProgressLog, clock
 
@@ -73,7 +73,8 @@ def test_an_answer_of_many_words_is_the_end() -> None:
 
 
 def test_a_loss_beyond_what_a_float_holds_is_an_infinite_perplexity() -> None:
-    sums = np.array([1.0, 1.0, 0.0, 5000.0, 2.0, 1.0, 1.0, 0.0])
+    known = {"ce_model": 5000.0, "ce_teacher": 2.0, "compared": 1.0, "tokens": 1.0}
+    sums = np.array([known.get(name, 0.0) for name in (*COLUMNS, *COUNTS)])
     scores = _scores(sums, aligned=False)
     assert scores.perplexity == math.inf
     assert scores.teacher_perplexity == pytest.approx(math.exp(2))
