@@ -40,7 +40,6 @@ def cached_task(
         result_serializer="json",
         retries=retries,
         retry_condition_fn=died_unexpectedly,
-        tags=["kdflow"],
     )
 
 
@@ -50,7 +49,6 @@ def cached_task(
     cache_policy=NO_CACHE,  # what it has stored is the cache
     retries=1,
     retry_condition_fn=died_unexpectedly,
-    tags=["kdflow"],
 )
 def extract_portion(spec: StageSpec) -> None:
     """Compute the shards of one portion; the stage itself commits them."""

@@ -30,7 +30,6 @@ def rollout(spec: StageSpec, student: str, number: int) -> ArtifactRef:
     cache_policy=NO_CACHE,
     retries=RETRIES,
     retry_condition_fn=died_unexpectedly,
-    tags=["kdflow"],
 )
 def score(student: str, number: int) -> dict[str, int]:
     """Score; the number of examples and rows."""

@@ -12,7 +12,8 @@ from tasks.stages import slices
 from tasks.stages.slices import Known, Slice
 
 # By default glibc gives every large buffer back to the kernel, and the page faults of taking it
-# again cost a good part of a training step on a CPU, where the loss takes chunks of logits.
+# again cost a good part of a training step on a CPU, where the loss takes chunks of logits. All
+# stages have it, so that their ranks can be forked from one process.
 KEEP_BUFFERS = MappingProxyType(
     {
         "MALLOC_MMAP_MAX_": "0",
@@ -66,7 +67,7 @@ class Stage:
     slice: Callable[[Known], Iterator[Slice]]
     behind_delivery: bool = True
     ranks: Callable[[RunConfig], int] = one
-    env: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=lambda: KEEP_BUFFERS)
     portions: Callable[[RunConfig], int] = one
     engines: Callable[[RunConfig], tuple[str, ...]] = no_engine
     in_rounds: Callable[[RunConfig], bool] = never
@@ -143,7 +144,6 @@ _STAGES = (
         slice=slices.estimate,
         behind_delivery=False,
         ranks=lambda run: max(run.student.num_ranks, run.teacher.ranks_per_replica),
-        env=KEEP_BUFFERS,
         engines=lambda _run: ("teacher",),
     ),
     Stage(
@@ -167,7 +167,6 @@ _STAGES = (
         job="tasks.jobs.training:train_student",
         slice=slices.student,
         ranks=lambda run: run.student.num_ranks,
-        env=KEEP_BUFFERS,
         engines=_training_engines,
         in_rounds=lambda run: run.on_policy is not None,
     ),
