@@ -1,14 +1,27 @@
 """The processes of a run, for tests that kill them."""
 
 import contextlib
+import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
 RANK = "kdflow_core.workers.rank"
 FORK_SERVER = "kdflow_core.workers.fork_server"
+
+
+# Loaded once for all ranks that a test starts itself; before the first of them is.
+multiprocessing.set_forkserver_preload(["tests.small_training"])
+
+
+def run_ranks(main: Callable[..., None], *arguments: object, ranks: int) -> None:
+    """`main(rank, *arguments)` in processes of their own. Raises what one of them raises."""
+    import torch.multiprocessing as mp
+
+    mp.start_processes(main, arguments, nprocs=ranks, start_method="forkserver")
 
 
 def is_rank(process: psutil.Process, job: str = "") -> bool:

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from kdflow_core.student.checkpoint import completed_steps
+from tests.processes import run_ranks
 from tests.small_training import SmallTraining
 
 STEPS, SEQUENCES = 7, 6
@@ -58,7 +58,7 @@ def test_ranks_may_change_at_every_checkpoint(
         folder.mkdir()
         first = 0
         for ranks, stop in parts:
-            mp.spawn(rank_main, (ranks, stop, folder, models, groups), nprocs=ranks)
+            run_ranks(rank_main, ranks, stop, folder, models, groups, ranks=ranks)
             assert completed_steps(folder / "checkpoints")[-1] == stop
             _, messages = torch.load(folder / f"after-{stop}.pt")
             assert any(re.match(f"training from step {first} of {STEPS}", m) for m in messages)

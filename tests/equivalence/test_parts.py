@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -29,6 +28,7 @@ from kdflow_core.student.lora import add_adapters
 from kdflow_core.student.module import DistillationModule, shard
 from tests.conftest import VOCABULARY
 from tests.contracts.test_heads import tiny_model
+from tests.processes import run_ranks
 
 RANKS = 3  # no number of rows is a multiple of it
 # Experts are one tensor in memory and many in files.
@@ -167,9 +167,8 @@ def test_ranks_read_and_write_their_parts(tmp_path: Path, student_folder: Path) 
     folders = [tmp_path / name for name in names]
     for folder in folders:
         tiny_model(folder.name, folder)
-    mp.spawn(
-        rank_main, ([str(f) for f in folders], str(student_folder), str(tmp_path)), nprocs=RANKS
-    )
+    paths = [str(folder) for folder in folders]
+    run_ranks(rank_main, paths, str(student_folder), str(tmp_path), ranks=RANKS)
     for number, folder in enumerate(folders):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
         model.config.eos_token_id = model.generation_config.eos_token_id = 2

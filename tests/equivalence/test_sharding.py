@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.profiler import ProfilerActivity, profile
 
+from tests.processes import run_ranks
 from tests.small_training import SmallTraining
 
 RANKS, MICRO_BATCHES = 2, 3
@@ -42,7 +42,8 @@ def test_head_and_embedding_are_gathered_once_a_step(
     tmp_path: Path, student_folder: Path, teacher_folder: Path
 ) -> None:
     """However many micro-batches there are; the layers are gathered for each, forward and back."""
-    mp.spawn(rank_main, (str(tmp_path), (str(student_folder), str(teacher_folder))), nprocs=RANKS)
+    models = (str(student_folder), str(teacher_folder))
+    run_ranks(rank_main, str(tmp_path), models, ranks=RANKS)
     for rank in range(RANKS):
         one, several = torch.load(tmp_path / f"rank-{rank}.pt")
         root = 1

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from kdflow_core.contracts import HiddenSignal, OutputHead
 from kdflow_core.losses import LOSSES
@@ -14,6 +13,7 @@ from kdflow_core.losses.chunked import LossOutput, distillation_loss
 from kdflow_core.losses.elementwise import LossSpec
 from kdflow_core.losses.token_weights import TeacherConfidence
 from kdflow_core.losses.vocabulary import ShardedVocabulary, WholeVocabulary
+from tests.processes import run_ranks
 
 RANKS, TOKENS, VOCABULARY, STUDENT, TEACHER = 3, (4, 0, 7), 23, 6, 8
 PARTS = (8, 8, 7)
@@ -92,7 +92,7 @@ def test_it_is_the_loss_of_the_whole_head(tmp_path: Path) -> None:
     """For every divergence that can, in all terms and gradients; ranks have uneven rows, one none,
     and uneven parts of the vocabulary.
     """
-    mp.spawn(rank_main, (str(tmp_path),), nprocs=RANKS)
+    run_ranks(rank_main, str(tmp_path), ranks=RANKS)
     ranks = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(RANKS)]
     for name in sorted(LOSSES.keys() - WHOLE_ONLY):
         whole, gradients = loss_of(name, slice(None), slice(None), WholeVocabulary())
