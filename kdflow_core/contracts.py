@@ -221,10 +221,13 @@ Source = TypeVar("Source", bound=SignalSource, covariant=True)
 
 
 class TeacherAtHand(NamedTuple, Generic[Source]):
-    """A teacher whose signals are at hand, and the head that they were made for."""
+    """A teacher whose signals are at hand, the head that they were made for, and the view of the
+    samples that it reads.
+    """
 
     signals: Source
     head: OutputHead
+    view: str = "teacher"
 
 
 class TeacherEngine(Protocol):

@@ -34,10 +34,10 @@ def logits_of(model: PreTrainedModel, row: Row, side: str) -> torch.Tensor:
 
 
 @torch.no_grad()
-def stored_logits(teacher: PreTrainedModel, row: Row) -> torch.Tensor:
+def stored_logits(teacher: PreTrainedModel, row: Row, view: str = "teacher") -> torch.Tensor:
     """A teacher's logits from states rounded to bfloat16, as they are stored, [N, V]."""
-    ids_BT = torch.tensor(row["teacher_ids"]).long()[None]
-    supervised_T = torch.from_numpy(row["teacher_supervised"].astype(bool))[1:]
+    ids_BT = torch.tensor(row[f"{view}_ids"]).long()[None]
+    supervised_T = torch.from_numpy(row[f"{view}_supervised"].astype(bool))[1:]
     states_TH = teacher.model(ids_BT).last_hidden_state[0, :-1].bfloat16().float()
     return teacher.lm_head(states_TH)[supervised_T, :VOCABULARY]
 

@@ -48,7 +48,7 @@ class TaughtPart(StrictModel):
 
 
 class MultiTeacherConfig(_Algorithm):
-    """Several teachers with one tokenizer and chat template."""
+    """Several teachers, which may have tokenizers and chat templates of their own."""
 
     type: Literal["multi_teacher"] = "multi_teacher"
     teachers: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*$")], TaughtPart] = Field(
@@ -113,19 +113,11 @@ def check_signal(algorithm: Algorithm, teacher: Teacher) -> None:
         )
 
 
-def check_teachers(
-    algorithm: MultiTeacherConfig, source_names: tuple[str, ...], main: Teacher
-) -> None:
-    """Refuse teachers that do not fit the data or one another. Raises ValueError."""
+def check_teachers(algorithm: MultiTeacherConfig, source_names: tuple[str, ...]) -> None:
+    """Refuse teachers that do not fit the data. Raises ValueError."""
     taught = [s for part in algorithm.teachers.values() for s in part.sources or ()]
     if taught and set(taught) != set(source_names):
         raise ValueError(
             f"algorithm.teachers have the data sources {sorted(taught)}, the data has "
             f"{sorted(source_names)}; each source needs its teacher"
         )
-    for name, part in algorithm.teachers.items():
-        if part.teacher is not None and part.teacher.chat_template != main.chat_template:
-            raise ValueError(
-                f"algorithm.teachers.{name} has another chat_template than `teacher`; teachers of "
-                "one run see the same text"
-            )

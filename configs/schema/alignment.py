@@ -11,8 +11,6 @@ AlignmentMode = Literal["auto", "exact", "bytes"]
 def check_aligned(run: "RunConfig") -> None:
     """Refuse what does not go with student and teacher aligned by bytes. Raises ValueError."""
     refused = {
-        "algorithm.type=multi_teacher: its teachers have one vocabulary": run.algorithm.type
-        == "multi_teacher",
         "student.vocabulary_parallel: classes need whole output heads": (
             run.student.vocabulary_parallel
         ),

@@ -232,7 +232,7 @@ class RunConfig(StrictModel):
                 "teacher has those of its own `sources`; leave it out"
             )
         if isinstance(self.algorithm, MultiTeacherConfig):
-            check_teachers(self.algorithm, self.data.source_names, self.teacher)
+            check_teachers(self.algorithm, self.data.source_names)
         return self
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ H and G hidden sizes of student and teacher.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from kdflow_core.contracts import HiddenSignal, OutputHead, Signal
 from kdflow_core.losses.chunked import LossOutput, distillation_loss
 from kdflow_core.losses.elementwise import LossSpec
+from kdflow_core.losses.folding import Comparison
 from kdflow_core.losses.span_likelihood import Spans
 from kdflow_core.metrics import TAUGHT_TERMS
 from kdflow_core.models.forward import post_norm_states
@@ -39,9 +40,12 @@ class TokenBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSignal:
-    """What one teacher says of the tokens `index_K` of the micro-batch, and of runs of tokens."""
+    """What one teacher says of the tokens `index_K` of the micro-batch, and of runs of tokens. The
+    tokens of the examples that it teaches are these and `rest_R`, of which it says nothing.
+    """
 
     index_K: torch.Tensor
+    rest_R: torch.Tensor
     signal: Signal
     spans: Spans | None = None
 
@@ -99,12 +103,17 @@ class Teacher:
 
 @dataclass(frozen=True, kw_only=True)
 class Ingredients:
-    """What algorithms are made of: the loss, the student, and the teachers' heads by name."""
+    """What algorithms are made of: the loss, the student, and the teachers' heads by name. Of
+    teachers that read otherwise than the run's own, also their view, and what compares their
+    vocabulary with the student's (None: both have one).
+    """
 
     spec: LossSpec
     model: PreTrainedModel
     heads: Mapping[str, OutputHead]
     vocabulary_size: int
+    views: Mapping[str, str] = field(default_factory=dict)
+    foldings: Mapping[str, Comparison | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,25 +158,27 @@ class Algorithm(torch.nn.Module, ABC):
         del model
 
 
-def partly_taught_loss(
+def taught_loss(
     student: Student, batch: MicroBatch, *, taught: TokenSignal, spec: LossSpec
 ) -> LossOutput:
-    """The loss of a micro-batch, some of whose tokens a teacher says something about: the others
-    have their part of cross-entropy.
+    """The loss of the tokens of the examples that a teacher teaches. Those of which it says nothing
+    have their part of cross-entropy, and stand behind the others in the terms.
     """
-    others = torch.ones_like(batch.target_ids_N, dtype=torch.bool)
-    others[taught.index_K] = False
-    rest_M = others.nonzero().squeeze(-1)
+    if len(taught.index_K) == len(batch.target_ids_N):
+        return whole_batch_loss(student, batch, teacher=taught.signal, spec=spec)
+    index_K, rest_R = taught.index_K, taught.rest_R
     with_teacher = whole_batch_loss(
-        student.at(taught.index_K), batch.at(taught.index_K), teacher=taught.signal, spec=spec
+        student.at(index_K), batch.at(index_K), teacher=taught.signal, spec=spec
     )
+    if not len(rest_R):
+        return with_teacher
     alone = replace(
         spec, divergence=None, kd_ratio=0.0, span_share=0.0, token_weight=None, folding=None
     )
     part = 1 - spec.kd_ratio
     without = whole_batch_loss(
-        student.at(rest_M),
-        replace(batch.at(rest_M), weight=batch.weight * part),
+        student.at(rest_R),
+        replace(batch.at(rest_R), weight=batch.weight * part),
         teacher=None,
         spec=alone,
     )

@@ -19,8 +19,7 @@ from kdflow_core.algorithms.base import (
     Student,
     Teacher,
     TokenSignal,
-    partly_taught_loss,
-    whole_batch_loss,
+    taught_loss,
 )
 from kdflow_core.losses.chunked import LossOutput
 from kdflow_core.losses.folding import Folding
@@ -108,6 +107,4 @@ class VanillaKD(Algorithm):
 
     def _token_loss(self, student: Student, batch: MicroBatch, taught: TokenSignal) -> LossOutput:
         """Cross-entropy and the divergence, token by token."""
-        if len(taught.index_K) == len(batch.target_ids_N):
-            return whole_batch_loss(student, batch, teacher=taught.signal, spec=self._spec)
-        return partly_taught_loss(student, batch, taught=taught, spec=self._spec)
+        return taught_loss(student, batch, taught=taught, spec=self._spec)

@@ -20,9 +20,9 @@ class Coverage:
     groups: int = 0
     one_to_one: int = 0
 
-    def add(self, example: "Example") -> None:
-        """Count a sample."""
-        alignment = example.alignments["teacher"]
+    def add(self, example: "Example", view: str) -> None:
+        """Count a sample, as the teacher of a view reads it."""
+        alignment = example.alignments[view]
         sizes_S2 = alignment.spans_S4[:, 1::2] - alignment.spans_S4[:, ::2]
         self.tokens += len(example.student.target_positions_N)
         self.pairs += len(alignment.pairs_P2)

@@ -8,7 +8,7 @@ side.
 import hashlib
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -86,6 +86,17 @@ class Aligner(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class ViewReader:
+    """How one model reads the samples: the longest sequence that it takes, in tokens; and what
+    aligns its tokens with the student's, where they are others.
+    """
+
+    renderer: Renderer
+    context_length: int
+    aligner: Aligner | None = None
+
+
 def text_hash(text: str, seed: int) -> int:
     """A uniform 64-bit number from a text."""
     data = f"{seed}\0{text}".encode()
@@ -102,28 +113,20 @@ def tokenize(
     config: DataConfig,
     seed: int,
     files: RowFiles,
-    student: Renderer,
-    teacher: Renderer,
-    max_teacher_length: int,
-    max_student_length: int,
+    readers: Mapping[str, ViewReader],
     reporter: Reporter,
     tally: Tally,
-    aligner: Aligner | None = None,
     cores: int = 1,
 ) -> Iterator[tuple[Split, Example]]:
     """Examples with their split, one by one, the same whatever the number of `cores`; counts go to
     `tally`.
 
-    Where both models render alike, give the same renderer twice: it then renders once. Without an
-    `aligner`, both have to supervise the same tokens.
+    `readers` are by view, the student first. Where others render as it does, give the same renderer
+    again: it then renders once. Those without an aligner have to supervise the student's tokens.
 
     Raises:
         DataError: a source cannot be read, too many samples are dropped, or none are left.
     """
-    limits = (
-        (student, min(config.max_length, max_student_length)),
-        (teacher, min(config.max_length, max_teacher_length)),
-    )
     selections = _selections(config, seed, files)
     kept = Counter[str]()
     for source, name, selected in zip(config.sources, config.source_names, selections, strict=True):
@@ -131,7 +134,7 @@ def tokenize(
         def rendered(conversation: Conversation, source: str = name) -> _Rendered:
             hashed = text_hash(conversation.prompt_text, seed)
             split = split_of(hashed, config.heldout_fraction)
-            return _rendered(conversation, source, limits, aligner, split)
+            return _rendered(conversation, source, readers, config.max_length, split)
 
         conversations = _conversations(config, source, name, files, tally)
         for found in in_order(rendered, filter(selected, conversations), cores=cores):
@@ -227,19 +230,18 @@ def _conversations(
 def _rendered(
     conversation: Conversation,
     source: str,
-    limits: tuple[tuple[Renderer, int], ...],
-    aligner: Aligner | None,
+    readers: Mapping[str, ViewReader],
+    max_length: int,
     split: Split,
 ) -> _Rendered:
     """What becomes of a sample."""
-    for renderer, _ in limits:
-        renderer.ignored = Counter()
+    for reader in readers.values():
+        reader.renderer.ignored = Counter()
     try:
-        example = _render(conversation, source, limits, aligner)
+        example = _render(conversation, source, readers, max_length)
     except SampleError as error:
         return _Rendered(reason=error.reason, detail=str(error), ignored={})
-    student, teacher = (renderer.ignored for renderer, _ in limits)
-    ignored = {"student": student, "teacher": teacher}
+    ignored = {view: reader.renderer.ignored for view, reader in readers.items()}
     is_prompt = conversation.lacks_answer
     return _Rendered(example=example, split=split, is_prompt=is_prompt, ignored=ignored)
 
@@ -247,43 +249,47 @@ def _rendered(
 def _render(
     conversation: Conversation,
     source: str,
-    limits: tuple[tuple[Renderer, int], ...],
-    aligner: Aligner | None,
+    readers: Mapping[str, ViewReader],
+    max_length: int,
 ) -> Example:
-    """An example as student and teacher read it, each within its limit of tokens."""
-    if aligner is not None:
-        conversation = conversation.rewritten(aligner.as_both_read)
-    sides: list[TokenSequence] = []
-    for renderer, limit in limits:
+    """An example as student and teachers read it, each within its limit of tokens."""
+    for reader in readers.values():
+        if reader.aligner is not None:
+            conversation = conversation.rewritten(reader.aligner.as_both_read)
+    own = readers["student"].renderer
+    views: dict[str, TokenSequence] = {}
+    alignments: dict[str, Alignment] = {}
+    for view, reader in readers.items():
+        renderer, limit = reader.renderer, min(max_length, reader.context_length)
         # Before anything is rendered: a text of this length cannot have fewer tokens.
         if len(conversation.text) > limit * renderer.chat.longest_token + MARKUP_CHARACTERS:
             raise SampleError(
                 "too_long",
                 f"a sample has {len(conversation.text):,} characters, the limit is {limit} tokens",
             )
-        same = bool(sides) and renderer is limits[0][0]
-        tokens = sides[0] if same else renderer.render(conversation)
+        same = bool(views) and renderer is own
+        tokens = views["student"] if same else renderer.render(conversation)
         if len(tokens.ids_T) > limit:
             raise SampleError(
                 "too_long", f"a sample has {len(tokens.ids_T)} tokens, the limit is {limit}"
             )
-        sides.append(tokens)
-    student, teacher = sides
-    alignments = {}
-    if aligner is not None:
-        answers = limits[0][0].learned_answers(conversation)
-        alignments["teacher"] = aligner.align(student, teacher, answers)
-    elif not np.array_equal(student.target_ids_N, teacher.target_ids_N):
-        raise SampleError(
-            "templates_disagree",
-            "the chat templates of student and teacher supervise different tokens for the same "
-            "answer; give both the same template, or arguments that render answers alike",
-        )
+        views[view] = tokens
+    student = views["student"]
+    for view, reader in readers.items():
+        if reader.aligner is not None:
+            answers = own.learned_answers(conversation)
+            alignments[view] = reader.aligner.align(student, views[view], answers)
+        elif not np.array_equal(student.target_ids_N, views[view].target_ids_N):
+            raise SampleError(
+                "templates_disagree",
+                f"the chat templates of student and {view} supervise different tokens for the same "
+                "answer; give both the same template, or arguments that render answers alike",
+            )
     if not conversation.lacks_answer and not student.supervised_T.any():
         raise SampleError("empty", "no supervised token")
     return Example(
         source=source,
-        views={"student": student, "teacher": teacher},
+        views=views,
         alignments=alignments,
         label=conversation.label,
     )

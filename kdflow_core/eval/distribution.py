@@ -113,54 +113,83 @@ def score_distributions(
     side: Literal["student", "teacher"],
     vocabulary_size: int,
     end_ids: Sequence[int],
-    aligned: Aligned | None = None,
+    aligned: Mapping[str, Aligned],
 ) -> dict[str, DistributionScores]:
     """Scores by source, and over all under the name `all`; the model reads the sequences of its
     `side`, has a true vocabulary of `vocabulary_size` tokens, and ends its turns by `end_ids`.
     `teachers` are by the data source that they teach; the one named `all` teaches the rest.
+    `aligned` are those views of theirs that have other tokens than the student. The run's own
+    teacher is compared with itself, and is left out where another view's teacher teaches.
     """
-    scored = _Scored(
-        producer=LogitProducer(live_head(model, vocabulary_size), torch.float32),
-        end_ids=torch.tensor(end_ids, dtype=torch.long, device=model.device),
-        folding=aligned.folding if aligned is not None and side == "student" else None,
-        is_shared_V=None
-        if aligned is None
-        else torch.from_numpy(aligned.is_shared_V).to(model.device),
-    )
+    producer = LogitProducer(live_head(model, vocabulary_size), torch.float32)
+    ends = torch.tensor(end_ids, dtype=torch.long, device=model.device)
+    views = {teacher.view for teacher in teachers.values()}
+    scored = {
+        view: _scored(producer, ends, aligned.get(view), compares=side == "student")
+        for view in views
+    }
+    length_V = next((own.length_V for own in aligned.values()), None)
     teaching = {n: LogitProducer(t.head, torch.float32) for n, t in teachers.items()}
     sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(len(COLUMNS) + len(COUNTS)))
     done = 0
     longest = batched_length(model.config.get_text_config().to_dict())
     for batch in batch_by_tokens(examples.lengths(side), tokens_per_batch, longest):
         chosen = [examples[i] for i in batch]
+        if side == "teacher":
+            chosen = [e for e in chosen if _of(teachers, e).view == side]
+        if not chosen:
+            continue
         sequences = [example.views[side] for example in chosen]
         ids_BT = pad_right([s.ids_T for s in sequences]).to(model.device)
         hidden_BTH = post_norm_states(model.base_model, ids_BT)
         for row, (example, sequence) in enumerate(zip(chosen, sequences, strict=True)):
+            teacher = _of(teachers, example)
+            rows = _rows(hidden_BTH[row], example, side, teacher)
             name = example.source if example.source in teachers else "all"
-            rows = _rows(hidden_BTH[row], example, side, teachers[name].signals)
-            terms = _token_sums(rows, scored, teaching[name])
-            size = 0 if aligned is None else int(aligned.length_V[sequence.target_ids_N].sum())
-            ends = int(torch.isin(rows.targets_N, scored.end_ids).sum())
-            counts = [len(rows.compared_P), len(rows.targets_N), size, ends]
+            terms = _token_sums(rows, scored[teacher.view], teaching[name])
+            size = 0 if length_V is None else int(length_V[sequence.target_ids_N].sum())
+            num_ends = int(torch.isin(rows.targets_N, ends).sum())
+            counts = [len(rows.compared_P), len(rows.targets_N), size, num_ends]
             for source in ("all", example.source):
                 sums[source] += [*terms, *counts]
         done += len(batch)
         reporter.progress(done=done, total=len(examples), unit="sequences", detail=title)
-    return {name: _scores(total, aligned=aligned is not None) for name, total in sums.items()}
+    return {name: _scores(total, aligned=bool(aligned)) for name, total in sums.items()}
+
+
+def _of(
+    teachers: Mapping[str, TeacherAtHand[SignalSource]], example: Example
+) -> TeacherAtHand[SignalSource]:
+    """The teacher of an example."""
+    return teachers.get(example.source, teachers["all"])
+
+
+def _scored(
+    producer: LogitProducer, end_ids: torch.Tensor, aligned: Aligned | None, *, compares: bool
+) -> _Scored:
+    """The model, as it is compared with the teacher of a view."""
+    if aligned is None:
+        return _Scored(producer, end_ids, folding=None, is_shared_V=None)
+    return _Scored(
+        producer,
+        end_ids,
+        folding=aligned.folding if compares else None,
+        is_shared_V=torch.from_numpy(aligned.is_shared_V).to(end_ids.device),
+    )
 
 
 def _rows(
     hidden_TH: torch.Tensor,
     example: Example,
     side: Literal["student", "teacher"],
-    signals: SignalSource,
+    teacher: TeacherAtHand[SignalSource],
 ) -> _Rows:
     """A sequence's rows. The teacher is compared with itself at all of its own."""
-    sequence, device = example.views[side], hidden_TH.device
+    sequence, device, signals = example.views[side], hidden_TH.device, teacher.signals
     positions_N = torch.from_numpy(sequence.target_positions_N - 1)
     if side == "student":
-        compared, theirs = taught_tokens(example), teacher_rows(example, signals)
+        compared = taught_tokens(example, teacher.view)
+        theirs = teacher_rows(example, signals, teacher.view)
     else:
         compared = np.arange(len(positions_N))
         theirs = hidden_rows(signals.rows(example.teacher))
@@ -204,7 +233,7 @@ def _compared(
     over, folding, target_C1 = WholeVocabulary(), scored.folding, targets_C.unsqueeze(-1)
     log_q_CV = torch.log_softmax(student_CV, -1)
     ce_model_C1 = -log_q_CV.gather(-1, target_C1)
-    shared_C = torch.zeros_like(ce_model_C1)
+    shared_C = torch.ones_like(ce_model_C1)
     if scored.is_shared_V is not None:
         shared_C = log_q_CV[:, scored.is_shared_V].exp().sum(-1)
     if folding is not None:

@@ -214,12 +214,16 @@ def _token_signal(
     examples: Sequence[Example], signals: SignalSource, teacher: Teacher, device: torch.device
 ) -> TokenSignal:
     """What a teacher says of the examples of its data sources."""
-    taught, index, first = [], [np.zeros(0, np.int64)], 0
+    nothing = np.zeros(0, np.int64)
+    taught, index, rest, first = [], [nothing], [nothing], 0
     for example in examples:
+        count = len(example.student.target_positions_N)
         if teacher.sources is None or example.source in teacher.sources:
             taught.append(example)
-            index.append(first + taught_tokens(example, teacher.view))
-        first += len(example.student.target_positions_N)
+            tokens = taught_tokens(example, teacher.view)
+            index.append(first + tokens)
+            rest.append(first + np.setdiff1d(np.arange(count), tokens))
+        first += count
     hidden_KG = select_rows(
         [teacher_rows(example, signals, teacher.view) for example in taught],
         hidden_size=signals.hidden_size,
@@ -228,6 +232,7 @@ def _token_signal(
     spans = _spans(examples, signals, teacher, device) if teacher.reads_spans else None
     return TokenSignal(
         index_K=torch.from_numpy(np.concatenate(index)).to(device),
+        rest_R=torch.from_numpy(np.concatenate(rest)).to(device),
         signal=HiddenSignal(hidden_KG, teacher.head),
         spans=spans,
     )

@@ -67,12 +67,17 @@ def check_folders(run: RunConfig, folders: Mapping[str, Path]) -> None:
             raise ModelError(f"{field}.model: {error}") from error
     if "student" not in folders:
         _check_student_to_be_made(run, folders.get("teacher"))
-    if folders.keys() >= {"student", "teacher"}:
-        check_pair(
-            run,
-            chat_format(run, "student", folders["student"]),
-            chat_format(run, "teacher", folders["teacher"]),
-        )
+    if "student" not in folders:
+        return
+    student = chat_format(run, "student", folders["student"])
+    for name in folders.keys() & set(run.teacher_names):
+        own = run_of_teacher(run, name)
+        try:
+            check_pair(own, student, chat_format(own, "teacher", folders[name]))
+        except ModelError as error:
+            if name == "teacher":
+                raise
+            raise ModelError(f"algorithm.teachers.{name}: {error}") from error
 
 
 def _check_student_to_be_made(run: RunConfig, teacher: Path | None) -> None:

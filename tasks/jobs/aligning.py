@@ -17,9 +17,9 @@ from tasks.stages.slices import Side
 MOST_SHORTENED = 0.05
 
 
-def pair(stage: StageRun) -> TokenizerPair | None:
-    """Both sides; None where they are compared token by token."""
-    return pair_of(stage, _chats(stage)) if _may_align(stage) else None
+def pair(stage: StageRun, view: str = "teacher") -> TokenizerPair | None:
+    """Both sides, the teacher as it reads the view; None where they are compared token by token."""
+    return pair_of(stage, _chats(stage)) if _may_align(stage, view) else None
 
 
 def pair_of(stage: StageRun, chats: Mapping[Side, ChatFormat]) -> TokenizerPair | None:
@@ -40,7 +40,7 @@ def pair_of(stage: StageRun, chats: Mapping[Side, ChatFormat]) -> TokenizerPair 
 
 def translator(stage: StageRun) -> Translator | None:
     """What brings one side's answers into the other's tokens; None where both have the same."""
-    if not _may_align(stage):
+    if not _may_align(stage, "teacher"):
         return None
     chats = _chats(stage)
     made = pair_of(stage, chats)
@@ -62,9 +62,9 @@ def _chats(stage: StageRun) -> dict[Side, ChatFormat]:
     return {side: chat(stage, side) for side in SIDES}
 
 
-def _may_align(stage: StageRun) -> bool:
+def _may_align(stage: StageRun, view: str) -> bool:
     """Tokens that were made without an alignment say so, sooner than two tokenizers do."""
     tokens = stage.spec.inputs.get("tokens")
     if tokens is None:
         return True
-    return bool(stage.store.manifest(tokens.kind, tokens.digest).info["alignment"])
+    return view in stage.store.manifest(tokens.kind, tokens.digest).info["aligned"]

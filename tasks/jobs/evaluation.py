@@ -15,11 +15,13 @@ from kdflow_core.eval.greedy import exact_match, generate_greedily
 from kdflow_core.models.loading import DTYPES, load_causal_lm
 from kdflow_core.models.tokenizers import true_vocabulary_size
 from storage.artifact import ArtifactRef
+from storage.tokens import TokenTable
 from tasks.jobs import aligning, chats, parts
 from tasks.jobs.reference import state_limit
 from tasks.jobs.stage_run import SIDES, StageRun, job
 from tasks.jobs.stored import StoredStates, TokenExamples, evenly_spread
 from tasks.jobs.student_module import build_comparison
+from tasks.stages.slices import Side
 
 CHECKED_SEQUENCES = 4
 
@@ -27,7 +29,8 @@ CHECKED_SEQUENCES = 4
 @job("evaluate")
 def evaluate_student(stage: StageRun) -> ArtifactRef:
     """Held-out scores of the teacher and of the student before and after training."""
-    examples = TokenExamples(stage.tables()["heldout"])
+    table = stage.tables()["heldout"]
+    examples = TokenExamples(table)
     chosen = evenly_spread(range(len(examples)), stage.run.eval.max_generations)
     shown = [examples[i] for i in chosen]
     folders = {
@@ -35,8 +38,8 @@ def evaluate_student(stage: StageRun) -> ArtifactRef:
         "student before": stage.model_folder("student"),
         "student after": stage.store.local_copy(stage.spec.inputs["student"]) / "model",
     }
-    teachers = _teachers(stage)
-    aligned = _aligned(stage)
+    teachers = _teachers(stage, table)
+    aligned = _aligned(stage, table)
     models, answers = {}, {}
     for title, folder in folders.items():
         models[title], answers[title] = _judge(
@@ -60,28 +63,34 @@ def evaluate_student(stage: StageRun) -> ArtifactRef:
     )
 
 
-def _teachers(stage: StageRun) -> dict[str, TeacherAtHand[StoredStates]]:
+def _teachers(stage: StageRun, table: TokenTable) -> dict[str, TeacherAtHand[StoredStates]]:
     """The teachers that models are compared with, by data source; `all` is the run's own."""
     signals = {}
     for name in stage.run.teacher_names:
-        signals[name] = parts.stored_teacher(stage.of_teacher(name))
+        view = parts.view_of(table, name)
+        signals[name] = parts.stored_teacher(stage.of_teacher(name), view)
     teachers = {"all": signals["teacher"]}
     for name, signal in signals.items():
         teachers |= dict.fromkeys(stage.run.sources_of(name) or (), signal)
     return teachers
 
 
-def _aligned(stage: StageRun) -> dict[str, Aligned]:
-    """By side, what scoring needs where the two have different tokens."""
-    pair = aligning.pair(stage)
-    if pair is None:
-        return {}
-    # Students that were trained by other maps are judged by the same one.
-    folding = build_comparison(pair, "folded", parts.device(stage))
-    return {
-        side: Aligned(folding=folding, length_V=own.tokens.length_V, is_shared_V=is_shared_V)
-        for side, own, is_shared_V in zip(SIDES, pair.vocabularies, pair.is_shared, strict=True)
-    }
+def _aligned(stage: StageRun, table: TokenTable) -> dict[Side, dict[str, Aligned]]:
+    """By side and view, what scoring needs where student and teacher have different tokens."""
+    found: dict[Side, dict[str, Aligned]] = {side: {} for side in SIDES}
+    for name in stage.run.teacher_names:
+        view = parts.view_of(table, name)
+        pair = aligning.pair(stage.of_teacher(name), view)
+        if pair is None or view in found["student"]:
+            continue
+        # Students that were trained by other maps are judged by the same one.
+        folding = build_comparison(pair, "folded", parts.device(stage))
+        for side, own, is_shared_V in zip(SIDES, pair.vocabularies, pair.is_shared, strict=True):
+            if side == "student" or view == "teacher":
+                found[side][view] = Aligned(
+                    folding=folding, length_V=own.tokens.length_V, is_shared_V=is_shared_V
+                )
+    return found
 
 
 def _judge(
@@ -90,7 +99,7 @@ def _judge(
     folder: Path,
     data: tuple[TokenExamples, list[Example]],
     teachers: Mapping[str, TeacherAtHand[StoredStates]],
-    aligned: Mapping[str, Aligned],
+    aligned: Mapping[Side, Mapping[str, Aligned]],
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
     """A model's scores by source, and its greedy answers to the shown examples' prompts."""
     side: Literal["teacher", "student"] = "teacher" if title == "teacher" else "student"
@@ -116,7 +125,7 @@ def _judge(
         side=side,
         vocabulary_size=true_vocabulary_size(chat.tokenizer),
         end_ids=chat.end_ids,
-        aligned=aligned.get(side),
+        aligned=aligned[side],
     )
     by_source: dict[str, dict[str, float]] = {name: asdict(s) for name, s in scores.items()}
     texts = generate_greedily(
@@ -129,7 +138,7 @@ def _judge(
     )
     shares = exact_match(texts, [e.label for e in shown], [e.source for e in shown])
     for name, share in shares.items():
-        by_source[name]["exact_match"] = share
+        by_source.setdefault(name, {})["exact_match"] = share
     return by_source, texts
 
 

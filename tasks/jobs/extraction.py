@@ -41,19 +41,21 @@ REFERENCE_CANDIDATES = 32  # sequences, of which the shortest are compared
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherWork:
-    """What is to be stored: every distinct teacher sequence, in which table and row of it its ids
-    lie, and its length.
+    """What is to be stored: every distinct sequence of a teacher's view, in which table and row of
+    it its ids lie, and its length.
     """
 
     tables: list[TokenTable]
+    view: str
     table: np.ndarray
     row: np.ndarray
     lengths: np.ndarray
     sequences: Sequences
 
-    def places(self, numbers: Sequence[int]) -> list[tuple[int, int]]:
-        """Table and row of some sequences."""
-        return [(int(self.table[i]), int(self.row[i])) for i in numbers]
+    def of(self, numbers: Sequence[int]) -> TeacherSequences:
+        """Some sequences."""
+        places = [(int(self.table[i]), int(self.row[i])) for i in numbers]
+        return TeacherSequences(self.tables, places, self.view)
 
 
 @job("extract")
@@ -67,7 +69,8 @@ def extract_states(stage: StageRun) -> ArtifactRef | None:
     rank, _ = parts.rank_and_size()
     tables = stage.tables()
     splits = [tables[split] for split in state_splits(stage.run)]
-    work = distinct_sequences(splits, stage.spec.identity.config.get("sources"))
+    of = stage.spec.identity.config
+    work = distinct_sequences(splits, of.get("sources"), of.get("view", "teacher"))
     folder = stage.model_folder("teacher")
     check_lengths(int(work.lengths.max()), longest_allowed(stage.run.teacher, folder))
     head = parts.teacher_head(stage, torch.device("cpu"))
@@ -165,14 +168,14 @@ def _info(stage: StageRun, head: OutputHead, heads_digest: str, layout: Layout) 
 
 
 def distinct_sequences(
-    tables: list[TokenTable], sources: Sequence[str] | None = None
+    tables: list[TokenTable], sources: Sequence[str] | None = None, view: str = "teacher"
 ) -> TeacherWork:
-    """Every distinct teacher sequence once, of some data sources or of all, by digest: digests are
-    uniform, so that this is a random order.
+    """Every distinct sequence of a view once, of some data sources or of all, by digest: digests
+    are uniform, so that this is a random order.
 
     Raises DataError when no sequence is of these sources.
     """
-    digests = np.concatenate([table.digests() for table in tables])
+    digests = np.concatenate([table.digests(view) for table in tables])
     keys = digests.view(">u8")
     order = np.lexsort((keys[:, 1], keys[:, 0]))
     ordered = keys[order]
@@ -187,12 +190,13 @@ def distinct_sequences(
         chosen = chosen[np.isin(source[chosen], [i for i, n in enumerate(names) if n in sources])]
         if not len(chosen):
             raise DataError(f"no sample of the data sources {list(sources)} is left for a teacher")
-    counts = [table.supervised_counts("teacher") for table in tables]
+    counts = [table.supervised_counts(view) for table in tables]
     return TeacherWork(
         tables=tables,
+        view=view,
         table=np.repeat(np.arange(len(tables)), [len(t) for t in tables])[chosen],
         row=np.concatenate([np.arange(len(t)) for t in tables])[chosen],
-        lengths=np.concatenate([table.lengths("teacher") for table in tables])[chosen],
+        lengths=np.concatenate([table.lengths(view) for table in tables])[chosen],
         sequences=Sequences(
             digests=digests[chosen],
             num_rows=np.concatenate(counts)[chosen].astype(np.int32),
@@ -209,7 +213,7 @@ def _reference(
     if stage.run.teacher.type == "transformers":
         return None
     first = list(writer.sequences_of(missing[0]))[:REFERENCE_CANDIDATES]
-    return Reference(stage, list(TeacherSequences(work.tables, work.places(first))))
+    return Reference(stage, list(work.of(first)))
 
 
 def _checked_engine(
@@ -297,7 +301,7 @@ def _rows(
     computed = _computed(engine, work, fresh, window_tokens)
     for number in numbers:
         if earlier.held_N[number]:
-            (sequence,) = TeacherSequences(work.tables, work.places([number]))
+            (sequence,) = work.of([number])
             yield earlier.rows(number, sequence), sequence.target_ids_N
         else:
             yield next(computed)
@@ -310,7 +314,7 @@ def _computed(
     targets: deque[np.ndarray] = deque()
 
     def sequences() -> Iterator[TokenSequence]:
-        for sequence in TeacherSequences(work.tables, work.places(numbers)):
+        for sequence in work.of(numbers):
             targets.append(sequence.target_ids_N)
             yield sequence
 

@@ -14,6 +14,7 @@ from kdflow_core.rollout.base import Prompt
 from kdflow_core.workers.devices import device_of, join_group
 from storage.artifact import ArtifactRef
 from storage.states.reader import HiddenStateReader
+from storage.tokens import TokenTable
 from tasks.jobs.chats import tokenizer
 from tasks.jobs.stage_run import StageRun
 from tasks.jobs.stored import StoredStates
@@ -43,8 +44,13 @@ def prompt(stage: StageRun, example: Example, side: Side, most: int) -> Prompt:
     return Prompt(ids_T=sequence.context_ids_T, max_new_tokens=min(most, room))
 
 
-def stored_teacher(stage: StageRun) -> TeacherAtHand[StoredStates]:
-    """The teacher by its stored states.
+def view_of(table: TokenTable, name: str) -> str:
+    """The view of the samples that one of the teachers reads."""
+    return name if name in table.views else "teacher"
+
+
+def stored_teacher(stage: StageRun, view: str = "teacher") -> TeacherAtHand[StoredStates]:
+    """The teacher by its stored states, which it has of a view.
 
     Raises AlignmentError when its checkpoint has another head by now.
     """
@@ -56,7 +62,7 @@ def stored_teacher(stage: StageRun) -> TeacherAtHand[StoredStates]:
             "the teacher's output head is not the one that its stored states were made for; "
             f"delete {ref.uri} and run again"
         )
-    return TeacherAtHand(StoredStates(open_states(stage, ref)), head)
+    return TeacherAtHand(StoredStates(open_states(stage, ref)), head, view)
 
 
 def open_states(stage: StageRun, ref: ArtifactRef) -> HiddenStateReader:

@@ -17,7 +17,7 @@ from tasks.forecast.estimate import ESTIMATE_FILE, Estimate
 from tasks.jobs import aligning, parts
 from tasks.jobs.extraction import TeacherWork, distinct_sequences
 from tasks.jobs.stage_run import StageRun, job
-from tasks.jobs.stored import TeacherSequences, TokenExamples, bfloat16_bits, bfloat16_tensor
+from tasks.jobs.stored import TokenExamples, bfloat16_bits, bfloat16_tensor
 from tasks.jobs.student_module import build_comparison, build_module
 from tasks.jobs.training import batch_schedule
 
@@ -89,7 +89,7 @@ def _probe_teacher(
     wanted = PROBED_BATCHES * stage.run.teacher.tokens_per_batch
     count = int(np.searchsorted(np.cumsum(work.lengths), wanted)) + 1
     numbers = range(min(count, len(work.lengths)))
-    sequences: list[TokenSequence] = list(TeacherSequences(work.tables, work.places(numbers)))
+    sequences: list[TokenSequence] = list(work.of(numbers))
     probe = probe_teacher(engine, sequences)
     peak = _peak_bytes(device)
     engine.close()

@@ -109,20 +109,26 @@ def token_row(example: Example) -> dict[str, Any]:
 
 
 class TeacherSequences:
-    """The teacher's sequences of some rows of some tables, read when they are asked for.
+    """A teacher's sequences of some rows of some tables, read when they are asked for.
 
     Raises RowsMismatchError for a row whose digest is not that of its ids.
     """
 
-    def __init__(self, tables: Sequence[TokenTable], places: Sequence[tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        tables: Sequence[TokenTable],
+        places: Sequence[tuple[int, int]],
+        view: str = "teacher",
+    ) -> None:
         self._tables = tables
         self._places = places
+        self._view = view
 
     def __iter__(self) -> Iterator[TokenSequence]:
         for table, index in self._places:
             row = self._tables[table][index]
-            sequence = _sequence(row, "teacher")
-            if sequence.digest != row["teacher_digest"]:
+            sequence = _sequence(row, self._view)
+            if sequence.digest != row[f"{self._view}_digest"]:
                 raise RowsMismatchError(
                     f"the ids of token row {index} do not have the digest recorded for them; "
                     "delete the tokens artifact and run again"

@@ -36,8 +36,13 @@ def build_module(
     heads: Mapping[str, OutputHead],
     folding: Comparison | None,
     device: torch.device,
+    *,
+    views: Mapping[str, str] | None = None,
+    foldings: Mapping[str, Comparison | None] | None = None,
 ) -> DistillationModule:
-    """The student with its algorithm, sharded over all ranks; `heads` are the teachers' by name."""
+    """The student with its algorithm, sharded over all ranks; `heads` are the teachers' by name.
+    `views` and `foldings` are of those that read otherwise than the run's own (see `Ingredients`).
+    """
     config = stage.run.student
     folder = stage.model_folder("student")
     model, in_parts = _load(stage, folder)
@@ -62,6 +67,8 @@ def build_module(
         model=model,
         heads=heads,
         vocabulary_size=vocabulary_size,
+        views=views or {},
+        foldings=foldings or {},
     )
     module = DistillationModule(
         model=model,

@@ -1,6 +1,6 @@
 """The job that makes tokens. Loads no model code."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from kdflow_core.alignment.coverage import Coverage, plain, summary
@@ -9,7 +9,7 @@ from kdflow_core.contracts import Example
 from kdflow_core.data.chat import ChatFormat
 from kdflow_core.data.many_cores import usable_cores
 from kdflow_core.data.rendering import Renderer
-from kdflow_core.data.tokenization import Split, Tally, tokenize
+from kdflow_core.data.tokenization import Split, Tally, ViewReader, tokenize
 from kdflow_core.models.folders import context_length, text_config
 from kdflow_core.models.tokenizers import true_vocabulary_size
 from storage.artifact import ArtifactRef
@@ -25,39 +25,37 @@ from tasks.stages.slices import SPLITS, Side
 
 @job("tokenize")
 def tokenize_data(stage: StageRun) -> ArtifactRef:
-    """Text to token ids, once for both models."""
+    """Text to token ids, once for all models."""
     run, folder = stage.run, stage.workdir
-    folders = {side: stage.model_folder(side) for side in SIDES}
-    chats = {side: chat(stage, side) for side in SIDES}
-    check_pair(run, chats["student"], chats["teacher"])
-    renderers = {side: Renderer(chats[side], supervise=run.data.supervise) for side in SIDES}
-    inputs = stage.spec.identity.inputs
-    same_tokenizer = inputs["teacher_tokenizer"] == inputs["student_tokenizer"]
-    same_template = run.teacher.chat_template == run.student.chat_template
-    same_ends = chats["teacher"].end_ids == chats["student"].end_ids
-    if same_tokenizer and same_template and same_ends:
-        renderers["teacher"] = renderers["student"]
-    tally, aligner = Tally(), pair_of(stage, chats)
+    student = chat(stage, "student")
+    own = Renderer(student, supervise=run.data.supervise)
+    readers = {
+        "student": ViewReader(
+            renderer=own, context_length=context_length(stage.model_folder("student"))
+        )
+    }
+    tokenizers = {}
+    for name in ("teacher", *stage.spec.identity.config.get("views", ())):
+        readers[name], tokenizers[name] = _reader(stage, name, student, own)
+    tally = Tally()
     examples = tokenize(
         config=run.data,
         seed=run.seed,
         files=DataFiles(),
-        student=renderers["student"],
-        teacher=renderers["teacher"],
-        max_student_length=context_length(folders["student"]),
-        max_teacher_length=context_length(folders["teacher"]),
-        aligner=aligner,
+        readers=readers,
         reporter=stage.reporter,
         tally=tally,
         cores=usable_cores(),
     )
     coverage: dict[str, Coverage] = {}
-    _write_examples(folder, examples, coverage)
+    _write_examples(folder, examples, tuple(readers), coverage)
     counts = _counts(folder)
     dropped = {source: dict(reasons) for source, reasons in tally.dropped.items()}
     ignored = {side: dict(found) for side, found in tally.ignored.items()}
-    tokenizers = _tokenizers(stage, chats, by_bytes=aligner is not None)
-    stage.reporter.message("; ".join([tokenizers, *([summary(coverage)] if coverage else [])]))
+    said = "; ".join(
+        text if name == "teacher" else f"{name}: {text}" for name, text in tokenizers.items()
+    )
+    stage.reporter.message("; ".join([said, *([summary(coverage)] if coverage else [])]))
     stage.reporter.message(
         f"{counts['train_sequences']} training and "
         f"{counts['heldout_sequences']} held-out samples; dropped: {dropped or 'none'}"
@@ -71,11 +69,37 @@ def tokenize_data(stage: StageRun) -> ArtifactRef:
             "dropped": dropped,
             "first_dropped": tally.first_detail,
             "ignored": ignored,
-            "tokenizers": tokenizers,
+            "tokenizers": said,
+            "aligned": [view for view, reader in readers.items() if reader.aligner is not None],
             "alignment": plain(coverage),
-            "end_ids": {side: list(chat.end_ids) for side, chat in chats.items()},
+            "end_ids": {
+                view: list(reader.renderer.chat.end_ids) for view, reader in readers.items()
+            },
         },
     )
+
+
+def _reader(
+    stage: StageRun, name: str, student: ChatFormat, own: Renderer
+) -> tuple[ViewReader, str]:
+    """How one of the teachers reads, and how its tokenizer stands to the student's. Where it reads
+    as the student does, it has the student's `own` renderer.
+    """
+    mine = stage.of_teacher(name)
+    chats: dict[Side, ChatFormat] = {"student": student, "teacher": chat(mine, "teacher")}
+    teacher = chats["teacher"]
+    check_pair(mine.run, student, teacher)
+    inputs = stage.spec.identity.inputs
+    same_tokenizer = inputs[f"{name}_tokenizer"] == inputs["student_tokenizer"]
+    same_template = mine.run.teacher.chat_template == mine.run.student.chat_template
+    alike = same_tokenizer and same_template and teacher.end_ids == student.end_ids
+    aligner = pair_of(mine, chats)
+    reader = ViewReader(
+        renderer=own if alike else Renderer(teacher, supervise=stage.run.data.supervise),
+        context_length=context_length(mine.model_folder("teacher")),
+        aligner=aligner,
+    )
+    return reader, _tokenizers(mine, chats, by_bytes=aligner is not None)
 
 
 def _tokenizers(stage: StageRun, chats: Mapping[Side, ChatFormat], *, by_bytes: bool) -> str:
@@ -93,18 +117,24 @@ def _tokenizers(stage: StageRun, chats: Mapping[Side, ChatFormat], *, by_bytes: 
 
 
 def _write_examples(
-    folder: Path, examples: Iterable[tuple[Split, Example]], coverage: dict[str, Coverage]
+    folder: Path,
+    examples: Iterable[tuple[Split, Example]],
+    views: Sequence[str],
+    coverage: dict[str, Coverage],
 ) -> None:
-    """Both splits' tables; what is aligned is counted by source."""
+    """Both splits' tables; what is aligned is counted by source, and by teacher where that is not
+    the run's own.
+    """
     with (
-        TokenWriter(folder / "train.arrow") as train,
-        TokenWriter(folder / "heldout.arrow") as heldout,
+        TokenWriter(folder / "train.arrow", views) as train,
+        TokenWriter(folder / "heldout.arrow", views) as heldout,
     ):
         writers = {"train": train, "heldout": heldout}
         for split, example in examples:
             writers[split].add(token_row(example))
-            if example.alignments:
-                coverage.setdefault(example.source, Coverage()).add(example)
+            for view in example.alignments:
+                key = example.source if view == "teacher" else f"{example.source} ({view})"
+                coverage.setdefault(key, Coverage()).add(example, view)
 
 
 def _counts(folder: Path) -> dict[str, int]:

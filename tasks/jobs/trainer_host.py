@@ -57,7 +57,7 @@ class TrainerHost:
         teacher = parts.stored_teacher(stage)
         self._session = TrainingSession(
             stage,
-            heads={"teacher": teacher.head} if run.algorithm.reads_signals else {},
+            teachers={"teacher": teacher} if run.algorithm.reads_signals else {},
             num_steps=self._steps * run.on_policy.rounds,
             heldout=tables["heldout"],
             judged_by=teacher,

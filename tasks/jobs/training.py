@@ -33,11 +33,11 @@ def train_student(stage: StageRun) -> ArtifactRef | None:
     parts.join(stage)
     tables = stage.tables()
     table = tables["train"]
-    teachers = _stored_teachers(stage)
+    teachers = _stored_teachers(stage, table)
     schedule, states = _schedule_and_states(stage, table, teachers)
     session = TrainingSession(
         stage,
-        heads={n: t.head for n, t in teachers.items()} if stage.run.algorithm.reads_signals else {},
+        teachers=teachers if stage.run.algorithm.reads_signals else {},
         num_steps=schedule.num_steps,
         heldout=tables["heldout"],
         judged_by=teachers["teacher"] if stage.run.measures_heldout else None,
@@ -51,12 +51,15 @@ def train_student(stage: StageRun) -> ArtifactRef | None:
     return session.finish({"steps": schedule.num_steps, "tokens": tokens}, files={})
 
 
-def _stored_teachers(stage: StageRun) -> dict[str, TeacherAtHand[StoredStates]]:
+def _stored_teachers(stage: StageRun, table: TokenTable) -> dict[str, TeacherAtHand[StoredStates]]:
     """The teachers that training asks by name, or measures against."""
     run = stage.run
     if not run.algorithm.reads_signals and not run.measures_heldout:
         return {}
-    return {name: parts.stored_teacher(stage.of_teacher(name)) for name in run.teacher_names}
+    return {
+        name: parts.stored_teacher(stage.of_teacher(name), parts.view_of(table, name))
+        for name in run.teacher_names
+    }
 
 
 def _train(
@@ -96,25 +99,27 @@ def _schedule_and_states(
         return schedule, (_live(stage, table, schedule, teachers["teacher"].head),)
     windowed = run.student.shuffle_window_shards is not None
     first = next(iter(teachers.values()))
-    groups = first.signals.shard_of(table.digests()) if windowed else None
+    groups = first.signals.shard_of(table.digests(first.view)) if windowed else None
     schedule = batch_schedule(stage, table, groups=groups)
     examples = TokenExamples(table)
     return schedule, [
-        _prefetched(teacher.signals, schedule, examples, run.sources_of(name))
+        _prefetched(teacher, schedule, examples, run.sources_of(name))
         for name, teacher in teachers.items()
     ]
 
 
 def _prefetched(
-    stored: StoredStates,
+    teacher: TeacherAtHand[StoredStates],
     schedule: BatchSchedule,
     examples: TokenExamples,
     sources: frozenset[str] | None,
 ) -> PrefetchedStates:
     rank = dist.get_rank()
     return PrefetchedStates(
-        stored,
-        sequences_of=lambda step: teacher_sequences(schedule, examples, step, rank, sources),
+        teacher.signals,
+        sequences_of=lambda step: teacher_sequences(
+            schedule, examples, step, rank, sources, teacher.view
+        ),
         num_steps=schedule.num_steps,
     )
 

@@ -40,7 +40,7 @@ from tasks.stages.checkpoint_places import checkpoints_folder
 
 
 class TrainingSession:
-    """A student in training, on every rank; `heads` are those of the teachers it learns from.
+    """A student in training, on every rank; `teachers` are those that it learns from, by name.
 
     Metrics and the exported student are rank 0's. `judged_by` is the teacher whose stored held-out
     states the curve goes by.
@@ -50,7 +50,7 @@ class TrainingSession:
         self,
         stage: StageRun,
         *,
-        heads: Mapping[str, OutputHead],
+        teachers: Mapping[str, TeacherAtHand[StoredStates]],
         num_steps: int,
         heldout: TokenTable,
         judged_by: TeacherAtHand[StoredStates] | None,
@@ -58,10 +58,21 @@ class TrainingSession:
         run = stage.run
         self.stage = stage
         self.device = parts.device(stage)
-        compares = bool(heads) or judged_by is not None
+        compares = bool(teachers) or judged_by is not None
         pair, by = aligning.pair(stage) if compares else None, run.loss.compared_by
         self.folding = build_comparison(pair, by, self.device)
-        self.module = build_module(stage, heads, self.folding, self.device)
+        others = {name: own.view for name, own in teachers.items() if own.view != "teacher"}
+        self.module = build_module(
+            stage,
+            {name: own.head for name, own in teachers.items()},
+            self.folding,
+            self.device,
+            views=others,
+            foldings={
+                name: build_comparison(aligning.pair(stage.of_teacher(name), view), by, self.device)
+                for name, view in others.items()
+            },
+        )
         self.trainer = Trainer(
             module=self.module,
             num_steps=num_steps,
@@ -162,11 +173,14 @@ def teacher_sequences(
     step: int,
     rank: int,
     sources: frozenset[str] | None = None,
+    view: str = "teacher",
 ) -> list[TokenSequence]:
-    """What a teacher of some data sources (None: of all) saw of a rank's part of a step."""
+    """What a teacher of some data sources (None: of all) saw of a rank's part of a step, in its
+    view.
+    """
     batches = schedule.step(step).micro_batches[rank]
     chosen = [examples[i] for batch in batches for i in batch]
-    return [e.teacher for e in chosen if sources is None or e.source in sources]
+    return [e.views[view] for e in chosen if sources is None or e.source in sources]
 
 
 def live_states(

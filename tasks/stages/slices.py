@@ -140,18 +140,44 @@ def student_model(known: Known) -> Iterator[Slice]:
 
 
 def tokens(known: Known) -> Iterator[Slice]:
-    """The token ids. Raises ModelError for a teacher with another tokenizer."""
+    """The token ids, in a view for each teacher that reads otherwise than the run's own.
+
+    Raises ModelError for answers that a model is to write for more than one such view.
+    """
     run = known.run
-    inputs = tokens_inputs(run, known)
-    for name in run.teacher_names:
-        model = run_of_teacher(run, name).teacher.model
-        made = known.made(of_teacher("teacher_model", name))
-        if tokenizer_identity(model, made, known.prints) != inputs["teacher_tokenizer"]:
+    inputs, config = tokens_inputs(run, known), tokens_slice(run)
+    views = _views(known)
+    if views:
+        if run.data.answers is not None:
             raise ModelError(
-                f"algorithm.teachers.{name} has other tokenizer files than `teacher`; teachers "
-                "of one run need the same tokenizer"
+                f"data.answers are written in the tokens of one teacher, and algorithm.teachers."
+                f"{next(iter(views))} reads others; leave `data.answers` out, or give the teachers "
+                "one tokenizer and chat template"
             )
-    yield Slice(config=tokens_slice(run), inputs=inputs)
+        config["views"] = {name: reading for name, (reading, _) in views.items()}
+        inputs |= {f"{name}_tokenizer": tokenizer for name, (_, tokenizer) in views.items()}
+    yield Slice(config=config, inputs=inputs)
+
+
+def _views(known: Known) -> dict[str, tuple[dict[str, Any], str]]:
+    """The teachers that read otherwise than the run's own: how, and by which tokenizer."""
+
+    def reading(name: str) -> tuple[dict[str, Any], str]:
+        own = run_of_teacher(known.run, name)
+        made = known.made(of_teacher("teacher_model", name))
+        return _teacher_reading(own), tokenizer_identity(own.teacher.model, made, known.prints)
+
+    found = {name: reading(name) for name in known.run.teacher_names}
+    return {name: own for name, own in found.items() if own != found["teacher"]}
+
+
+def _teacher_reading(run: RunConfig) -> dict[str, Any]:
+    """How the run's own teacher reads a text, beside its tokenizer."""
+    return {
+        "teacher_template": run.teacher.chat_template.model_dump(mode="json"),
+        "teacher_ends": _declared_ends(run.teacher.model),
+        "teacher_limit": _length_limit(run, run.teacher.model),
+    }
 
 
 def answers(known: Known) -> Iterator[Slice]:
@@ -181,9 +207,11 @@ def estimate(known: Known) -> Iterator[Slice]:
 
 def states(known: Known) -> Iterator[Slice]:
     """Every teacher's states."""
+    views = _views(known)
     for name in known.run.teacher_names:
+        config = states_slice(run_of_teacher(known.run, name), known.run.sources_of(name))
         yield Slice(
-            config=states_slice(run_of_teacher(known.run, name), known.run.sources_of(name)),
+            config=config | {"view": name} if name in views else config,
             inputs=known.data() | {"teacher_model": known.teacher_model(name)},
             teacher=name,
         )
@@ -338,13 +366,10 @@ def tokens_slice(run: RunConfig) -> dict[str, Any]:
         "data": data,
         "seed": run.seed,
         "student_template": run.student.chat_template.model_dump(mode="json"),
-        "teacher_template": run.teacher.chat_template.model_dump(mode="json"),
         "student_ends": _declared_ends(run.student.model),
-        "teacher_ends": _declared_ends(run.teacher.model),
         "student_limit": _length_limit(run, run.student.model),
-        "teacher_limit": _length_limit(run, run.teacher.model),
         "alignment": run.alignment,
-    }
+    } | _teacher_reading(run)
 
 
 _SOURCE_FIELDS = ("layout", "columns", "weight", "max_samples", "format")

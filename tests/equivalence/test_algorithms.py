@@ -13,13 +13,11 @@ from transformers import PreTrainedModel
 
 from configs.load import load_run
 from configs.schema.run import RunConfig
-from kdflow_core.errors import ModelError
 from storage.artifact import ArtifactRef
 from storage.tokens import TokenTable
 from tasks.presentation.tracking import read_metrics
-from tasks.stages.planning import plan_stages
 from tests import naive
-from tests.conftest import CHATML, make_llama, make_tokenizer, run_inline
+from tests.conftest import CHATML, make_llama, run_inline
 
 pytestmark = pytest.mark.ranks
 # float32 sums taken in another order; see test_training.
@@ -167,15 +165,3 @@ def test_self_distillation(
     np.testing.assert_allclose(losses(done), expected, rtol=RTOL)
     names = load_file(Path(done["student"].uri) / "model/model.safetensors").keys()
     assert not any("average" in name or "algorithm" in name for name in names)
-
-
-def test_two_tokenizers_are_no_pair_of_teachers(
-    make_recipe: Callable[..., Path], second_teacher: dict[str, Any]
-) -> None:
-    make_tokenizer(Path(second_teacher["model"]["path"]), texts=["other words"])
-    teachers = {"teacher": {}, "second": {"teacher": second_teacher}}
-    run = load_run(
-        str(make_recipe()), {"algorithm": {"type": "multi_teacher", "teachers": teachers}}
-    )
-    with pytest.raises(ModelError, match=r"algorithm\.teachers\.second has other tokenizer files"):
-        plan_stages(run)

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -32,6 +33,7 @@ from tasks.rounds.rounds_at_work import RoundsAtWork
 from tasks.stages.explanation import stage_status
 from tasks.stages.identity import made_of, open_store, stage_spec
 from tasks.stages.planning import plan_stages
+from tests import naive
 from tests.conftest import make_llama, make_tokenizer, run_inline
 
 pytestmark = pytest.mark.ranks
@@ -81,6 +83,108 @@ def test_one_tokenizer_aligned_by_bytes_is_the_exact_run(
         metrics.append([record["loss"] for record in read_metrics(student / METRICS_FILE)])
     assert metrics[0] == metrics[1]
     assert weights[0] == weights[1]
+
+
+@pytest.fixture
+def mixture(
+    make_recipe: Callable[..., Path], data_file: Path, other_teacher: Path, tmp_path: Path
+) -> Callable[..., RunConfig]:
+    """A teacher with the student's tokenizer, and one with another tokenizer and template."""
+
+    def load(shares: tuple[dict[str, Any], dict[str, Any]], **overrides: Any) -> RunConfig:
+        lines = data_file.read_text().splitlines(keepends=True)
+        sources = []
+        for name, part in (("low", lines[:60]), ("high", lines[60:])):
+            (tmp_path / f"{name}.jsonl").write_text("".join(part))
+            path = str(tmp_path / f"{name}.jsonl")
+            sources.append({"type": "files", "name": name, "path": path})
+        model = {"type": "pretrained", "path": str(other_teacher)}
+        second = {"type": "transformers", "model": model, "dtype": "float32"}
+        teachers = {"teacher": shares[0], "second": shares[1] | {"teacher": second}}
+        algorithm = {"type": "multi_teacher", "teachers": teachers}
+        recipe = make_recipe(max_steps=4, num_ranks=2, micro_batch_tokens=90)
+        return load_run(str(recipe), {"data.sources": sources, "algorithm": algorithm} | overrides)
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def other_teacher(tmp_path_factory: pytest.TempPathFactory, other_student: Path) -> Path:
+    folder = tmp_path_factory.mktemp("other-teacher")
+    shutil.copytree(other_student, folder, dirs_exist_ok=True)
+    make_llama(folder, hidden=40, layers=2, rows=448, seed=9)
+    return folder
+
+
+SHARES = {
+    "weight": ({"weight": 3.0}, {"weight": 1.0}),
+    "source": ({"sources": ["low"]}, {"sources": ["high"]}),
+}
+
+
+@pytest.mark.parametrize("by", ["weight", "source"])
+def test_teachers_of_two_tokenizers_teach_together(
+    mixture: Callable[..., RunConfig], other_teacher: Path, by: str
+) -> None:
+    """Losses are those of full logits: the second teacher's by pairs and classes made by hand."""
+    run = mixture(SHARES[by])
+    done = student_of(run, until="report")
+    folders = {"student": run.student.model.path, "teacher": str(other_teacher)}  # type: ignore[union-attr]
+    first, second = naive.load(run.teacher.model.path), naive.load(other_teacher)  # type: ignore[union-attr]
+    tokenizers = {name: AutoTokenizer.from_pretrained(folder) for name, folder in folders.items()}
+    tokens = {name: tokens_of(tokenizer) for name, tokenizer in tokenizers.items()}
+    classes = classes_by_hand(tokens, tokenizers)
+
+    def targets(row: naive.Row, view: str) -> np.ndarray:
+        return np.asarray(row[f"{view}_ids"])[row[f"{view}_supervised"].astype(bool)]
+
+    def class_kl(student_NV: torch.Tensor, row: naive.Row) -> torch.Tensor:
+        begins = []
+        for view, own in (("student", tokens["student"]), ("second", tokens["teacher"])):
+            lengths = [len(own[i]) for i in targets(row, view)]
+            begins.append({sum(lengths[:k]): k for k in range(len(lengths)) if lengths[k]})
+            begins[-1][-1] = len(lengths) - 1  # the ends of the turn pair, too
+        pairs = [(begins[0][b], begins[1][b]) for b in begins[0].keys() & begins[1].keys()]
+        teacher_MV = naive.stored_logits(second, row, "second")
+        total = student_NV.new_zeros(())
+        for own, other in pairs:
+            q, p = (
+                torch.zeros(2000).index_add(0, classes[name], logits.softmax(-1))
+                for name, logits in (("student", student_NV[own]), ("teacher", teacher_MV[other]))
+            )
+            some = p > 0
+            total = total + (p[some] * (p[some] / q[some]).log()).sum()
+        return total
+
+    def example_loss(student: Any, row: naive.Row) -> torch.Tensor:
+        student_NV = naive.logits_of(student, row, "student")
+        share = 0.75 if by == "weight" else float(row["source"] == "low")
+        kl = share * naive.forward_kl(student_NV, naive.stored_logits(first, row))
+        kl = kl + (1 - share) * class_kl(student_NV, row)
+        return 0.1 * naive.cross_entropy(student_NV, row) + 0.9 * kl
+
+    table = TokenTable(done["tokens"] / "train.arrow")
+    assert table.views == ("student", "teacher", "second")
+    losses = [record["loss"] for record in read_metrics(done["student"] / METRICS_FILE)]
+    np.testing.assert_allclose(losses, naive.curve(run, table, example_loss), rtol=1e-4)
+    models = json.loads((done["evaluation"] / "evaluation.json").read_text())["models"]
+    assert models["student after"].keys() == {"all", "low", "high"}
+    assert ("forward_kl" in models["teacher"]["high"]) == (by == "weight")
+    page = (done["report"] / "report.html").read_text()
+    assert "second: alignment: bytes" in page
+    assert "high (second)" in page
+
+
+def test_what_a_mixture_of_tokenizers_is_refused(mixture: Callable[..., RunConfig]) -> None:
+    run = mixture(SHARES["weight"], alignment="exact")
+    with pytest.raises(ModelError, match=r"algorithm\.teachers\.second: .* different vocabularies"):
+        checked_plan(run, download=True)
+    answers = {"by": "teacher", "temperature": 0.0, "engine": {"type": "transformers"}}
+    with pytest.raises(ModelError, match=r"algorithm\.teachers\.second reads others"):
+        checked_plan(mixture(SHARES["weight"], **{"data.answers": answers}), download=True)
+    classes = {"loss.divergence": {"type": "top1_cross_entropy"}}
+    with pytest.raises(ModelError, match=r"algorithm\.teachers\.second: .* of single tokens"):
+        checked_plan(mixture(SHARES["weight"], **classes), download=True)
 
 
 def test_a_student_of_another_tokenizer_learns(other_run: Callable[..., RunConfig]) -> None:

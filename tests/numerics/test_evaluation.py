@@ -46,6 +46,7 @@ def test_scores_are_those_of_full_logits(
         side=side,  # type: ignore[arg-type]
         vocabulary_size=VOCABULARY,
         end_ids=END_IDS,
+        aligned={},
     )["all"]
 
     models = {

@@ -101,6 +101,7 @@ class Problem:
             signals=(
                 TokenSignal(
                     index_K=self.pair_K,
+                    rest_R=torch.tensor([1, 3, 5]),
                     signal=HiddenSignal(self.teacher_MG[:4], self.teacher_head),
                     spans=spans,
                 ),

@@ -89,6 +89,7 @@ class Toy:
             signals=(
                 TokenSignal(
                     index_K=torch.tensor([0]),
+                    rest_R=torch.arange(1, len(run)),
                     signal=HiddenSignal(self.teacher_1G, teacher),
                     spans=spans,
                 ),

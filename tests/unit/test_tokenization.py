@@ -14,7 +14,7 @@ from configs.schema.data import DataConfig
 from kdflow_core.contracts import Example
 from kdflow_core.data.chat import ChatFormat
 from kdflow_core.data.rendering import Renderer
-from kdflow_core.data.tokenization import Split, Tally, blend_counts, tokenize
+from kdflow_core.data.tokenization import Split, Tally, ViewReader, blend_counts, tokenize
 from kdflow_core.errors import DataError
 from storage.data_files import DataFiles
 from tests.conftest import SilentReporter
@@ -46,10 +46,10 @@ def run(
         config=DataConfig.model_validate_json(json.dumps({"heldout_fraction": 0.3} | config)),
         seed=0,
         files=DataFiles(),
-        student=renderer,
-        teacher=teacher or renderer,
-        max_student_length=256,
-        max_teacher_length=256,
+        readers={
+            "student": ViewReader(renderer=renderer, context_length=256),
+            "teacher": ViewReader(renderer=teacher or renderer, context_length=256),
+        },
         reporter=SilentReporter(),
         tally=tally,
         cores=cores,
