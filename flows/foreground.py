@@ -1,4 +1,7 @@
-"""A run in a terminal: Ctrl-C ends it within seconds, with one line that says how to go on."""
+"""A run in a terminal or a job: Ctrl-C and SIGTERM end it, with one line on how to go on.
+
+Training saves first after a SIGTERM: see `tasks.execution.termination`.
+"""
 
 import logging
 import os
@@ -15,6 +18,7 @@ from configs.secrets import public
 # What is being told to Prefect when the time is up is not worth waiting for.
 LEAVE_S = 3.5
 INTERRUPTED = 128 + signal.SIGINT
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
 
 
 class Foreground:
@@ -42,6 +46,10 @@ class Foreground:
         """After a Ctrl-C."""
         self.leave("interrupted", INTERRUPTED)
 
+    def terminated(self) -> None:
+        """After a SIGTERM."""
+        self.leave("terminated", TRY_AGAIN)
+
     def died(self, what: str) -> None:
         """After the death of something that the run depends on."""
         self.leave(what, 1)
@@ -50,12 +58,13 @@ class Foreground:
 @contextmanager
 def foreground(command: Sequence[str]) -> Iterator[Foreground]:
     """Within, a Ctrl-C raises KeyboardInterrupt and leaves the process in seconds; a second one at
-    once. `command` is what the user is told to give again.
+    once. A SIGTERM leaves it with the code `TRY_AGAIN`. `command` is what the user is told to give
+    again.
     """
     own = Foreground(command)
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background, by the shell's will
-        yield own
-        return
+
+    def on_terminate(_number: int, _frame: FrameType | None) -> None:
+        own.terminated()
 
     def on_interrupt(_number: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, lambda *_: own.interrupted())
@@ -65,10 +74,14 @@ def foreground(command: Sequence[str]) -> Iterator[Foreground]:
         timer.start()
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, on_interrupt)
+    handlers = {signal.SIGTERM: on_terminate, signal.SIGINT: on_interrupt}
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background, by the shell's will
+        del handlers[signal.SIGINT]
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield own
     except KeyboardInterrupt:
         own.interrupted()
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

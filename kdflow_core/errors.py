@@ -20,6 +20,10 @@ class TrainingError(KdflowError, RuntimeError):
     """Training cannot go on."""
 
 
+class StoppedError(KdflowError, RuntimeError):
+    """Work ends because somebody has asked for it; what was done is saved."""
+
+
 class WorkerError(KdflowError, RuntimeError):
     """A worker process failed. `expected` says that the message alone is meant for the user;
     otherwise `details` holds a traceback or the worker's last output.

@@ -2,7 +2,7 @@
 sequences and states.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,7 @@ class SmallTraining:
         steps: int,
         per_step: int,
         broken: Sequence[int] = (),
+        is_asked_to_stop: Callable[[], bool] = lambda: False,
         **fields: Any,
     ) -> None:
         sequences = [sequence(number) for number in range(steps * per_step)]
@@ -117,6 +118,7 @@ class SmallTraining:
             checkpoints=folder,
             reporter=self.reporter,
             device=torch.device("cpu"),
+            is_asked_to_stop=is_asked_to_stop,
         )
         self.weight = model.get_output_embeddings().weight
 

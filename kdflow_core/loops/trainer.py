@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from configs.schema.student import StudentConfig
 from kdflow_core.contracts import Examples, SignalSource
-from kdflow_core.errors import TrainingError
+from kdflow_core.errors import StoppedError, TrainingError
 from kdflow_core.sinks import MetricsSink, Reporter
 from kdflow_core.student.checkpoint import CheckpointWriter, load_newest
 from kdflow_core.student.module import DistillationModule
@@ -37,6 +37,7 @@ class Trainer:
         checkpoints: Path,
         reporter: Reporter,
         device: torch.device,
+        is_asked_to_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.module = module
         self.optimizer = build_optimizer(module, config)
@@ -49,6 +50,7 @@ class Trainer:
         self._checkpoints = CheckpointWriter(checkpoints, keep=config.keep_checkpoints)
         self._reporter = reporter
         self._device = device
+        self._is_asked_to_stop = is_asked_to_stop
         self._skipped = 0
         self._saved = time.monotonic()
         reporter.message(
@@ -69,7 +71,8 @@ class Trainer:
         after_step: Callable[[int], None] | None = None,
     ) -> None:
         """Train until `stop` steps are done, and save on the way as the config says; the caller
-        saves at the end.
+        saves at the end. Where a rank is asked to stop, all save after the step that they are at.
+        Raises StoppedError then.
 
         What `batches_of` and the `states` are asked for is counted from step `first` on. `marks`
         stand in the record of every step; `after_step` is called with the steps that are done.
@@ -86,7 +89,16 @@ class Trainer:
             )
             if after_step is not None:
                 after_step(self.step)
-            if self.step < stop and self._saves():
+            if self.step == stop:
+                break
+            asked, due = self._agreed(self._is_asked_to_stop(), self._is_due())
+            if asked:
+                self.save()
+                self.wait()
+                raise StoppedError(
+                    f"stopped as asked, {self.step} of {self._num_steps} steps are saved"
+                )
+            if due:
                 self.save()
 
     def save(self) -> None:
@@ -98,16 +110,19 @@ class Trainer:
         """Wait until the last checkpoint is on disk."""
         self._checkpoints.wait()
 
-    def _saves(self) -> bool:
-        """Whether a checkpoint is due, on all ranks alike: by the clock of the first."""
-        if self.step % self._config.checkpoint_every == 0:
-            return True
+    def _is_due(self) -> bool:
+        """Whether it is time for a checkpoint."""
         minutes = self._config.checkpoint_minutes
-        if minutes is None:
-            return False
-        due = torch.tensor(time.monotonic() - self._saved >= 60 * minutes, device=self._device)
-        dist.broadcast(due, 0)
-        return bool(due)
+        late = minutes is not None and time.monotonic() - self._saved >= 60 * minutes
+        return late or self.step % self._config.checkpoint_every == 0
+
+    def _agreed(self, *found: bool) -> list[bool]:
+        """What any rank has found: the same on all of them."""
+        if dist.get_world_size() == 1:
+            return list(found)
+        flags = torch.tensor(found, dtype=torch.uint8, device=self._device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return [bool(flag) for flag in flags.tolist()]
 
     def _step(
         self,

@@ -144,11 +144,13 @@ def offered_method(host: Host, name: str) -> Callable[..., Any]:
     return method
 
 
-Role = Literal["call", "leave"]
+Role = Literal["call", "leave", "stop"]
 
 
 class Request(BaseModel):
-    """What goes to a rank: a call by its number, or the end."""
+    """What goes to a rank: a call by its number, the end, or that it is to stop at the next place
+    where it can, whatever it is at.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

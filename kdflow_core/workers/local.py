@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ KEPT_LINES = 40
 SILENT_S = 60.0  # a rank that has not beaten for so long is stopped, or starved
 LOOPBACK = "127.0.0.1"
 _SERVERS = ForkServers()
+_GROUPS: "weakref.WeakSet[LocalGroup]" = weakref.WeakSet()
 
 
 @dataclass
@@ -56,6 +58,7 @@ class _Rank:
     still_s: float | None = 0.0  # None: it waits for a request
     place: str = "its start"
     at_work: bool = True
+    stoppable: bool = False
     replies: dict[int, Any] = field(default_factory=dict)
 
 
@@ -96,6 +99,14 @@ class LocalLauncher:
         return LocalGroup(job, spec, placement, events, stall_s=stall_s, preload=self._preload)
 
 
+def ask_ranks_to_stop() -> bool:
+    """Ask the ranks of all groups of this process to save what is done, and to end; False where
+    none of them can now.
+    """
+    found = [group.ask_to_stop() for group in list(_GROUPS)]
+    return any(found)
+
+
 class LocalGroup:
     """See `WorkerGroup`. Ranks take their calls as lines of standard input."""
 
@@ -117,6 +128,7 @@ class LocalGroup:
         self._rendezvous = AnonymousFile("kdflow-rendezvous")
         self._ranks: list[_Rank] = []
         self._calls = 0
+        _GROUPS.add(self)
         try:
             for number in range(placement.num_ranks):
                 self._ranks.append(_start(job, number, placement, preload))
@@ -154,6 +166,13 @@ class LocalGroup:
     def _require_ranks(self) -> None:
         if not self._ranks:
             raise WorkerError(f"{self._name} has ended; it takes no more calls")
+
+    def ask_to_stop(self) -> bool:
+        """Ask the ranks to save what is done, and to end; False where none of them can now."""
+        can = any(rank.stoppable for rank in self._ranks)
+        for rank in self._ranks if can else ():
+            _feed(rank, Request(role="stop"))
+        return can
 
     def close(self) -> None:
         """See `WorkerGroup`. Raises WorkerError when a rank fails on its way out."""
@@ -203,6 +222,8 @@ class LocalGroup:
         event = _event(line)
         if event["event"] == "error":
             rank.error = event
+        elif event["event"] == "stoppable":
+            rank.stoppable = event["value"]
         elif event["event"] == "reply":
             rank.replies[event["number"]] = event["value"]
         else:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 _requests: "queue.Queue[str]" = queue.Queue()
 _progress = threading.Event()
 _busy = threading.Event()
+_stop = threading.Event()
 _writing = threading.Lock()
 
 
@@ -43,7 +45,10 @@ def begin() -> None:
 
     def read() -> None:
         for line in stdin:
-            _requests.put(line)
+            if json.loads(line).get("role") == "stop":
+                _stop.set()
+            else:
+                _requests.put(line)
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=read, daemon=True).start()
@@ -68,6 +73,21 @@ def reply(number: int, value: Any) -> None:
 def made_progress() -> None:
     """Say that work goes on, where the main thread may be seen to stand at one place."""
     _progress.set()
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Within, this rank asks `is_asked_to_stop` again and again, and the launcher knows it."""
+    emit({"event": "stoppable", "value": True})
+    try:
+        yield
+    finally:
+        emit({"event": "stoppable", "value": False})
+
+
+def is_asked_to_stop() -> bool:
+    """Whether the launcher wants this rank to save what is done, and to end."""
+    return _stop.is_set()
 
 
 def emit(event: dict[str, Any]) -> None:

@@ -9,10 +9,11 @@ from configs.printable import printable
 from configs.secrets import public
 from kdflow_core.errors import WorkerError
 from kdflow_core.workers.base import Launcher, Placement
-from kdflow_core.workers.local import LocalLauncher
+from kdflow_core.workers.local import LocalLauncher, ask_ranks_to_stop
 from storage.artifact import ArtifactRef
 from storage.lease import Pulse, exclusive, lease_name
 from tasks.execution.progress import ProgressLog
+from tasks.execution.termination import saving_before_the_end
 from tasks.stages.catalogue import CATALOGUE
 from tasks.stages.identity import StageSpec, find, open_store
 
@@ -99,6 +100,11 @@ def stage_lease(spec: StageSpec, logger: Logger) -> AbstractContextManager[Pulse
     return exclusive(open_store(spec.run), name, tell, idle_s=idle_s)
 
 
+def saving_ranks() -> AbstractContextManager[None]:
+    """Within, a SIGTERM first has the ranks of this process save what is done."""
+    return saving_before_the_end(ask_ranks_to_stop)
+
+
 def tell_failure(logger: Logger, error: WorkerError) -> None:
     """Log the details behind an error's message."""
     if error.details:
@@ -111,13 +117,16 @@ def _run_ranks(spec: StageSpec, logger: Logger, pulse: Pulse) -> None:
         name=f"stage {spec.identity.name}", num_ranks=stage.ranks(spec.run), env=stage.env
     )
     try:
-        with launcher_of(spec).start(
-            "tasks.jobs.stage_host:StageHost",
-            spec.model_dump_json(),
-            placement,
-            Listener(logger, stage.name, pulse.touch),
-            stall_s=spec.run.stall_limit_s,
-        ) as group:
+        with (
+            saving_ranks(),
+            launcher_of(spec).start(
+                "tasks.jobs.stage_host:StageHost",
+                spec.model_dump_json(),
+                placement,
+                Listener(logger, stage.name, pulse.touch),
+                stall_s=spec.run.stall_limit_s,
+            ) as group,
+        ):
             group.call("work").replies()
     except WorkerError as error:
         tell_failure(logger, error)

@@ -22,6 +22,7 @@ from kdflow_core.student.schedule import BatchSchedule
 from kdflow_core.student.sleeping import StudentOffload
 from kdflow_core.workers.base import RankContext, offered
 from kdflow_core.workers.ports import free_port
+from kdflow_core.workers.rank_side import stoppable
 from storage.sealed import is_whole, seal
 from tasks.jobs import aligning, parts
 from tasks.jobs.aligning import tell_shortened
@@ -142,7 +143,9 @@ class TrainerHost:
                 )
             kept: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
             return kept
-        figures = self._rounds.train(number, lambda: self._examples(wanted), self._session.metrics)
+        with stoppable():
+            metrics = self._session.metrics
+            figures = self._rounds.train(number, lambda: self._examples(wanted), metrics)
         result = figures.plain() | self._means(figures.last_step)
         result["translated"] = None if self._translated is None else asdict(self._translated)
         if dist.get_rank() == 0:

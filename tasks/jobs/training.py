@@ -12,6 +12,7 @@ from kdflow_core.models.folders import text_config
 from kdflow_core.student.prefetch import PrefetchedStates
 from kdflow_core.student.schedule import BatchSchedule
 from kdflow_core.teacher.live import LiveStates
+from kdflow_core.workers.rank_side import stoppable
 from storage.artifact import ArtifactRef
 from storage.tokens import TokenTable
 from tasks.jobs import parts
@@ -74,14 +75,15 @@ def _train(
             session.write_heldout()
 
     if trainer.step < schedule.num_steps:
-        trainer.run(
-            schedule.num_steps,
-            batches_of=schedule.step,
-            examples=TokenExamples(table),
-            states=states,
-            metrics=session.metrics,
-            after_step=after_step,
-        )
+        with stoppable():
+            trainer.run(
+                schedule.num_steps,
+                batches_of=schedule.step,
+                examples=TokenExamples(table),
+                states=states,
+                metrics=session.metrics,
+                after_step=after_step,
+            )
         trainer.save()
 
 

@@ -28,6 +28,7 @@ from kdflow_core.student.export import export_student
 from kdflow_core.student.schedule import BatchSchedule
 from kdflow_core.teacher import build_engine
 from kdflow_core.teacher.live import LiveStates
+from kdflow_core.workers.rank_side import is_asked_to_stop
 from storage.artifact import ArtifactRef
 from storage.tokens import TokenTable
 from tasks.jobs import aligning, chats, parts
@@ -81,6 +82,7 @@ class TrainingSession:
             checkpoints=checkpoints_folder(stage.store, stage.spec.identity),
             reporter=stage.reporter,
             device=self.device,
+            is_asked_to_stop=is_asked_to_stop,
         )
         self.measuring = Measuring(
             module=self.module,

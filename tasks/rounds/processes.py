@@ -10,7 +10,7 @@ from typing import Any
 
 from kdflow_core.errors import WorkerError
 from kdflow_core.workers.base import Launcher, Pending, Placement, WorkerGroup
-from tasks.execution.launch import Listener, Logger, tell_failure
+from tasks.execution.launch import Listener, Logger, saving_ranks, tell_failure
 from tasks.stages.catalogue import KEEP_BUFFERS, QUIET
 from tasks.stages.identity import StageSpec
 
@@ -85,7 +85,8 @@ class RoundProcesses:
     def replies(self, pending: Pending) -> list[Any]:
         """Wait for a call."""
         try:
-            return pending.replies()
+            with saving_ranks():
+                return pending.replies()
         except WorkerError as error:
             tell_failure(self._logger, error)
             self.end()

@@ -1,6 +1,8 @@
 """Ctrl-C in a real terminal: seconds to the prompt, one line, no process left, and on it goes."""
 
+import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from kdflow_core.student.checkpoint import completed_steps
 from tests.faults.test_kill_on_policy import write_recipe
 from tests.readme import ROOT
 from tests.terminal import CTRL_C, Terminal, fresh_home, seconds_to_the_prompt
@@ -122,6 +125,30 @@ def test_a_killed_run_leaves_no_server_and_the_next_start_sets_its_state(
     assert terminal.wait() == 0, terminal.output
     assert "1 runs whose process is gone are now shown as crashed" in terminal.output
     assert sorted(states_of(tmp_path / "prefect")) == ["Completed", "Crashed"]
+
+
+def test_sigterm_saves_the_step_that_training_is_at(
+    make_recipe: Callable[..., Path], tmp_path: Path, env: dict[str, str]
+) -> None:
+    """As Slurm and Kubernetes send it before they kill: with an exit code of its own."""
+    recipe = make_recipe(max_steps=3000, checkpoint_every=10**6, num_ranks=2)
+    terminal = Terminal("run", str(recipe), env=env)
+    terminal.wait_for(r"[2-9]\d* of 3,000 steps")
+    terminal.press(b"")
+    os.kill(terminal.pid, signal.SIGTERM)
+    assert terminal.wait(5 * AT_MOST_S) == 75
+    last = terminal.output.strip().splitlines()[-1]
+    command = f"kdflow run {recipe}"
+    assert last == f"terminated; what is done is kept, and this goes on from there: {command}"
+    assert terminal.left_behind() == []
+    assert states_of(tmp_path / "prefect") == ["Crashed"]
+    checkpoints = next((tmp_path / "scratch/student").glob("*/checkpoints"))
+    (step,) = completed_steps(checkpoints)
+    assert step > 1
+    terminal = in_training(recipe, env)
+    assert f"training from step {step} of 3000 (resumed" in terminal.output
+    os.kill(terminal.pid, signal.SIGKILL)
+    terminal.wait()
 
 
 def test_an_interrupt_while_planning(

@@ -1,12 +1,13 @@
 """The training loop where a step goes wrong."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from kdflow_core.errors import ModelError, TrainingError
+from kdflow_core.errors import ModelError, StoppedError, TrainingError
 from kdflow_core.student.checkpoint import completed_steps
 from tests.small_training import SmallTraining
 
@@ -72,6 +73,39 @@ def test_checkpoints_go_by_steps_and_by_the_clock(
     training.run(5)
     training.trainer.wait()
     assert completed_steps(tmp_path) == saved
+
+
+@pytest.mark.parametrize("at", [2, STEPS])
+def test_a_rank_that_is_asked_to_stop_saves_and_goes_on_from_there(
+    tmp_path: Path, student_folder: Path, teacher_folder: Path, at: int
+) -> None:
+    """In the weights of a run that nobody has stopped; after the last step, it just ends."""
+    made: list[SmallTraining] = []
+
+    def make(folder: str, asked: Callable[[], bool]) -> SmallTraining:
+        made.append(
+            SmallTraining(
+                tmp_path / folder,
+                student=student_folder,
+                teacher=teacher_folder,
+                steps=STEPS,
+                per_step=SEQUENCES,
+                is_asked_to_stop=asked,
+            )
+        )
+        return made[-1]
+
+    whole = make("whole", lambda: False)
+    whole.run(STEPS)
+    stopped = make("stopped", lambda: made[-1].trainer.step == at)
+    if at < STEPS:
+        with pytest.raises(StoppedError, match=f"{at} of {STEPS} steps are saved"):
+            stopped.run(STEPS)
+        assert completed_steps(tmp_path / "stopped") == [at]
+        stopped = make("stopped", lambda: False)
+        assert stopped.trainer.step == at
+    stopped.run(STEPS)
+    assert torch.equal(stopped.weight, whole.weight)
 
 
 def test_gradients_are_clipped_only_where_it_is_asked_for(

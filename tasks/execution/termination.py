@@ -1,0 +1,47 @@
+"""A SIGTERM, which Slurm and Kubernetes send before they kill: training saves first."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SAVE_S = 25.0  # by default both wait for 30 seconds
+
+
+@contextmanager
+def saving_before_the_end(ask_to_stop: Callable[[], bool]) -> Iterator[None]:
+    """Within, a SIGTERM asks the ranks to save and to end, and is passed on to whoever it was for
+    when they have, after `SAVE_S` seconds, or at once where none of them can (`ask_to_stop` says
+    so).
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python has signals for the main thread alone
+        return
+    asked = False
+    before = signal.getsignal(signal.SIGTERM)
+
+    def on_terminate(_number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked or not ask_to_stop():
+            asked = False
+            signal.signal(signal.SIGTERM, before)
+            _terminate()
+            return
+        asked = True
+        timer = threading.Timer(SAVE_S, _terminate)
+        timer.daemon = True
+        timer.start()
+
+    signal.signal(signal.SIGTERM, on_terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if asked:
+            _terminate()
+
+
+def _terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
