@@ -2,6 +2,7 @@
 
 import json
 import logging
+import multiprocessing
 import os
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -27,6 +28,8 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 VOCABULARY = 400
+# Loaded once for all processes that tests fork by themselves: before the first of them is.
+multiprocessing.set_forkserver_preload(["tests.small_training", "tests.stored"])
 
 
 @pytest.fixture(scope="session", autouse=True)

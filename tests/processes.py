@@ -1,7 +1,6 @@
 """The processes of a run, for tests that kill them."""
 
 import contextlib
-import multiprocessing
 import os
 import time
 from collections.abc import Callable
@@ -11,10 +10,6 @@ import psutil
 
 RANK = "kdflow_core.workers.rank"
 FORK_SERVER = "kdflow_core.workers.fork_server"
-
-
-# Loaded once for all ranks that a test starts itself; before the first of them is.
-multiprocessing.set_forkserver_preload(["tests.small_training"])
 
 
 def run_ranks(main: Callable[..., None], *arguments: object, ranks: int) -> None:

@@ -28,7 +28,6 @@ from tasks.stages.planning import plan_stages
 from tests.stored import Stored
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["storage.lease"])
 
 
 def local(folder: Path | str) -> ArtifactStore:

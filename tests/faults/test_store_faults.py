@@ -26,7 +26,6 @@ from tests.stored import Stored
 COUNTS = [13] * 150
 MANY = [13] * 800
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["tests.stored"])
 
 
 def local(folder: Path | str) -> ArtifactStore:
