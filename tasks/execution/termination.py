@@ -20,7 +20,7 @@ def saving_before_the_end(ask_to_stop: Callable[[], bool]) -> Iterator[None]:
         yield  # Python has signals for the main thread alone
         return
     asked = False
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
 
     def on_terminate(_number: int, _frame: FrameType | None) -> None:
         nonlocal asked
