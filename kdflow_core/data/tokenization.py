@@ -8,7 +8,7 @@ side.
 import hashlib
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -30,6 +30,8 @@ EXPECTED = ("too_long", "blank_line")
 HASH_SPAN = 2**64
 # What a sample's canonical text may have beside its content: names of fields, brackets, escapes.
 MARKUP_CHARACTERS = 100_000
+# Samples that are kept of a source while it is read: some hundred megabytes.
+MOST_HELD = 20_000
 
 
 @dataclass
@@ -127,17 +129,16 @@ def tokenize(
     Raises:
         DataError: a source cannot be read, too many samples are dropped, or none are left.
     """
-    selections = _selections(config, seed, files)
     kept = Counter[str]()
-    for source, name, selected in zip(config.sources, config.source_names, selections, strict=True):
+    chosen = _chosen(config, seed, files, tally)
+    for name, conversations in zip(config.source_names, chosen, strict=True):
 
         def rendered(conversation: Conversation, source: str = name) -> _Rendered:
             hashed = text_hash(conversation.prompt_text, seed)
             split = split_of(hashed, config.heldout_fraction)
             return _rendered(conversation, source, readers, config.max_length, split)
 
-        conversations = _conversations(config, source, name, files, tally)
-        for found in in_order(rendered, filter(selected, conversations), cores=cores):
+        for found in in_order(rendered, iter(conversations), cores=cores):
             tally.take(name, found)
             if found.example is not None:
                 kept[found.split] += 1
@@ -165,14 +166,80 @@ class _Selection:
         return hashed < self._limit
 
 
+class _Lowest:
+    """The samples of a source with the lowest hashes of their content, of equal ones the first."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._heap: list[tuple[int, int, Conversation]] = []  # the first is the next to go
+        self.count = 0
+
+    def add(self, conversation: Conversation, hashed: int) -> None:
+        """Look at one more."""
+        self.count += 1
+        entry = (-hashed, -self.count, conversation)
+        if len(self._heap) < self._most:
+            heapq.heappush(self._heap, entry)
+        elif entry[:2] > self._heap[0][:2]:
+            heapq.heapreplace(self._heap, entry)
+
+    def take(self, count: int) -> list[Conversation]:
+        """So many of them, in the source's order."""
+        lowest = heapq.nlargest(count, self._heap, key=lambda entry: entry[:2])
+        return [entry[2] for entry in sorted(lowest, key=lambda entry: -entry[1])]
+
+
+def _chosen(
+    config: DataConfig, seed: int, files: RowFiles, tally: Tally
+) -> list[Iterable[Conversation]]:
+    """Per source, what is taken of it, in its order; sources are counted in `tally` as they are
+    read. Few samples of many are kept while their source is read; many are found by reading it
+    twice.
+    """
+    weighted = config.sources[0].weight is not None
+    limits = [
+        min((n for n in (s.max_samples, config.max_samples) if n is not None), default=None)
+        for s in config.sources
+    ]
+    if weighted or any(limits):
+        if all(limit is not None and limit <= MOST_HELD for limit in limits):
+            return _held(config, seed, files, tally, [limit or 0 for limit in limits])
+        selections = _selections(config, seed, files)
+    else:
+        selections = [lambda _: True] * len(config.sources)
+    return [
+        filter(selected, _conversations(config, source, name, files, tally))
+        for source, name, selected in zip(
+            config.sources, config.source_names, selections, strict=True
+        )
+    ]
+
+
+def _held(
+    config: DataConfig, seed: int, files: RowFiles, tally: Tally, limits: Sequence[int]
+) -> list[Iterable[Conversation]]:
+    """The same, of sources that are read once."""
+    sources = []
+    for source, name, limit in zip(config.sources, config.source_names, limits, strict=True):
+        lowest = _Lowest(limit)
+        for conversation in _conversations(config, source, name, files, tally):
+            lowest.add(conversation, text_hash(conversation.text, seed + 1))
+        sources.append(lowest)
+    counts = blend_counts(
+        available=[
+            own.count if s.max_samples is None else min(own.count, s.max_samples)
+            for own, s in zip(sources, config.sources, strict=True)
+        ],
+        weights=[s.weight for s in config.sources],
+        max_samples=config.max_samples,
+    )
+    return [own.take(count) for own, count in zip(sources, counts, strict=True)]
+
+
 def _selections(
     config: DataConfig, seed: int, files: RowFiles
 ) -> list[Callable[[Conversation], bool]]:
-    """Per source, what is taken of it."""
-    weighted = config.sources[0].weight is not None
-    limited = config.max_samples is not None or any(s.max_samples for s in config.sources)
-    if not weighted and not limited:
-        return [lambda _: True] * len(config.sources)
+    """Per source, whether a sample is taken of it."""
     hashes = []
     for source, name in zip(config.sources, config.source_names, strict=True):
         conversations = _conversations(config, source, name, files, Tally())

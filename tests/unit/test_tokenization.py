@@ -312,3 +312,41 @@ def test_templates_may_differ_around_the_same_answer(
     other = Renderer(ChatFormat(tokenizer=tokenizer, template=other_end), supervise="all")
     with pytest.raises(DataError, match="supervise different tokens"):
         run(renderer, {"sources": [files(path)]}, teacher=other)
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        ({"max_samples": 25}, {}, 40),
+        ({"max_samples": 7}, {"max_samples": 100}, None),
+        ({"weight": 1.0}, {"weight": 2.0}, 30),
+        ({}, {}, 33),
+        ({}, {}, 1000),
+    ],
+)
+def test_few_samples_are_the_same_whether_a_source_is_read_once_or_twice(
+    tmp_path: Path,
+    renderer: Renderer,
+    monkeypatch: pytest.MonkeyPatch,
+    limits: tuple[dict[str, object], dict[str, object], int | None],
+) -> None:
+    """With equal samples at the limit, and lines that cannot be used; read once where few."""
+    equal = [{"prompt": "the same", "completion": "again"}] * 20
+    rows: list[object] = [*ROWS[:30], *equal, "no JSON", *ROWS[30:]]
+    first = files(write_jsonl(tmp_path / "a.jsonl", rows), **limits[0])
+    second = files(write_jsonl(tmp_path / "b.jsonl", ROWS), **limits[1])
+    config: dict[str, object] = {"sources": [first, second], "max_malformed_fraction": 0.5}
+    if limits[2] is not None:
+        config["max_samples"] = limits[2]
+    read: list[str] = []
+    lines = DataFiles.lines
+    monkeypatch.setattr(DataFiles, "lines", lambda own, path: read.append(path) or lines(own, path))
+    once, counted = run(renderer, config)
+    assert len(read) == 2
+    monkeypatch.setattr("kdflow_core.data.tokenization.MOST_HELD", 0)
+    twice, counted_again = run(renderer, config)
+    assert len(read) == 2 + 4
+    assert [(s, e.student.ids_T.tolist()) for s, e in once] == [
+        (s, e.student.ids_T.tolist()) for s, e in twice
+    ]
+    assert counted == counted_again
