@@ -18,7 +18,6 @@ from kdflow_core.algorithms.base import (
     MicroBatch,
     Student,
     Teacher,
-    TokenSignal,
     taught_loss,
 )
 from kdflow_core.losses.chunked import LossOutput
@@ -47,7 +46,7 @@ class VanillaKD(Algorithm):
         """See `Algorithm`."""
         (taught,) = batch.signals
         if taught.spans is None:
-            return self._token_loss(student, batch, taught)
+            return taught_loss(student, batch, taught=taught, spec=self._spec)
         spec, spans = self._spec, taught.spans
         ce_N = surprisals(student.hidden_NH, student.head, batch.target_ids_N, spec.logits_bytes)
         x_M = surprisals(spans.hidden_MG, self._teacher.head, spans.target_ids_M, spec.logits_bytes)
@@ -61,50 +60,32 @@ class VanillaKD(Algorithm):
             extra_N.index_add_(0, spans.row_R, part * slope_S[spans.span_R])
             total = total + part * terms["span"].sum()
         if spec.within_classes and isinstance(spec.folding, Folding):
-            part, folding = spec.divergence_weight, spec.folding
-            advantage_S = self._advantages(student, batch, spans, (y_S, x_S), folding)
+            part = spec.divergence_weight
+            advantage_S = advantages_within(
+                spans=spans,
+                hidden_NH=student.hidden_NH,
+                head=student.head,
+                target_ids_N=batch.target_ids_N,
+                teacher_head=self._teacher.head,
+                surprisal_S=(y_S, x_S),
+                folding=spec.folding,
+                logits_bytes=spec.logits_bytes,
+            )
             terms["within_classes"] = -advantage_S
-            extra_N += part * self._within(batch, spans, advantage_S, ce_N)
+            extra_N += part * _within(batch, spans, advantage_S, ce_N)
             total = total - part * advantage_S.sum()
         extra_N *= batch.weight
-        output = self._token_loss(student, replace(batch, extra_ce_N=extra_N), taught)
+        output = taught_loss(student, replace(batch, extra_ce_N=extra_N), taught=taught, spec=spec)
         terms = output.terms | terms
         terms["loss"] = terms["loss"] + total / max(1, len(ce_N))
         return LossOutput(output.loss + batch.weight * total, terms)
 
-    def _advantages(
-        self,
-        student: Student,
-        batch: MicroBatch,
-        spans: Spans,
-        surprisal_S: tuple[torch.Tensor, torch.Tensor],
-        folding: Folding,
-    ) -> torch.Tensor:
-        """See `advantages_within`, [S]."""
-        return advantages_within(
-            spans=spans,
-            hidden_NH=student.hidden_NH,
-            head=student.head,
-            target_ids_N=batch.target_ids_N,
-            teacher_head=self._teacher.head,
-            surprisal_S=surprisal_S,
-            folding=folding,
-            logits_bytes=self._spec.logits_bytes,
-        )
 
-    def _within(
-        self,
-        batch: MicroBatch,
-        spans: Spans,
-        advantage_S: torch.Tensor,
-        ce_N: torch.Tensor,
-    ) -> torch.Tensor:
-        """The weights of cross-entropies, [N], of a policy gradient with these advantages."""
-        advantage_N = torch.zeros_like(ce_N)
-        advantage_N.index_add_(0, spans.row_R, advantage_S[spans.span_R])
-        assert batch.sampled_log_prob_N is not None  # the config refuses others
-        return cross_entropy_weights(advantage_N, -ce_N, batch.sampled_log_prob_N)
-
-    def _token_loss(self, student: Student, batch: MicroBatch, taught: TokenSignal) -> LossOutput:
-        """Cross-entropy and the divergence, token by token."""
-        return taught_loss(student, batch, taught=taught, spec=self._spec)
+def _within(
+    batch: MicroBatch, spans: Spans, advantage_S: torch.Tensor, ce_N: torch.Tensor
+) -> torch.Tensor:
+    """The weights of cross-entropies, [N], of a policy gradient with these advantages."""
+    advantage_N = torch.zeros_like(ce_N)
+    advantage_N.index_add_(0, spans.row_R, advantage_S[spans.span_R])
+    assert batch.sampled_log_prob_N is not None  # the config refuses others
+    return cross_entropy_weights(advantage_N, -ce_N, batch.sampled_log_prob_N)

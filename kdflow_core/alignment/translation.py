@@ -6,6 +6,7 @@ answer that was cut inside a character, or broken bytes that were sampled) goes 
 byte.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -62,9 +63,7 @@ class Translator:
 
     def count(self, examples: Iterable[Example], by: Side) -> Translated:
         """What became of the answers that the model of the side `by` has written."""
-        counts = dict.fromkeys(
-            ("answers", "not_canonical", "invalid_utf8", "rewritten", "tokens", "paired"), 0
-        )
+        counts = Counter[str]()
         for example in examples:
             ids_N = example.views[by].target_ids_N
             spelled, closed = self._spelled(ids_N, by)

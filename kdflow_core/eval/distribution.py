@@ -136,16 +136,16 @@ def score_distributions(
     for batch in batch_by_tokens(examples.lengths(side), tokens_per_batch, longest):
         chosen = [examples[i] for i in batch]
         if side == "teacher":
-            chosen = [e for e in chosen if _of(teachers, e).view == side]
+            chosen = [e for e in chosen if teachers[_teacher_of(e, teachers)].view == side]
         if not chosen:
             continue
         sequences = [example.views[side] for example in chosen]
         ids_BT = pad_right([s.ids_T for s in sequences]).to(model.device)
         hidden_BTH = post_norm_states(model.base_model, ids_BT)
         for row, (example, sequence) in enumerate(zip(chosen, sequences, strict=True)):
-            teacher = _of(teachers, example)
+            name = _teacher_of(example, teachers)
+            teacher = teachers[name]
             rows = _rows(hidden_BTH[row], example, side, teacher)
-            name = example.source if example.source in teachers else "all"
             terms = _token_sums(rows, scored[teacher.view], teaching[name])
             size = 0 if length_V is None else int(length_V[sequence.target_ids_N].sum())
             num_ends = int(torch.isin(rows.targets_N, ends).sum())
@@ -157,11 +157,9 @@ def score_distributions(
     return {name: _scores(total, aligned=bool(aligned)) for name, total in sums.items()}
 
 
-def _of(
-    teachers: Mapping[str, TeacherAtHand[SignalSource]], example: Example
-) -> TeacherAtHand[SignalSource]:
-    """The teacher of an example."""
-    return teachers.get(example.source, teachers["all"])
+def _teacher_of(example: Example, teachers: Mapping[str, TeacherAtHand[SignalSource]]) -> str:
+    """The name of an example's teacher."""
+    return example.source if example.source in teachers else "all"
 
 
 def _scored(

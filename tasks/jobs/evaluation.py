@@ -80,8 +80,10 @@ def _aligned(stage: StageRun, table: TokenTable) -> dict[Side, dict[str, Aligned
     found: dict[Side, dict[str, Aligned]] = {side: {} for side in SIDES}
     for name in stage.run.teacher_names:
         view = parts.view_of(table, name)
+        if view in found["student"]:
+            continue  # by another teacher that reads it
         pair = aligning.pair(stage.of_teacher(name), view)
-        if pair is None or view in found["student"]:
+        if pair is None:
             continue
         # Students that were trained by other maps are judged by the same one.
         folding = build_comparison(pair, "folded", parts.device(stage))

@@ -25,7 +25,6 @@ from kdflow_core.workers.ports import free_port
 from kdflow_core.workers.rank_side import stoppable
 from storage.sealed import is_whole, seal
 from tasks.jobs import aligning, parts
-from tasks.jobs.aligning import tell_shortened
 from tasks.jobs.round_examples import RoundExamples, round_examples
 from tasks.jobs.stage_host import open_stage
 from tasks.jobs.stage_run import StageRun
@@ -126,7 +125,7 @@ class TrainerHost:
         examples = round_examples(self._stage, self._table, wanted, self._translator)
         if self._translator is not None and dist.get_rank() == 0:
             self._translated = self._translator.count(examples.sampled, "student")
-            tell_shortened(self._stage, self._translated)
+            aligning.tell_shortened(self._stage, self._translated)
         return examples
 
     @offered
