@@ -17,12 +17,22 @@ from configs.printable import printable
 from configs.schema.run import RunConfig
 from configs.secrets import public, public_config
 from flows import show_commands, store_commands
-from flows.foreground import foreground
-from flows.prefect_api import prefect_api
-from tasks.checks.run_check import checked_run, planned_run
+from flows.foreground import Foreground, foreground
+from flows.prefect_api import configured_api, load_prefect, prefect_api
+from storage.artifact import ArtifactRef
+from tasks.checks.run_check import (
+    PlannedRun,
+    all_artifacts,
+    checked_plan,
+    checked_run,
+    models_are_checked,
+    planned_run,
+)
+from tasks.execution.launch import warm_up
 from tasks.forecast.estimate import Estimate, Prospect, check_room
 from tasks.presentation.results import evaluation_rows, report_path, student_path
 from tasks.stages.explanation import stage_status
+from tasks.stages.planning import record_stages
 
 app = typer.Typer(
     help="Knowledge distillation of language models.",
@@ -45,15 +55,20 @@ def run(recipe: RecipeArgument, overrides: OverrideArgument = None) -> None:
     with foreground(["kdflow", "run", recipe, *(overrides or [])]) as process:
         settings = parse_overrides(overrides or [])
         # What cannot work is refused before Prefect starts.
-        planned = planned_run(recipe, settings, download=True)
-        for name in ("prefect.flow_runs", "prefect.task_runs"):
-            logging.getLogger(name).addFilter(_without_expected_traceback)
-        with prefect_api(process.died):
-            from flows.kd import given_run, kd  # noqa: PLC0415 - Prefect takes seconds to import
-
-            with given_run(planned):
-                done = kd(recipe=recipe, overrides=public(settings))
-    config = planned.run
+        config = checked_run(recipe, settings)
+        if not models_are_checked(config):
+            warm_up()  # loads on one core, while Prefect loads on another
+            load_prefect()
+        planned = PlannedRun(run=config, stages=checked_plan(config, download=True))
+        there = all_artifacts(planned)
+        if there is None:
+            warm_up()
+        if there is None or configured_api() is not None:
+            done = _run_flow(planned, recipe, settings, process)
+        else:  # nobody could look at what a temporary server says of it
+            record_stages(planned.run, planned.stages)
+            typer.echo(f"served from cache: {', '.join(planned.stages)}")
+            done = there
     console.print(score_table(evaluation_rows(config, done["evaluation"])))
     _print_paths(
         {
@@ -61,6 +76,19 @@ def run(recipe: RecipeArgument, overrides: OverrideArgument = None) -> None:
             "report": str(report_path(config, done["report"])),
         }
     )
+
+
+def _run_flow(
+    planned: PlannedRun, recipe: str, settings: dict[str, Any], process: Foreground
+) -> dict[str, ArtifactRef]:
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(_without_expected_traceback)
+    with prefect_api(process.died):
+        from flows.kd import given_run, kd  # noqa: PLC0415 - Prefect takes seconds to import
+
+        with given_run(planned):
+            done: dict[str, ArtifactRef] = kd(recipe=recipe, overrides=public(settings))
+    return done
 
 
 @app.command()

@@ -16,15 +16,14 @@ from configs.schema.run import RunConfig
 from flows.crashed_runs import marked, set_crashed
 from flows.on_policy_round import train_on_policy
 from storage.artifact import ArtifactRef
-from storage.runs import record_run
 from tasks.checks.run_check import PlannedRun, checked_plan, planned_run
 from tasks.execution.caching import run_cached
 from tasks.execution.stage_tasks import STAGE_TASKS, share_out
 from tasks.forecast.estimate import decided
 from tasks.presentation.results import artifact_key, evaluation_rows, report_path, student_path
 from tasks.stages.catalogue import CATALOGUE
-from tasks.stages.identity import open_store, stage_spec
-from tasks.stages.planning import round_identities
+from tasks.stages.identity import stage_spec
+from tasks.stages.planning import record_stages
 
 _PLANNED: ContextVar[PlannedRun | None] = ContextVar("the run of this process", default=None)
 
@@ -78,9 +77,7 @@ def _run(planned: PlannedRun) -> dict[str, ArtifactRef]:
         get_run_logger().info("delivery: auto is %s here", run.delivery)
         planned = PlannedRun(run=run, stages=checked_plan(run, download=True))
     run, stages = planned.run, planned.stages
-    made = stages | round_identities(stages["train"], run)
-    used = {name: f"{identity.kind}/{identity.digest}" for name, identity in made.items()}
-    record_run(open_store(run), run.name, used)
+    record_stages(run, stages)
     done = _run_stages(planned, done)
     _publish_to_ui(run, done)
     return done

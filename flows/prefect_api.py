@@ -1,20 +1,26 @@
 """The Prefect API that a run here and now talks to: the configured one, or one for itself."""
 
 import os
-import subprocess
+import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO
+from importlib import import_module
 
 import httpx
 
 from configs.errors import ConfigError, KdflowError
-from kdflow_core.workers.ports import free_port
 
+LOOPBACK = "127.0.0.1"
+POLL_S = 0.05
+OF_OUR_SERVER = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_UI_ENABLED": "false",
+    # What it says is about itself, and would come between the lines of the run.
+    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+}
 START_S = 180.0  # a cold start on a busy machine
 ANSWER_S = 5.0
 STOP_S = 3.0
@@ -25,17 +31,34 @@ class ServerError(KdflowError, RuntimeError):
     """Prefect's temporary server does not start."""
 
 
+def configured_api() -> str | None:
+    """The address of the API that a user has set up."""
+    for name, value in OF_OUR_SERVER.items():
+        os.environ.setdefault(name, value)
+    from prefect.settings import PREFECT_API_URL  # noqa: PLC0415 - after the variables
+
+    url: str | None = PREFECT_API_URL.value()
+    return url
+
+
+def load_prefect() -> None:
+    """Load what a run needs of Prefect, which takes seconds."""
+    configured = configured_api()  # sets the variables first
+    import_module("flows.kd")
+    if configured is None:
+        import_module("prefect.server.api.server")
+
+
 @contextmanager
 def prefect_api(on_death: Callable[[str], None]) -> Iterator[None]:
-    """Have an API to talk to. `on_death` is told, in a thread of its own, when our own server ends
+    """Have an API to talk to. `on_death` is told, in another thread, when our own server ends
     before its time.
 
     Raises ConfigError when PREFECT_API_URL points to nothing, ServerError.
     """
-    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    from prefect.settings import PREFECT_API_URL, temporary_settings  # noqa: PLC0415 - after that
+    url = configured_api()
+    from prefect.settings import PREFECT_API_URL, temporary_settings  # noqa: PLC0415 - loaded now
 
-    url = PREFECT_API_URL.value()
     if url is not None:
         _check(url)
         yield
@@ -74,74 +97,44 @@ def _check(url: str) -> None:
 
 
 class _TemporaryServer:
-    """A server process; its address within."""
+    """Prefect's API on loopback; its address within.
+
+    A thread of this process, which has most of what it loads, and whose end is its end.
+    """
 
     def __init__(self, on_death: Callable[[str], None]) -> None:
         self._on_death = on_death
-        self._ending = threading.Event()
+        self._ending = False
+        self._failure = "it does not answer"
 
     def __enter__(self) -> str:
+        import uvicorn  # noqa: PLC0415 - a run with a configured API needs neither
+        from prefect.server.api.server import create_app  # noqa: PLC0415 - see above
+
+        app = create_app(ephemeral=True, final=True)
+        config = uvicorn.Config(app, log_level="critical", access_log=False, lifespan="on")
+        self._server = uvicorn.Server(config)
+        listener = socket.create_server((LOOPBACK, 0))
+        self._thread = threading.Thread(target=self._serve, args=(listener,), daemon=True)
+        self._thread.start()
         deadline = time.monotonic() + START_S
-        while True:
-            url = self._start(deadline)
-            if url is not None:
-                threading.Thread(target=self._watch, daemon=True).start()
-                return url
+        while not self._server.started:
+            self._thread.join(timeout=POLL_S)
+            if not self._thread.is_alive() or time.monotonic() > deadline:
+                self._ending = True
+                raise ServerError(f"Prefect's temporary server does not start: {self._failure}")
+        return f"http://{LOOPBACK}:{listener.getsockname()[1]}/api"
 
-    def _start(self, deadline: float) -> str | None:
-        """The server's process; None when another process has taken the port meanwhile."""
-        port = free_port()
-        log = tempfile.TemporaryFile()  # noqa: SIM115 - the server writes to it until it ends
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "flows.temporary_server", str(port)],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            env=os.environ | {"PREFECT_UI_ENABLED": "0"},
-            start_new_session=True,
-        )
+    def _serve(self, listener: socket.socket) -> None:
         try:
-            while not _is_healthy(port):
-                time.sleep(0.1)
-                text = _tail(log)
-                if self._process.poll() is not None:
-                    if "address already in use" in text:
-                        return None
-                    raise ServerError(f"Prefect's temporary server does not start:\n{text}")
-                if time.monotonic() > deadline:
-                    raise ServerError(
-                        f"Prefect's temporary server does not answer after {START_S:.0f} s:\n{text}"
-                    )
-        except BaseException:
-            self._end()
-            raise
-        return f"http://127.0.0.1:{port}/api"
-
-    def _watch(self) -> None:
-        code = self._process.wait()
-        if not self._ending.is_set():
-            self._on_death(f"Prefect's temporary server has ended (exit code {code})")
-
-    def _end(self) -> None:
-        self._ending.set()
-        self._process.terminate()
-        try:
-            self._process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            self._server.run(sockets=[listener])
+            self._failure = "it has stopped"
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it is, it is told
+            self._failure = f"{type(error).__name__}: {error}"
+        if self._server.started and not self._ending:
+            self._on_death(f"Prefect's temporary server has ended ({self._failure})")
 
     def __exit__(self, *_: object) -> None:
-        self._end()
-
-
-def _is_healthy(port: int) -> bool:
-    try:
-        return httpx.get(f"http://127.0.0.1:{port}/api/health", timeout=ANSWER_S).is_success
-    except httpx.TransportError:
-        return False
-
-
-def _tail(log: IO[bytes]) -> str:
-    log.seek(max(0, log.seek(0, os.SEEK_END) - 2000))
-    return log.read().decode(errors="replace")
+        self._ending = True
+        self._server.should_exit = self._server.force_exit = True
+        self._thread.join(timeout=STOP_S)

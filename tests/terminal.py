@@ -48,10 +48,11 @@ class Terminal:
             assert self._read(0.2), self.output
 
     def wait_for_library(self, name: str) -> None:
-        """Until the command, and not what it was forked from, has begun to load something."""
-        deadline, process = time.monotonic() + 60, Path(f"/proc/{self.pid}")
-        while "-m\0flows" not in (process / "cmdline").read_text() or (
-            name not in (process / "maps").read_text()
+        """Until a process that the command has started has begun to load something."""
+        deadline, command = time.monotonic() + 60, psutil.Process(self.pid)
+        while not any(
+            name in (Path(f"/proc/{child.pid}") / "maps").read_text()
+            for child in command.children()
         ):
             assert time.monotonic() < deadline
             time.sleep(0.01)

@@ -107,11 +107,18 @@ def _be_rank(request: dict[str, Any], stdin: int, stdout: int, pipe: int) -> NoR
         setproctitle.setproctitle(request["title"])
         os.environ.clear()
         os.environ.update(request["env"])
+        _take_threads()
         os.write(pipe, NUMBER.pack(os.getpid()))
         os.close(pipe)
         rank.run()
     finally:
         os._exit(1)  # whatever happens, there is one server
+
+
+def _take_threads() -> None:
+    """As many threads as the environment says; the libraries were loaded under another."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 if __name__ == "__main__":

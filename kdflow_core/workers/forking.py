@@ -27,8 +27,9 @@ SOURCES = ("configs", "kdflow_core", "storage", "tasks")
 MOST_SERVERS = 3  # of one launcher; each holds the libraries once
 # Where drivers put their devices: NVIDIA, AMD, NVIDIA under Windows.
 DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-# Variables that change within a process that launches, and that nothing reads while it is loaded.
-NO_MATTER = ("PREFECT_", "PYTEST_CURRENT_TEST")
+# Variables that change within a process that launches, and that nothing reads while it is loaded,
+# or that a forked rank has set for itself (`fork_server`).
+NO_MATTER = ("PREFECT_", "PYTEST_CURRENT_TEST", "OMP_NUM_THREADS")
 
 
 def can_fork() -> bool:
@@ -71,7 +72,7 @@ class ForkedProcess:
 
 
 class _Server:
-    """A fork server at work. Raises OSError when it cannot be had."""
+    """A fork server, which loads `modules`. Raises OSError when it cannot be had."""
 
     def __init__(self, modules: Sequence[str], env: Mapping[str, str]) -> None:
         self._requests, theirs = socket.socketpair()
@@ -86,19 +87,19 @@ class _Server:
                 env=env,
                 start_new_session=True,
             )
-        try:
-            self._requests.settimeout(START_S)
-            ready = self._requests.recv(len(READY)) == READY
-            self._requests.settimeout(None)
-        except BaseException:
-            self.close()
-            raise
-        if not ready:
-            self.close()
+        self.was_ready = False
+
+    def _wait_until_it_is_ready(self) -> None:
+        self._requests.settimeout(START_S)
+        self.was_ready = self._requests.recv(len(READY)) == READY
+        self._requests.settimeout(None)
+        if not self.was_ready:
             raise ConnectionError("the fork server did not start")
 
     def fork(self, title: str, env: Mapping[str, str]) -> ForkedProcess:
-        """A process that is a rank."""
+        """A process that is a rank. Raises OSError."""
+        if not self.was_ready:
+            self._wait_until_it_is_ready()
         request = json.dumps({"title": title, "env": dict(env)}) + "\n"
         their_stdin, stdin = os.pipe()
         stdout, their_stdout = os.pipe()
@@ -131,6 +132,12 @@ def _code_changed() -> int:
     return max(file.stat().st_mtime_ns for file in files)
 
 
+def _key(modules: Sequence[str], env: Mapping[str, str]) -> str:
+    """What tells servers apart: ranks of one key can be forked from one of them."""
+    read = {name: value for name, value in env.items() if not name.startswith(NO_MATTER)}
+    return json.dumps([os.getcwd(), list(modules), sorted(read.items()), _code_changed()])
+
+
 class ForkServers:
     """The fork servers of this process, one for each environment that ranks are to have."""
 
@@ -142,26 +149,34 @@ class ForkServers:
 
     def fork(self, title: str, modules: Sequence[str], env: Mapping[str, str]) -> ForkedProcess:
         """A process that is a rank and has loaded `modules`. Raises OSError when there is none."""
-        read = {name: value for name, value in env.items() if not name.startswith(NO_MATTER)}
-        key = json.dumps([os.getcwd(), list(modules), sorted(read.items()), _code_changed()])
+        key = _key(modules, env)
         with self._lock:
-            server = self._servers.pop(key, None)
-            if server is None and key in self._failed:
-                raise ConnectionError("the fork server of this environment does not start")
-            try:
-                server = server or _Server(modules, env)
-            except OSError:
-                self._failed.add(key)
-                raise
+            server = self._taken(key, modules, env)
             try:
                 process = server.fork(title, env)
-            except OSError:
+            except BaseException as error:
                 server.close()
+                if isinstance(error, OSError) and not server.was_ready:
+                    self._failed.add(key)
                 raise
-            self._servers[key] = server  # the one that was used last is the last
-            while len(self._servers) > MOST_SERVERS:
-                self._servers.pop(next(iter(self._servers))).close()
+            self._keep(key, server)
         return process
+
+    def warm(self, modules: Sequence[str], env: Mapping[str, str]) -> None:
+        """Have a server begin to load `modules`, and do not wait for it. Raises OSError."""
+        key = _key(modules, env)
+        with self._lock:
+            self._keep(key, self._taken(key, modules, env))
+
+    def _taken(self, key: str, modules: Sequence[str], env: Mapping[str, str]) -> _Server:
+        if key in self._failed:
+            raise ConnectionError("the fork server of this environment does not start")
+        return self._servers.pop(key, None) or _Server(modules, env)
+
+    def _keep(self, key: str, server: _Server) -> None:
+        self._servers[key] = server  # the one that was used last is the last
+        while len(self._servers) > MOST_SERVERS:
+            self._servers.pop(next(iter(self._servers))).close()
 
     def close(self) -> None:
         """End all servers, each after its ranks."""

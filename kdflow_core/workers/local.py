@@ -86,6 +86,12 @@ class LocalLauncher:
     def __init__(self, preload: Sequence[str] = ()) -> None:
         self._preload = preload if can_fork() else ()
 
+    def warm(self, placement: Placement) -> None:
+        """Have what ranks are forked from begin to load, and do not wait for it."""
+        if self._preload:
+            with contextlib.suppress(OSError):  # whoever starts ranks meets it again
+                _SERVERS.warm(self._preload, _environment(placement))
+
     def start(
         self,
         job: str,
@@ -299,9 +305,9 @@ def _event(line: str) -> dict[str, Any]:
     return event
 
 
-def _start(job: str, number: int, placement: Placement, preload: Sequence[str]) -> _Rank:
+def _environment(placement: Placement) -> dict[str, str]:
     threads = max(1, (os.cpu_count() or 1) // placement.num_ranks)
-    env = {**placement.env, **os.environ} | {
+    return {**placement.env, **os.environ} | {
         "OMP_NUM_THREADS": str(threads),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -311,6 +317,10 @@ def _start(job: str, number: int, placement: Placement, preload: Sequence[str]) 
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
     }
+
+
+def _start(job: str, number: int, placement: Placement, preload: Sequence[str]) -> _Rank:
+    env = _environment(placement)
     command = [sys.executable, "-m", "kdflow_core.workers.rank", job, placement.name, str(number)]
     if preload:
         # A server that cannot load the modules leaves it to the rank to say why.

@@ -4,6 +4,7 @@ A model that passed is not checked again for the same use, so a run that comes f
 model library.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,17 +15,21 @@ from configs.load import load_run
 from configs.schema.models import PretrainedModel
 from configs.schema.run import RunConfig
 from configs.secrets import public
+from kdflow_core.errors import ModelError, WorkerError
 from kdflow_core.models.folders import resolve_folder
+from storage.artifact import ArtifactRef
 from storage.digest import digest
 from storage.fingerprint import file_state
 from storage.memo import Memo
 from storage.places import check_places, check_writable
 from tasks.checks.engine_check import check_engines
+from tasks.execution.launch import ask_rank, ranks_are_forked
 from tasks.presentation.tracking import check_tracking
 from tasks.stages.identity import StageIdentity, find, open_store, run_of_teacher
 from tasks.stages.planning import plan_stages
 
 CHECKED = "checked-models.sqlite"
+CHECKER = "tasks.jobs.model_checking:ModelChecking"
 # What of a run says how its models are used.
 CHECKED_SECTIONS = {"data", "teacher", "student", "algorithm", "loss", "alignment", "on_policy"}
 
@@ -74,6 +79,21 @@ def checked_plan(run: RunConfig, *, download: bool) -> dict[str, StageIdentity]:
     return plan
 
 
+def all_artifacts(planned: PlannedRun) -> dict[str, ArtifactRef] | None:
+    """The artifacts of a run by output name, when nothing is left to be run."""
+    if planned.run.delivery == "auto":  # the stages after the estimate are not planned yet
+        return None
+    found = {i.output: find(planned.run, i) for i in planned.stages.values()}
+    there = {output: ref for output, ref in found.items() if ref is not None}
+    return there if len(there) == len(found) else None
+
+
+def models_are_checked(run: RunConfig) -> bool:
+    """Whether planning can do without looking at models, as far as they are here."""
+    folders = _given(run, download=False)
+    return not folders or _memo(run).get(_key(run, folders)) is not None
+
+
 def _given(run: RunConfig, *, download: bool) -> dict[str, Path]:
     """The folders of the models that are Hugging Face folders."""
     models = {n: run_of_teacher(run, n).teacher.model for n in run.teacher_names}
@@ -100,22 +120,44 @@ def _prepared(run: RunConfig, plan: Mapping[str, StageIdentity]) -> dict[str, Pa
     return folders
 
 
-def _check(run: RunConfig, folders: Mapping[str, Path]) -> None:
-    """Check the models, unless these very files have passed for this very run."""
-    memo = Memo(Path(run.storage.scratch) / CHECKED)
-    key = digest(
+def _memo(run: RunConfig) -> Memo:
+    return Memo(Path(run.storage.scratch) / CHECKED)
+
+
+def _key(run: RunConfig, folders: Mapping[str, Path]) -> str:
+    """What models are checked for: these very files, for this very run."""
+    return digest(
         {
             "versions": [version("transformers"), version("kdflow")],
             "files": {name: _states(folder) for name, folder in sorted(folders.items())},
             "run": public(run.model_dump(mode="json", include=CHECKED_SECTIONS)),
         }
     )
+
+
+def _check(run: RunConfig, folders: Mapping[str, Path]) -> None:
+    """Check the models, unless they have passed."""
+    memo, key = _memo(run), _key(run, folders)
     if not folders or memo.get(key) is not None:
         return
-    from tasks.checks.model_check import check_folders  # noqa: PLC0415 - loads torch
+    if "torch" not in sys.modules and ranks_are_forked():
+        _check_in_rank(run, folders)
+    else:
+        from tasks.checks.model_check import check_folders  # noqa: PLC0415 - loads torch
 
-    check_folders(run, folders)
+        check_folders(run, folders)
     memo.put(key, "in order")
+
+
+def _check_in_rank(run: RunConfig, folders: Mapping[str, Path]) -> None:
+    """Check the models where the libraries will be loaded for the stages anyway."""
+    paths = {name: str(folder) for name, folder in folders.items()}
+    try:
+        ask_rank("check of the models", CHECKER, run.model_dump_json(), "check", folders=paths)
+    except WorkerError as error:
+        if not error.expected:
+            raise
+        raise ModelError(str(error)) from error
 
 
 def _states(folder: Path) -> dict[str, str]:

@@ -9,12 +9,13 @@ from configs.printable import printable
 from configs.secrets import public
 from kdflow_core.errors import WorkerError
 from kdflow_core.workers.base import Launcher, Placement
+from kdflow_core.workers.forking import can_fork
 from kdflow_core.workers.local import LocalLauncher, ask_ranks_to_stop
 from storage.artifact import ArtifactRef
 from storage.lease import Pulse, exclusive, lease_name
 from tasks.execution.progress import ProgressLog
 from tasks.execution.termination import saving_before_the_end
-from tasks.stages.catalogue import CATALOGUE
+from tasks.stages.catalogue import CATALOGUE, KEEP_BUFFERS
 from tasks.stages.identity import StageSpec, find, open_store
 
 ENDING_S = 300.0  # more than ranks that stand still take to be ended
@@ -51,6 +52,29 @@ def launcher_of(spec: StageSpec) -> Launcher:
     """What starts the ranks of a run."""
     del spec  # there is one way so far
     return LocalLauncher(PRELOAD)
+
+
+def ranks_are_forked() -> bool:
+    """Whether a rank has loaded the libraries when it starts, and so costs next to nothing."""
+    return can_fork()
+
+
+def warm_up() -> None:
+    """Have what most ranks are forked from begin to load, where they are, and do not wait."""
+    LocalLauncher(PRELOAD).warm(Placement(name="stages", env=KEEP_BUFFERS))
+
+
+def ask_rank(name: str, job: str, spec: str, method: str, **arguments: Any) -> Any:
+    """What a rank that serves no stage says to one call. Raises WorkerError."""
+    logger = logging.getLogger("kdflow")
+    listener = Listener(logger, name, lambda: None)
+    placement = Placement(name=name, env=KEEP_BUFFERS)
+    try:
+        with LocalLauncher(PRELOAD).start(job, spec, placement, listener) as group:
+            return group.call(method, **arguments).replies()[0]
+    except WorkerError as error:
+        tell_failure(logger, error)
+        raise
 
 
 def launch_stage(spec: StageSpec, logger: Logger) -> ArtifactRef:

@@ -3,10 +3,13 @@
 Computed from the config, headers and file fingerprints: no server, no model library.
 """
 
+from collections.abc import Mapping
+
 from configs.schema.run import RunConfig
 from configs.secrets import public
+from storage.runs import record_run
 from tasks.stages.catalogue import CATALOGUE, ROUND_ARTIFACTS, RoundArtifact, Stage
-from tasks.stages.identity import StageIdentity, of_teacher
+from tasks.stages.identity import StageIdentity, of_teacher, open_store
 from tasks.stages.slices import Known, Slice
 
 
@@ -26,6 +29,13 @@ def plan_stages(run: RunConfig) -> dict[str, StageIdentity]:
             known.add(identity)
             plan[identity.name] = identity
     return plan
+
+
+def record_stages(run: RunConfig, stages: Mapping[str, StageIdentity]) -> None:
+    """Note in the store that a run uses the artifacts of its stages, and of its rounds."""
+    made = {**stages, **round_identities(stages["train"], run)}
+    used = {name: f"{identity.kind}/{identity.digest}" for name, identity in made.items()}
+    record_run(open_store(run), run.name, used)
 
 
 def _identity(stage: Stage, own: Slice) -> StageIdentity:

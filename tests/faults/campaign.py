@@ -1,9 +1,9 @@
 """Accidents at random, counted: `python -m tests.faults.campaign --kills 100 --corruptions 60`.
 
-Kills: chains of runs, off-policy and on-policy, in which a process (the flow, a rank, Prefect's
-temporary server, or all at once) is killed at a random moment, many times in a row; then the run is
-left alone. Corruptions: a finished or half-finished run, a file of it damaged, and the run again.
-Everything follows from the seed; a row of the table names its own.
+Kills: chains of runs, off-policy and on-policy, in which a process (the flow, a rank, the server
+that ranks are forked from, or all at once) is killed at a random moment, many times in a row; then
+the run is left alone. Corruptions: a finished or half-finished run, a file of it damaged, and the
+run again. Everything follows from the seed; a row of the table names its own.
 """
 
 import argparse
@@ -28,14 +28,13 @@ import psutil
 import yaml
 
 from tests.conftest import make_llama, make_tokenizer
-from tests.processes import is_rank
+from tests.processes import FORK_SERVER, is_rank
 from tests.readme import ROOT
 
 TIMEOUT_S = 400
 MARK = "KDFLOW_CAMPAIGN"
 GONE_WITHIN_S = 5.0
-VICTIMS = ("flow", "rank", "rank", "server", "all")
-SERVER = "flows.temporary_server"
+VICTIMS = ("flow", "rank", "rank", "fork server", "all")
 WAITED = "is computing this artifact; waiting for it"
 
 
@@ -209,7 +208,7 @@ class Attempt:
         chosen = []
         for process in found:
             with contextlib.suppress(psutil.Error):
-                if is_rank(process) if kind == "rank" else SERVER in process.cmdline():
+                if is_rank(process) if kind == "rank" else FORK_SERVER in process.cmdline():
                     chosen.append(process)
         return chosen
 

@@ -87,12 +87,6 @@ def test_ctrl_c_in_a_round(
     assert states_of(tmp_path / "prefect").count("Running") == 0
 
 
-def server_of(terminal: Terminal) -> psutil.Process:
-    children = psutil.Process(terminal.pid).children(recursive=True)
-    (server,) = [p for p in children if "flows.temporary_server" in p.cmdline()]
-    return server
-
-
 def in_training(recipe: Path, env: dict[str, str]) -> Terminal:
     """A run that trains, its processes noted."""
     terminal = Terminal("run", str(recipe), env=env)
@@ -101,15 +95,30 @@ def in_training(recipe: Path, env: dict[str, str]) -> Terminal:
     return terminal
 
 
-def test_the_death_of_the_temporary_server_ends_the_run(
-    make_recipe: Callable[..., Path], tmp_path: Path, env: dict[str, str]
-) -> None:
-    recipe = make_recipe(max_steps=3000)
-    terminal = in_training(recipe, env)
-    server_of(terminal).kill()
-    assert terminal.wait(AT_MOST_S) == 1
-    assert "Prefect's temporary server has ended (exit code -9); what is done" in terminal.output
-    assert terminal.left_behind() == []
+def test_the_end_of_the_temporary_server_ends_the_run(env: dict[str, str]) -> None:
+    """Nothing ends it alone but a fault in it, which is planted here."""
+    program = """
+import asyncio, time, uvicorn
+from flows.foreground import foreground
+from flows.prefect_api import prefect_api
+
+async def fail_soon(self):
+    await asyncio.sleep(1.0)
+    raise RuntimeError("planted")
+
+uvicorn.Server.main_loop = fail_soon
+with foreground(["kdflow", "run", "mine"]) as process, prefect_api(process.died):
+    time.sleep(60)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert ended.returncode == 1
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last == (
+        "Prefect's temporary server has ended (RuntimeError: planted); what is done is kept, and "
+        "this goes on from there: kdflow run mine"
+    )
 
 
 def test_a_killed_run_leaves_no_server_and_the_next_start_sets_its_state(
