@@ -34,9 +34,8 @@ def load_head(folder: Path, config: PretrainedConfig, vocabulary_size: int) -> O
             f"the head in {folder} has {weight_VH.shape[0]} rows, the tokenizer {vocabulary_size} "
             "ids: model and tokenizer do not belong together"
         )
-    tied = name != rule.weight
     bias_V = None
-    if rule.bias in tensors and not tied:
+    if rule.bias in tensors:  # of a tied head, too
         bias_V = _read_rows(tensors[rule.bias].path, rule.bias, vocabulary_size)
     scale, softcap = family_of(config).scale_and_softcap(config)
     return OutputHead(weight_VH=weight_VH, bias_V=bias_V, logit_scale=scale, softcap=softcap)

@@ -64,13 +64,13 @@ def fill_own_part_(model: PreTrainedModel, folder: Path) -> None:
     for path, names in by_file.items():
         with safe_open(path, framework="pt") as file:
             for name in names:
-                _fill_(own[name], file.get_slice(name), tensors[name].shape)
+                _fill_(own[name], file, name, tensors[name].shape)
 
 
 @torch.no_grad()
-def _fill_(tensor: torch.Tensor, rows: Any, shape: tuple[int, ...]) -> None:
+def _fill_(tensor: torch.Tensor, file: Any, name: str, shape: tuple[int, ...]) -> None:
     if not isinstance(tensor, DTensor):
-        tensor.copy_(rows[...] if shape else rows[:])
+        tensor.copy_(file.get_tensor(name))
         return
     if tuple(tensor.placements) != (Shard(0),):
         raise ValueError(f"sharded as {tensor.placements}; known is one dimension of rows")
@@ -78,7 +78,7 @@ def _fill_(tensor: torch.Tensor, rows: Any, shape: tuple[int, ...]) -> None:
     # As `torch.chunk` has it: the last ranks may have fewer rows, or none.
     first = tensor.device_mesh.get_local_rank() * -(-shape[0] // tensor.device_mesh.size())
     if len(local):
-        local.copy_(rows[first : first + len(local)])
+        local.copy_(file.get_slice(name)[first : first + len(local)])
 
 
 def _saved_name(name: str) -> str:

@@ -2,16 +2,22 @@
 model's own.
 """
 
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig
 
+from kdflow_core.algorithms.base import TokenBatch
 from kdflow_core.contracts import OutputHead
 from kdflow_core.errors import ModelError
+from kdflow_core.losses.chunked import distillation_loss
+from kdflow_core.losses.elementwise import LossSpec
 from kdflow_core.models.families import BY_ARCHITECTURE
 from kdflow_core.models.heads import (
     apply_head,
@@ -19,81 +25,97 @@ from kdflow_core.models.heads import (
     load_head,
     verify_head,
 )
-
-VOCABULARY, TRUE_VOCABULARY = 96, 90
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-MOE = {
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-}
-DEEPSEEK = MOE | {
-    "n_routed_experts": 4,
-    "n_group": 1,
-    "topk_group": 1,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "head_dim": 8,
-    "num_key_value_heads": 4,
-}
-EXTRA: dict[str, dict[str, Any]] = {
-    "CohereForCausalLM": {"logit_scale": 0.25},
-    "Cohere2ForCausalLM": {"logit_scale": 0.25},
-    "DeepseekV2ForCausalLM": DEEPSEEK,
-    "DeepseekV3ForCausalLM": DEEPSEEK,
-    "GPT2LMHeadModel": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
-    "Gemma2ForCausalLM": {"final_logit_softcapping": 1.5},
-    "Gemma3ForCausalLM": {"final_logit_softcapping": 1.5},
-    "Glm4MoeForCausalLM": MOE | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1},
-    "GptOssForCausalLM": MOE,
-    "GraniteForCausalLM": {"logits_scaling": 4.0},
-    "GraniteMoeForCausalLM": MOE | {"logits_scaling": 4.0},
-    "MixtralForCausalLM": MOE,
-    "Qwen2MoeForCausalLM": MOE | {"shared_expert_intermediate_size": 16},
-    "Qwen3MoeForCausalLM": MOE,
-}
+from kdflow_core.models.structure import decoder_layers
+from tests.tiny_models import TRUE_VOCABULARY, tiny_model
 
 
-def tiny_model(architecture: str, folder: Path, **sizes: int) -> torch.nn.Module:
-    """A random model with a padded vocabulary, saved and loaded as a user's would be."""
-    torch.manual_seed(0)
-    model_class = getattr(transformers, architecture)
-    config = model_class.config_class(**SIZES | EXTRA.get(architecture, {}) | sizes)
-    config.initializer_range = 0.2
-    model_class(config).save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+@dataclass(frozen=True)
+class Saved:
+    """A tiny model and the folder that it was loaded from."""
+
+    model: torch.nn.Module
+    folder: Path
 
 
-@pytest.mark.parametrize("architecture", sorted(BY_ARCHITECTURE))
-def test_rebuilt_logits_are_the_models_own(architecture: str, tmp_path: Path) -> None:
-    model = tiny_model(architecture, tmp_path)
+@pytest.fixture(scope="module", params=sorted(BY_ARCHITECTURE))
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    folder = tmp_path_factory.mktemp("model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # in the code of some families
+        return Saved(tiny_model(request.param, folder), folder)
+
+
+def test_rebuilt_logits_are_the_models_own(saved: Saved) -> None:
     ids_BT = torch.arange(3, 15).unsqueeze(0)
     with torch.no_grad():
-        own_TV = model(input_ids=ids_BT, use_cache=False).logits[0, :, :TRUE_VOCABULARY]
-        hidden_TH = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state[0]
-        config = AutoConfig.from_pretrained(tmp_path)
+        own_TV = saved.model(input_ids=ids_BT, use_cache=False).logits[0, :, :TRUE_VOCABULARY]
+        hidden_BTH = saved.model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+        config = AutoConfig.from_pretrained(saved.folder)
         for head in (
-            load_head(tmp_path, config, TRUE_VOCABULARY),
-            live_head(model, TRUE_VOCABULARY),
+            load_head(saved.folder, config, TRUE_VOCABULARY),
+            live_head(saved.model, TRUE_VOCABULARY),
         ):
-            torch.testing.assert_close(apply_head(hidden_TH, head), own_TV, rtol=1e-4, atol=1e-5)
-    verify_head(model, load_head(tmp_path, config, TRUE_VOCABULARY))
+            torch.testing.assert_close(
+                apply_head(hidden_BTH[0], head), own_TV, rtol=1e-4, atol=1e-5
+            )
+    verify_head(saved.model, load_head(saved.folder, config, TRUE_VOCABULARY))
+
+
+def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def test_a_padded_training_step_is_that_of_the_sequences_alone(saved: Saved) -> None:
+    """All tokens of two sequences, padded to one length: value and gradients of cross-entropy are
+    those of the model's own logits, and the layers are where sharding looks for them.
+    """
+    model = saved.model
+    assert len(decoder_layers(model)) >= 2
+    sequences = [list(range(3, 12)), list(range(20, 25))]
+    own = sum(
+        F.cross_entropy(
+            model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1, :TRUE_VOCABULARY],
+            torch.tensor(ids[1:]),
+            reduction="sum",
+        )
+        for ids in sequences
+    )
+    wanted = gradients(model, own)
+    batch = TokenBatch(
+        ids_BT=pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True),
+        row_N=torch.tensor([row for row, ids in enumerate(sequences) for _ in ids[1:]]),
+        position_N=torch.tensor([k for ids in sequences for k in range(len(ids) - 1)]),
+    )
+    targets_N = torch.tensor([token for ids in sequences for token in ids[1:]])
+    output = distillation_loss(
+        student_hidden_TH=batch.states_of(model),
+        student_head=live_head(model, TRUE_VOCABULARY),
+        teacher=None,
+        target_ids_T=targets_N,
+        weights_T=torch.ones(len(targets_N)),
+        spec=LossSpec(divergence=None, kd_ratio=0.0, logits_bytes=2**20),
+    )
+    torch.testing.assert_close(output.loss, own, rtol=1e-5, atol=1e-5)
+    found = gradients(model, output.loss)
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        scale = wanted[name].abs().max().item()
+        torch.testing.assert_close(
+            gradient, wanted[name], rtol=1e-3, atol=1e-4 * scale + 1e-6, msg=lambda m, n=name: n + m
+        )
+
+
+def test_a_tied_head_keeps_its_bias(tmp_path: Path) -> None:
+    model = tiny_model("GPTJForCausalLM", tmp_path, tie_word_embeddings=True)
+    with torch.no_grad():
+        model.lm_head.bias.normal_()
+    model.save_pretrained(tmp_path)
+    head = load_head(tmp_path, AutoConfig.from_pretrained(tmp_path), TRUE_VOCABULARY)
+    assert torch.equal(head.weight_VH, model.transformer.wte.weight[:TRUE_VOCABULARY])
+    verify_head(model, head)
 
 
 def test_sharded_checkpoints_are_read_by_their_index(tmp_path: Path) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 from kdflow_core.errors import ModelError
 from kdflow_core.models.families.base import Family
-from kdflow_core.models.families.gpt import GPT2, GPT_NEOX
+from kdflow_core.models.families.named import NAMED
 from kdflow_core.models.families.plain import PLAIN
-from kdflow_core.models.families.scaled import COHERE, GEMMA, GRANITE
+from kdflow_core.models.families.scaled import SCALED
 
-FAMILIES = (PLAIN, COHERE, GEMMA, GRANITE, GPT2, GPT_NEOX)
+FAMILIES = (PLAIN, *SCALED, *NAMED)
 BY_ARCHITECTURE: Mapping[str, Family] = MappingProxyType(
     {architecture: family for family in FAMILIES for architecture in family.architectures}
 )

@@ -20,6 +20,11 @@ CONTEXT_FIELDS = (
 )
 # Under which names configs have the number of decoder layers.
 LAYER_FIELDS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+# Under which names configs have the number of attention heads, of those that keys and values have,
+# and the width of the hidden states.
+HEAD_FIELDS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads")
+KEPT_HEAD_FIELDS = ("num_key_value_heads", "num_kv_heads")
+WIDTH_FIELDS = ("hidden_size", "n_embd", "d_model")
 # Under which names configs say how many of the first layers are dense.
 LEADING_COUNTS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 # Rotary frequencies that go by the longest position of a batch, once that is beyond the length that
@@ -43,7 +48,7 @@ class HeadRule:
 class Family:
     """A family of decoders, by the `architectures` that its configs name.
 
-    `layers` is the attribute of the base model that holds the decoder layers. With
+    `layers` is the module of the base model that holds the decoder layers. With
     `capped_attention`, a config field, attention scores are capped, which `sdpa` leaves out. SGLang
     loads the tensors under the names that `head` has, or also without their prefix where it
     `loads_bare_names`. What no model of the family has is left at its default.
@@ -78,14 +83,22 @@ def context_field(config: Mapping[str, Any]) -> str | None:
 
 
 def cached_values(config: Mapping[str, Any]) -> int:
-    """The keys and values that a model keeps of a token, if it has attention in all layers."""
-    heads = config.get("num_attention_heads") or config.get("n_head")
-    width = config.get("hidden_size") or config.get("n_embd")
-    layers = next((config[name] for name in LAYER_FIELDS if config.get(name)), None)
+    """The keys and values that a model keeps of a token, if it has attention in all layers and
+    shares none between them: else it keeps less.
+    """
+    heads, width, layers = (
+        next((config[name] for name in names if config.get(name)), None)
+        for names in (HEAD_FIELDS, WIDTH_FIELDS, LAYER_FIELDS)
+    )
+    layers = layers or len(config.get("layers_block_type") or ()) or None
     if heads is None or width is None or layers is None:
         return 0
     head = config.get("head_dim") or width // heads
-    return int(2 * layers * (config.get("num_key_value_heads") or heads) * head)
+    kept = next((config[name] for name in KEPT_HEAD_FIELDS if config.get(name)), heads)
+    # Falcon's newer architecture has groups of heads; the older ones have one for all, or each.
+    if config.get("multi_query") and not config.get("new_decoder_architecture"):
+        kept = 1
+    return int(2 * layers * kept * head)
 
 
 def batched_length(config: Mapping[str, Any]) -> int | None:
