@@ -1,5 +1,6 @@
 """Random models of every architecture that kdflow knows, small enough to be made in a moment."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,9 @@ EXTRA: dict[str, dict[str, Any]] = {
 def tiny_model(architecture: str, folder: Path, **sizes: int) -> torch.nn.Module:
     """A random model with a padded vocabulary, saved and loaded as a user's would be."""
     torch.manual_seed(0)
-    model_class = getattr(transformers, architecture)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # in the code of some families
+        model_class = getattr(transformers, architecture)
     settings = SIZES | EXTRA.get(architecture, {}) | sizes
     if architecture == "FalconForCausalLM":  # whose config takes none
         del settings["head_dim"]

@@ -2,7 +2,6 @@
 model's own.
 """
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,9 +39,7 @@ class Saved:
 @pytest.fixture(scope="module", params=sorted(BY_ARCHITECTURE))
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     folder = tmp_path_factory.mktemp("model")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # in the code of some families
-        return Saved(tiny_model(request.param, folder), folder)
+    return Saved(tiny_model(request.param, folder), folder)
 
 
 def test_rebuilt_logits_are_the_models_own(saved: Saved) -> None:
