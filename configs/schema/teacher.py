@@ -84,9 +84,13 @@ class SglangTeacher(InProcessTeacher):
     attention_backend: str | None = None
     """SGLang's name of a kind of attention; by default SGLang chooses."""
     memory_fraction: float | None = Field(default=None, gt=0, lt=1)
-    """The share of the device for weights and cache; by default SGLang chooses."""
+    """The share of the device's free memory for weights and cache; by default all but what the
+    activations of a batch take.
+    """
     deterministic: bool = False
-    """A sequence's states do not depend on the batch it is in."""
+    """A sequence's states do not depend on the batch it is in. Not on the GPUs that train, where it
+    would change the student's arithmetic too.
+    """
 
     @property
     def ranks_per_replica(self) -> int:

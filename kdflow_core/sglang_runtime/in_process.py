@@ -24,6 +24,7 @@ import torch.distributed as dist
 from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import bootstrap
+from sglang.srt.environ import envs
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import (
@@ -59,7 +60,7 @@ class RunnerOptions:
     pipeline_parallel: int
     quantization: str | None
     attention_backend: str | None
-    memory_fraction: float | None
+    memory_fraction: float
     context_length: int | None
     deterministic: bool
     max_tokens: int
@@ -104,14 +105,18 @@ class PrefillRunner:
             raise ModelError(f"SGLang does not run {architecture}; set teacher.type=transformers")
         with (
             parallel.replicas_in_this_world(),
+            # Other ranks' devices may hold other parts of a run.
+            envs.SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK.override(False),
             warnings.catch_warnings(),
             redirect_stderr(io.StringIO()),  # progress bars
         ):
             warnings.simplefilter("ignore")
             self._runner = self._start(args)
         self.model: torch.nn.Module = self._runner.model
+        self.page_size = int(self._runner.page_size or 1)
 
     def _start(self, args: Any) -> ModelRunner:
+        threads = torch.get_num_threads()
         try:
             bootstrap.init_parallel_runtime(
                 server_args=args, device=self.device.type, dist_port=UNUSED_PORT
@@ -144,6 +149,8 @@ class PrefillRunner:
                 "spread the model with teacher.tensor_parallel; where the model is the matter, set "
                 "teacher.type=transformers"
             ) from error
+        finally:
+            torch.set_num_threads(threads)  # SGLang loads with one, and leaves it at that
         if isinstance(current_platform, PlainCpuPlatform) and args.attention_backend in (
             None,
             "torch_native",
@@ -231,7 +238,7 @@ def _server_args(options: RunnerOptions, device: torch.device) -> Any:
         "pp_size": options.pipeline_parallel,
         "quantization": options.quantization,
         "attention_backend": options.attention_backend,
-        "mem_fraction_static": options.memory_fraction or (0.8 if device.type == "cpu" else None),
+        "mem_fraction_static": options.memory_fraction,
         "context_length": options.context_length,
     }
     try:

@@ -15,15 +15,19 @@ from configs.schema.teacher import SglangTeacher
 from kdflow_core.batching import pack_by_tokens
 from kdflow_core.contracts import HiddenRows, OutputHead, TokenSequence
 from kdflow_core.errors import ModelError
+from kdflow_core.models.folders import text_config
 from kdflow_core.models.heads import apply_head
 from kdflow_core.models.offload import OffloadedModule
 from kdflow_core.sglang_runtime.versions import require_sglang
 from kdflow_core.teacher import longest_allowed
+from kdflow_core.teacher.activations import activation_bytes, static_fraction
 
 if TYPE_CHECKING:
     from kdflow_core.sglang_runtime.in_process import PrefillRunner
 
 MAX_SEQUENCES = 256
+CPU_FRACTION = 0.8  # what it is of matters little: the cache is capped by its tokens
+LARGEST_PAGE = 128  # of SGLang's caches, in tokens
 
 
 class SglangTeacherEngine:
@@ -74,8 +78,17 @@ class SglangTeacherEngine:
             )
 
     def pack(self, lengths: Sequence[int]) -> list[list[int]]:
-        """See `TeacherEngine`; sequences lie back to back, nothing is padded."""
-        return pack_by_tokens(lengths, self._tokens_per_batch, max_sequences=MAX_SEQUENCES)
+        """See `TeacherEngine`; sequences lie back to back, and each fills whole pages of the
+        cache.
+        """
+        if self._runner is None:
+            raise ModelError("the teacher engine is closed")
+        page = self._runner.page_size
+        return pack_by_tokens(
+            [_whole(int(length), page) for length in lengths],
+            self._tokens_per_batch,
+            max_sequences=MAX_SEQUENCES,
+        )
 
     def forward(self, sequences: Sequence[TokenSequence]) -> list[HiddenRows]:
         """See `TeacherEngine`."""
@@ -108,6 +121,23 @@ class SglangTeacherEngine:
             self._runner = None
 
 
+def _whole(tokens: int, page: int) -> int:
+    return -(-tokens // page) * page
+
+
+def _memory_fraction(
+    config: SglangTeacher, folder: Path, max_tokens: int, device: torch.device
+) -> float:
+    if config.memory_fraction is not None:
+        return config.memory_fraction
+    if device.type == "cpu":
+        return CPU_FRACTION
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    itemsize: int = getattr(torch, config.dtype).itemsize
+    activations = activation_bytes(text_config(folder), tokens=max_tokens, itemsize=itemsize)
+    return static_fraction(free_bytes=free_bytes, activations=activations)
+
+
 def _start(
     config: SglangTeacher, folder: Path, longest: int, device: torch.device
 ) -> "PrefillRunner":
@@ -117,6 +147,7 @@ def _start(
             PrefillRunner,
             RunnerOptions,
         )
+    max_tokens = _whole(max(config.tokens_per_batch, longest), LARGEST_PAGE)
     return PrefillRunner(
         RunnerOptions(
             folder=folder,
@@ -127,10 +158,10 @@ def _start(
             pipeline_parallel=config.pipeline_parallel,
             quantization=config.quantization,
             attention_backend=config.attention_backend,
-            memory_fraction=config.memory_fraction,
+            memory_fraction=_memory_fraction(config, folder, max_tokens, device),
             context_length=config.context_length,
             deterministic=config.deterministic,
-            max_tokens=max(config.tokens_per_batch, longest, 64),
+            max_tokens=max_tokens,
             max_sequences=MAX_SEQUENCES,
         ),
         device,

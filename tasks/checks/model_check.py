@@ -12,7 +12,7 @@ import transformers
 
 from configs.schema.models import LayerDropModel, NewVocabularyModel
 from configs.schema.run import RunConfig
-from configs.schema.teacher import TransformersTeacher
+from configs.schema.teacher import SglangTeacher, TransformersTeacher
 from kdflow_core.errors import ModelError
 from kdflow_core.models.inspection import Use, check_model, check_trainable
 from kdflow_core.models.layer_drop import kept_config
@@ -105,9 +105,21 @@ def check_ranks(run: RunConfig) -> None:
     most = gpus or max(8, RANKS_PER_CORE * (os.cpu_count() or 1))
     cores = f"{os.cpu_count()} cores and no GPU, for {most} ranks at most"
     what = f"{gpus} GPUs" if gpus else cores
+    teacher = run.teacher
+    if gpus and run.teacher_in_training and isinstance(teacher, SglangTeacher):
+        _check_arithmetic(teacher)
     wanted = {"student.num_ranks": run.student.num_ranks}
     if run.teacher.type != "sglang_server":  # whose ranks only ask
         wanted["teacher.num_ranks"] = run.teacher.num_ranks
     for field, ranks in wanted.items():
         if ranks > most:
             raise ModelError(f"{field}={ranks}: this machine has {what}; lower it")
+
+
+def _check_arithmetic(teacher: SglangTeacher) -> None:
+    if teacher.deterministic:
+        raise ModelError(
+            "teacher.deterministic=true: on GPUs it changes the arithmetic of the whole process, "
+            "and with this delivery the teacher is in the processes that train; set "
+            "delivery=replay, or turn it off"
+        )

@@ -275,3 +275,17 @@ def test_an_attention_that_would_forget_the_soft_cap_is_refused(tmp_path: Path) 
     MODELS["gemma2"]().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="attention=sdpa leaves out without a word; set attention"):
         load_causal_lm(tmp_path, dtype=torch.float32, attention="sdpa")
+
+
+def test_pages_of_sglangs_cache_are_filled_whole(teacher_folder: Path) -> None:
+    """With pages of 64 tokens, as on Blackwell (SGLang has a paged cache on accelerators alone): a
+    batch has no more than the cache has room for, which whole pages fill.
+    """
+    engine = make_engine("sglang", teacher_folder, tokens_per_batch=250)
+    try:
+        engine._runner.page_size = 64
+        assert [len(batch) for batch in engine.pack([17] * 8)] == [3, 3, 2]
+        assert engine.pack([300, 65]) == [[0], [1]]
+        assert engine._runner._runner.max_total_num_tokens % 64 == 0
+    finally:
+        engine.close()

@@ -14,6 +14,7 @@ from configs.errors import KdflowError
 from configs.load import load_run
 from storage.errors import StoreError
 from storage.memo import Memo
+from tasks.checks.model_check import check_ranks
 from tasks.checks.run_check import checked_plan
 from tests.conftest import run_inline
 from tests.readme import ROOT
@@ -228,3 +229,22 @@ def test_a_teachers_server_that_is_not_there(make_recipe: Callable[..., Path]) -
     checked_plan(run, download=False)  # to look at a plan needs no server
     with pytest.raises(KdflowError, match=rf"teacher\.url={url} does not answer"):
         checked_plan(run, download=True)
+
+
+def test_deterministic_states_are_not_for_gpus_that_train(
+    make_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang would change the operators of the whole process, and with them the student's."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    live = {
+        "delivery": "live",
+        "teacher": {
+            "type": "sglang",
+            "model": {"type": "pretrained", "path": "/nowhere"},
+            "deterministic": True,
+        },
+    }
+    run = load_run(str(make_recipe()), live)
+    with pytest.raises(KdflowError, match=r"teacher\.deterministic=true: on GPUs"):
+        check_ranks(run)
+    check_ranks(load_run(str(make_recipe()), live | {"delivery": "replay"}))
