@@ -1,5 +1,6 @@
 """The share of a GPU that the teacher takes, by SGLang's own accounting of what that leaves."""
 
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +29,9 @@ QWEN3_4B = QWEN3_8B | {"hidden_size": 2560, "intermediate_size": 9728}
 
 def room_for_cache(monkeypatch: pytest.MonkeyPatch, free: int, weights: int, share: float) -> int:
     """What SGLang finds for its cache, in bytes, after it has loaded weights."""
-    from sglang.srt.mem_cache import kv_cache_configurator as module
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from sglang.srt.mem_cache import kv_cache_configurator as module
 
     replies = {
         "get_available_gpu_memory": lambda *_, **__: (free - weights) / GIB,
@@ -54,7 +57,6 @@ def room_for_cache(monkeypatch: pytest.MonkeyPatch, free: int, weights: int, sha
     return found
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # as SGLang is imported
 @pytest.mark.parametrize(
     ("config", "weights", "free"),
     [
