@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.ranks
 def test_commands_for_own_models(folder: Path) -> None:
     """All of them; the one that trains the real quick start is cut to a few samples and steps."""
-    short = ["data.max_samples=60", "student.max_steps=3", "eval.max_generations=2"]
+    short = ["data.max_samples=30", "student.max_steps=3", "eval.max_generations=2"]
     shown = commands("Your own models")
     expected = {"doctor", "recipes", "config", "plan", "estimate", "run", "store"}
     assert {words[1] for words in shown} == expected
