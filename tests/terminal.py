@@ -26,6 +26,8 @@ class Terminal:
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
             os.chdir(ROOT)
+            # As a shell starts a command, even where these tests run in the background.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.execve(sys.executable, command, os.environ | {"COLUMNS": "200"} | dict(env or {}))
         self._seen: set[psutil.Process] = set()
 
