@@ -59,7 +59,7 @@ def states_of(home: Path) -> list[str]:
 @pytest.mark.parametrize(
     "stages",
     [
-        ["extract", "train"],
+        ["train", "evaluate"],
         pytest.param(list(STAGES), marks=pytest.mark.slow),  # the same way out of each
     ],
 )
