@@ -112,7 +112,7 @@ class RunConfig(StrictModel):
     delivery: Literal["replay", "live", "auto"] = "replay"
     """`replay` (store the teacher's states, train on them as often as you like), `live` (the
     teacher runs inside the training ranks, only held-out states are stored) or `auto` (a short
-    probe decides, given `planned_runs`).
+    probe decides, given `planned_runs`; states that are stored already are replayed).
     """
     planned_runs: int = Field(default=1, gt=0, le=MOST)
     """How many runs will use the same teacher and data; `delivery: auto` goes by it."""

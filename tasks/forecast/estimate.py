@@ -10,9 +10,11 @@ from configs.schema.teacher import InProcessTeacher
 from kdflow_core.errors import DataError
 from storage.artifact import ArtifactRef
 from storage.store import ArtifactStore
-from tasks.stages.identity import open_store
+from tasks.stages.identity import find, open_store
+from tasks.stages.planning import plan_stages
 
 ESTIMATE_FILE = "estimate.json"
+Delivery = Literal["replay", "live"]
 
 
 class Estimate(BaseModel):
@@ -54,7 +56,7 @@ class Prospect(BaseModel):
     live_s: float
     free_bytes: int | None
     fits: bool
-    delivery: Literal["replay", "live"]
+    delivery: Delivery
     reason: str
 
 
@@ -77,7 +79,7 @@ def prospect(run: RunConfig, estimate: Estimate, free_bytes: int | None) -> Pros
     live_s = run.planned_runs * (train_s + live_teacher_s)
     fits = free_bytes is None or stored[run.storage.codec] <= free_bytes
     problem = why_not_live(run, estimate)
-    delivery: Literal["replay", "live"] = "replay"
+    delivery: Delivery = "replay"
     if problem:
         reason = problem
     elif not fits:
@@ -123,7 +125,7 @@ def why_not_live(run: RunConfig, estimate: Estimate) -> str:
     return ""
 
 
-def with_delivery(run: RunConfig, delivery: Literal["replay", "live"]) -> RunConfig:
+def with_delivery(run: RunConfig, delivery: Delivery) -> RunConfig:
     """A run with `delivery: auto` decided. Fields that a replay does not use are left at their
     defaults.
     """
@@ -134,10 +136,37 @@ def with_delivery(run: RunConfig, delivery: Literal["replay", "live"]) -> RunCon
     return RunConfig.model_validate(changed)
 
 
+def prospect_here(run: RunConfig, estimate: Estimate) -> Prospect:
+    """The prospect of a run in its store, where what is there costs nothing more. A run that was
+    decided stays so: its own states, which take room, change nothing.
+    """
+    found = prospect(run, estimate, open_store(run).free_bytes())
+    deliveries: list[Delivery] = ["replay"]
+    if not why_not_live(run, estimate):
+        deliveries.append("live")
+    plans = {d: plan_stages(with_delivery(run, d)) for d in deliveries}
+    states = [i for i in plans["replay"].values() if i.kind == "states"]
+    if all(find(run, identity) is not None for identity in states):
+        replay_s = run.planned_runs * found.train_s
+        found = found.model_copy(
+            update={
+                "extract_s": 0.0,
+                "replay_s": replay_s,
+                "fits": True,
+                "delivery": "replay",
+                "reason": "the states are stored already",
+            }
+        )
+    for delivery, plan in plans.items():
+        if find(run, plan["train"]) is not None:
+            reason = "its student is trained already"
+            return found.model_copy(update={"delivery": delivery, "reason": reason})
+    return found
+
+
 def decided(run: RunConfig, estimate: ArtifactRef) -> RunConfig:
     """The run with the delivery that its estimate chooses."""
-    store = open_store(run)
-    outcome = prospect(run, read_estimate(store, estimate), store.free_bytes())
+    outcome = prospect_here(run, read_estimate(open_store(run), estimate))
     return with_delivery(run, outcome.delivery)
 
 

@@ -5,7 +5,7 @@ from configs.schema.run import RunConfig
 from storage.artifact import ArtifactRef
 from tasks.checks.run_check import checked_plan
 from tasks.execution.launch import Logger, launch_stage
-from tasks.forecast.estimate import Estimate, Prospect, prospect, read_estimate
+from tasks.forecast.estimate import Estimate, Prospect, prospect_here, read_estimate
 from tasks.stages.identity import open_store, stage_spec
 
 
@@ -25,6 +25,5 @@ def estimate(run: RunConfig, logger: Logger) -> tuple[Estimate, Prospect]:
     ).values():
         ref = launch_stage(stage_spec(identity, run, done), logger)
         done = done | {identity.output: ref}
-    store = open_store(run)
-    found = read_estimate(store, done["estimate"])
-    return found, prospect(run, found, store.free_bytes())
+    found = read_estimate(open_store(run), done["estimate"])
+    return found, prospect_here(run, found)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs.load import load_run
-from tasks.forecast.estimate import prospect, read_estimate
+from tasks.forecast.estimate import prospect, prospect_here, read_estimate
 from tasks.stages.explanation import decided, stage_status
 from tasks.stages.identity import open_store
 from tasks.stages.planning import plan_stages
@@ -51,6 +51,25 @@ def test_auto_takes_the_cheaper_delivery_and_says_so(make_recipe: Callable[..., 
         assert all(s.cached for s in stage_status(again, plan_stages(again)))
     often = load_run(recipe, {"delivery": "auto", "planned_runs": 50})
     estimate = plan_stages(often)["estimate"]  # the same one
-    ref = open_store(often).find(estimate.kind, estimate.digest)
+    store = open_store(often)
+    ref = store.find(estimate.kind, estimate.digest)
     assert ref is not None
-    assert decided(often, ref).delivery == "replay"
+    found = read_estimate(store, ref)
+    assert prospect(often, found, None).delivery == "replay"
+    # A student that was trained is not trained again in another way.
+    assert decided(often, ref).delivery == "live"
+    assert "its student is trained" in prospect_here(often, found).reason
+
+
+def test_states_that_are_stored_are_replayed(make_recipe: Callable[..., Path]) -> None:
+    """Even where live would have less to do than storing them, and whatever room is left."""
+    recipe = str(make_recipe())
+    stored = load_run(recipe)
+    run_inline(stored, until="extract")
+    auto = load_run(recipe, {"delivery": "auto"})
+    estimate = run_inline(auto, until="estimate", launched={"estimate"})["estimate"]
+    found = read_estimate(open_store(auto), estimate)
+    assert prospect(auto, found, 0).delivery == "live"
+    outcome = prospect_here(auto, found)
+    assert (outcome.delivery, outcome.extract_s, outcome.fits) == ("replay", 0.0, True)
+    assert decided(auto, estimate).delivery == "replay"

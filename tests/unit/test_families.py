@@ -12,6 +12,7 @@ from kdflow_core.models.families import BY_ARCHITECTURE, FAMILIES, family_of
 from kdflow_core.models.families.base import batched_length, cached_values
 from kdflow_core.models.forward import post_norm_states
 from kdflow_core.models.structure import decoder_layers
+from tests.readme import ROOT
 from tests.tiny_models import tiny_model
 
 ORIGINAL = 16
@@ -19,6 +20,7 @@ ORIGINAL = 16
 
 def test_every_architecture_has_one_family() -> None:
     assert len(BY_ARCHITECTURE) == sum(len(family.architectures) for family in FAMILIES)
+    assert f"[{len(BY_ARCHITECTURE)} decoder architectures]" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("architecture", sorted(BY_ARCHITECTURE))
