@@ -8,7 +8,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,14 @@ from kdflow_core.batching import (
     taught_tokens,
     teacher_rows,
 )
-from kdflow_core.contracts import Example, Examples, SignalSource, TeacherAtHand, TokenSequence
+from kdflow_core.contracts import (
+    Example,
+    Examples,
+    OutputHead,
+    SignalSource,
+    TeacherAtHand,
+    TokenSequence,
+)
 from kdflow_core.losses.base import Distributions
 from kdflow_core.losses.folding import Comparison
 from kdflow_core.losses.forward_kl import ForwardKL
@@ -101,28 +108,79 @@ class _Rows(NamedTuple):
     teacher_PG: torch.Tensor
 
 
+class Judged(Protocol):
+    """What is scored: its output head, and its states at the supervised tokens. `longest` is as
+    `batched_length` has it.
+    """
+
+    @property
+    def head(self) -> OutputHead:
+        """Over the true vocabulary."""
+        ...
+
+    @property
+    def longest(self) -> int | None:
+        """The longest sequences that may be a batch with others."""
+        ...
+
+    def states(self, sequences: Sequence[TokenSequence]) -> list[torch.Tensor]:
+        """The states [N, H] that predict the supervised tokens of some sequences."""
+        ...
+
+
+class ModelAtHand:
+    """A model that is loaded."""
+
+    def __init__(self, model: PreTrainedModel, vocabulary_size: int) -> None:
+        self._model = model
+        self.head = live_head(model, vocabulary_size)
+        self.longest = batched_length(model.config.get_text_config().to_dict())
+
+    def states(self, sequences: Sequence[TokenSequence]) -> list[torch.Tensor]:
+        """See `Judged`."""
+        ids_BT = pad_right([s.ids_T for s in sequences]).to(self._model.device)
+        hidden_BTH = post_norm_states(self._model.base_model, ids_BT)
+        positions = [torch.from_numpy(s.target_positions_N - 1) for s in sequences]
+        return [hidden_BTH[row, positions_N] for row, positions_N in enumerate(positions)]
+
+
+class StatesAtHand:
+    """A teacher of which only the stored states are at hand."""
+
+    longest = None
+
+    def __init__(self, teacher: TeacherAtHand[SignalSource]) -> None:
+        self.head = teacher.head
+        self._signals = teacher.signals
+
+    def states(self, sequences: Sequence[TokenSequence]) -> list[torch.Tensor]:
+        """See `Judged`."""
+        device, size = self.head.weight_VH.device, self._signals.hidden_size
+        rows = [hidden_rows(self._signals.rows(sequence)) for sequence in sequences]
+        return [select_rows([own], hidden_size=size, device=device) for own in rows]
+
+
 @torch.inference_mode()
 def score_distributions(
     *,
-    model: PreTrainedModel,
+    judged: Judged,
     examples: Examples,
     teachers: Mapping[str, TeacherAtHand[SignalSource]],
     tokens_per_batch: int,
     reporter: Reporter,
     title: str,
     side: Literal["student", "teacher"],
-    vocabulary_size: int,
     end_ids: Sequence[int],
     aligned: Mapping[str, Aligned],
 ) -> dict[str, DistributionScores]:
-    """Scores by source, and over all under the name `all`; the model reads the sequences of its
-    `side`, has a true vocabulary of `vocabulary_size` tokens, and ends its turns by `end_ids`.
-    `teachers` are by the data source that they teach; the one named `all` teaches the rest.
-    `aligned` are those views of theirs that have other tokens than the student. The run's own
-    teacher is compared with itself, and is left out where another view's teacher teaches.
+    """Scores by source, and over all under the name `all`; what is judged reads the sequences of
+    its `side`, and ends its turns by `end_ids`. `teachers` are by the data source that they teach;
+    the one named `all` teaches the rest. `aligned` are those views of theirs that have other tokens
+    than the student. The run's own teacher is compared with itself, and is left out where another
+    view's teacher teaches.
     """
-    producer = LogitProducer(live_head(model, vocabulary_size), torch.float32)
-    ends = torch.tensor(end_ids, dtype=torch.long, device=model.device)
+    producer = LogitProducer(judged.head, torch.float32)
+    ends = torch.tensor(end_ids, dtype=torch.long, device=judged.head.weight_VH.device)
     views = {teacher.view for teacher in teachers.values()}
     scored = {
         view: _scored(producer, ends, aligned.get(view), compares=side == "student")
@@ -132,20 +190,18 @@ def score_distributions(
     teaching = {n: LogitProducer(t.head, torch.float32) for n, t in teachers.items()}
     sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(len(COLUMNS) + len(COUNTS)))
     done = 0
-    longest = batched_length(model.config.get_text_config().to_dict())
-    for batch in batch_by_tokens(examples.lengths(side), tokens_per_batch, longest):
+    for batch in batch_by_tokens(examples.lengths(side), tokens_per_batch, judged.longest):
         chosen = [examples[i] for i in batch]
         if side == "teacher":
             chosen = [e for e in chosen if teachers[_teacher_of(e, teachers)].view == side]
         if not chosen:
             continue
         sequences = [example.views[side] for example in chosen]
-        ids_BT = pad_right([s.ids_T for s in sequences]).to(model.device)
-        hidden_BTH = post_norm_states(model.base_model, ids_BT)
-        for row, (example, sequence) in enumerate(zip(chosen, sequences, strict=True)):
+        states = judged.states(sequences)
+        for example, sequence, hidden_NH in zip(chosen, sequences, states, strict=True):
             name = _teacher_of(example, teachers)
             teacher = teachers[name]
-            rows = _rows(hidden_BTH[row], example, side, teacher)
+            rows = _rows(hidden_NH, example, side, teacher)
             terms = _token_sums(rows, scored[teacher.view], teaching[name])
             size = 0 if length_V is None else int(length_V[sequence.target_ids_N].sum())
             num_ends = int(torch.isin(rows.targets_N, ends).sum())
@@ -177,22 +233,21 @@ def _scored(
 
 
 def _rows(
-    hidden_TH: torch.Tensor,
+    hidden_NH: torch.Tensor,
     example: Example,
     side: Literal["student", "teacher"],
     teacher: TeacherAtHand[SignalSource],
 ) -> _Rows:
     """A sequence's rows. The teacher is compared with itself at all of its own."""
-    sequence, device, signals = example.views[side], hidden_TH.device, teacher.signals
-    positions_N = torch.from_numpy(sequence.target_positions_N - 1)
+    sequence, device, signals = example.views[side], hidden_NH.device, teacher.signals
     if side == "student":
         compared = taught_tokens(example, teacher.view)
         theirs = teacher_rows(example, signals, teacher.view)
     else:
-        compared = np.arange(len(positions_N))
+        compared = np.arange(len(hidden_NH))
         theirs = hidden_rows(signals.rows(example.teacher))
     return _Rows(
-        hidden_NH=hidden_TH[positions_N],
+        hidden_NH=hidden_NH,
         targets_N=torch.from_numpy(sequence.target_ids_N).long().to(device),
         compared_P=torch.from_numpy(compared).to(device),
         teacher_PG=select_rows([theirs], hidden_size=signals.hidden_size, device=device),

@@ -10,20 +10,28 @@ from transformers import PreTrainedModel
 
 from kdflow_core.contracts import Example, TeacherAtHand
 from kdflow_core.errors import AlignmentError
-from kdflow_core.eval.distribution import Aligned, score_distributions, state_difference
+from kdflow_core.eval.distribution import (
+    Aligned,
+    Judged,
+    ModelAtHand,
+    StatesAtHand,
+    score_distributions,
+    state_difference,
+)
 from kdflow_core.eval.greedy import exact_match, generate_greedily
 from kdflow_core.models.loading import DTYPES, load_causal_lm
 from kdflow_core.models.tokenizers import true_vocabulary_size
 from storage.artifact import ArtifactRef
 from storage.tokens import TokenTable
 from tasks.jobs import aligning, chats, parts
-from tasks.jobs.reference import state_limit
+from tasks.jobs.reference import lacking_room, state_limit
 from tasks.jobs.stage_run import SIDES, StageRun, job
 from tasks.jobs.stored import StoredStates, TokenExamples, evenly_spread
 from tasks.jobs.student_module import build_comparison
 from tasks.stages.slices import Side
 
 CHECKED_SEQUENCES = 4
+TEACHERS_SHARE = 0.8  # of a device's free memory, for weights alone
 
 
 @job("evaluate")
@@ -51,7 +59,7 @@ def evaluate_student(stage: StageRun) -> ArtifactRef:
             "source": example.source,
             "prompt": tokenizer.decode(example.teacher.prompt_ids_T),
             "label": example.label,
-            **{title: texts[number] for title, texts in answers.items()},
+            **{title: texts[number] for title, texts in answers.items() if texts is not None},
         }
         for number, example in enumerate(shown)
     ]
@@ -102,34 +110,39 @@ def _judge(
     data: tuple[TokenExamples, list[Example]],
     teachers: Mapping[str, TeacherAtHand[StoredStates]],
     aligned: Mapping[Side, Mapping[str, Aligned]],
-) -> tuple[dict[str, dict[str, float]], list[str]]:
-    """A model's scores by source, and its greedy answers to the shown examples' prompts."""
+) -> tuple[dict[str, dict[str, float]], list[str] | None]:
+    """A model's scores by source, and its greedy answers to the shown examples' prompts: None of a
+    teacher of which only the states are at hand.
+    """
     side: Literal["teacher", "student"] = "teacher" if title == "teacher" else "student"
     examples, shown = data
     chat = chats.chat(stage, side)
-    teacher, student = stage.run.teacher, stage.run.student
-    model = load_causal_lm(
-        folder,
-        dtype=DTYPES[teacher.dtype if side == "teacher" else student.compute_dtype],
-        attention=student.attention,
-        device=parts.device(stage),
-        trust_remote_code=stage.trusts(side),
-    )
-    if side == "teacher":
-        _check_own_states(stage, model, examples, teachers["all"])
+    reason = _why_not_loaded(stage, folder) if side == "teacher" else None
+    judged: Judged
+    if reason is not None:
+        stage.reporter.message(
+            f"the teacher is scored by its stored states, and answers no prompts: {reason}"
+        )
+        judged = StatesAtHand(teachers["all"])
+    else:
+        model = _load(stage, side, folder)
+        judged = ModelAtHand(model, true_vocabulary_size(chat.tokenizer))
+        if side == "teacher":
+            _check_own_states(stage, model, examples, teachers["all"])
     scores = score_distributions(
-        model=model,
+        judged=judged,
         examples=examples,
         teachers=teachers,
         tokens_per_batch=stage.run.eval.tokens_per_batch,
         reporter=stage.reporter,
         title=title,
         side=side,
-        vocabulary_size=true_vocabulary_size(chat.tokenizer),
         end_ids=chat.end_ids,
         aligned=aligned[side],
     )
     by_source: dict[str, dict[str, float]] = {name: asdict(s) for name, s in scores.items()}
+    if reason is not None:
+        return by_source, None
     texts = generate_greedily(
         model=model,
         chat=chat,
@@ -142,6 +155,25 @@ def _judge(
     for name, share in shares.items():
         by_source.setdefault(name, {})["exact_match"] = share
     return by_source, texts
+
+
+def _load(stage: StageRun, side: Side, folder: Path) -> PreTrainedModel:
+    teacher, student = stage.run.teacher, stage.run.student
+    return load_causal_lm(
+        folder,
+        dtype=DTYPES[teacher.dtype if side == "teacher" else student.compute_dtype],
+        attention=student.attention,
+        device=parts.device(stage),
+        trust_remote_code=stage.trusts(side),
+    )
+
+
+def _why_not_loaded(stage: StageRun, folder: Path) -> str | None:
+    """Why the teacher is not loaded whole on one device; None where it is."""
+    teacher = stage.run.teacher
+    if teacher.ranks_per_replica > 1:
+        return f"one copy of it is spread over {teacher.ranks_per_replica} ranks"
+    return lacking_room(folder, DTYPES[teacher.dtype], parts.device(stage), TEACHERS_SHARE)
 
 
 def _check_own_states(

@@ -3,6 +3,7 @@ computes from the same folder.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import psutil
 import torch
@@ -28,6 +29,22 @@ def state_limit(teacher: Teacher) -> float:
     """How far a teacher's states may be from transformers' own, as a median relative difference."""
     quantized = getattr(teacher, "quantization", None) is not None
     return QUANTIZED_LIMIT if quantized else LIMIT
+
+
+def lacking_room(
+    folder: Path, dtype: torch.dtype, device: torch.device, share: float
+) -> str | None:
+    """Why weights do not fit a share of what a device has free; None where they do."""
+    needed = read_checkpoint(folder).num_parameters * dtype.itemsize
+    free = (
+        torch.cuda.mem_get_info(device)[0]
+        if device.type == "cuda"
+        else psutil.virtual_memory().available
+    )
+    if needed <= free * share:
+        return None
+    room = free * share / 1e9
+    return f"it takes {needed / 1e9:.1f} GB, and {room:.1f} GB of memory are to spare"
 
 
 class Reference:
@@ -65,11 +82,7 @@ class Reference:
         config = load_config(folder, trust_remote_code=trust)
         if getattr(config, "quantization_config", None) is not None:
             return "its checkpoint is quantized"
-        needed = read_checkpoint(folder).num_parameters * dtype.itemsize
-        room = psutil.virtual_memory().available * MEMORY_SHARE
-        if needed > room:
-            return f"it takes {needed / 1e9:.0f} GB, and {room / 1e9:.0f} GB of memory are to spare"
-        return None
+        return lacking_room(folder, dtype, torch.device("cpu"), MEMORY_SHARE)
 
     def compare(self, engine: TeacherEngine) -> None:
         """Run the same sequences in the engine; every rank of its replica calls this.

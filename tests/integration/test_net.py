@@ -8,17 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from configs.load import load_run
 from kdflow_core.contracts import HiddenRows, TokenSequence
 from kdflow_core.errors import AlignmentError, ModelError
 from storage.tokens import TokenTable
+from tasks.jobs import evaluation
 from tasks.jobs.evaluation import evaluate_student
-from tasks.jobs.reference import Reference
+from tasks.jobs.reference import Reference, lacking_room
 from tasks.jobs.stage_run import StageRun
 from tasks.jobs.stored import TeacherSequences
-from tasks.stages.identity import stage_spec
+from tasks.stages.identity import open_store, stage_spec
 from tasks.stages.planning import plan_stages
 from tests.conftest import CHATML, SilentReporter, make_llama, run_inline
 
@@ -112,3 +113,50 @@ def test_a_student_is_exported_as_it_was_trained(
     tokens = json.loads((Path(done["tokens"].uri) / "manifest.json").read_text())
     assert tokens["info"]["end_ids"]["student"] == ends
     assert AutoTokenizer.from_pretrained(student_folder).chat_template == CHATML
+
+
+def test_a_teacher_that_fits_no_device_is_scored_by_its_stored_states(
+    make_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = load_run(str(make_recipe(max_steps=1)))
+    loaded = run_inline(run, until="evaluate", launched=["train"])["evaluation"]
+    whole = json.loads((Path(loaded.uri) / "evaluation.json").read_text())
+    shutil.rmtree(loaded.uri)
+    store = open_store(run)
+    store.retract(loaded.kind, loaded.digest)
+
+    def load(stage: StageRun, side: str, folder: Path) -> PreTrainedModel:
+        assert side == "student"
+        return load_model(stage, side, folder)
+
+    load_model = evaluation._load
+    monkeypatch.setattr(evaluation, "_load", load)
+    monkeypatch.setattr(evaluation, "TEACHERS_SHARE", 1e-9)
+    done = run_inline(run, until="report")
+    own = json.loads((Path(done["evaluation"].uri) / "evaluation.json").read_text())
+    for title in ("student before", "student after"):
+        assert own["models"][title] == whole["models"][title]
+    teacher, expected = own["models"]["teacher"]["all"], whole["models"]["teacher"]["all"]
+    assert (teacher["forward_kl"], teacher["agreement"]) == (0.0, 1.0)
+    assert teacher["perplexity"] == pytest.approx(expected["perplexity"], rel=0.01)
+    assert "exact_match" in expected
+    assert "exact_match" not in teacher
+    assert all("teacher" not in sample for sample in own["samples"])
+    assert own["samples"]
+    assert "student after" in (Path(done["report"].uri) / "report.html").read_text()
+
+
+def test_why_a_teacher_is_not_loaded_whole(
+    make_recipe: Callable[..., Path], teacher_folder: Path
+) -> None:
+    recipe = str(make_recipe())
+    spread = {"teacher.type": "sglang", "teacher.tensor_parallel": 2, "teacher.num_ranks": 2}
+    reasons = []
+    for overrides in dict[str, object](), spread:
+        run = load_run(recipe, overrides)
+        spec = stage_spec(plan_stages(run)["evaluate"], run, {})
+        reasons.append(evaluation._why_not_loaded(StageRun(spec, SilentReporter()), teacher_folder))
+    assert reasons == [None, "one copy of it is spread over 2 ranks"]
+    reason = lacking_room(teacher_folder, torch.float32, torch.device("cpu"), 1e-9)
+    assert reason is not None
+    assert "of memory are to spare" in reason
