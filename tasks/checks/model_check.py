@@ -3,25 +3,22 @@
 Loads torch; `checks.py` says when that is needed.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 import transformers
 
 from configs.schema.models import LayerDropModel, NewVocabularyModel
 from configs.schema.run import RunConfig
-from configs.schema.teacher import SglangTeacher, TransformersTeacher
+from configs.schema.teacher import TransformersTeacher
 from kdflow_core.errors import ModelError
 from kdflow_core.models.inspection import Use, check_model, check_trainable
 from kdflow_core.models.layer_drop import kept_config
 from kdflow_core.models.loading import load_config
 from kdflow_core.models.structure import meta_model
 from tasks.checks.chat_check import chat_format, check_pair
+from tasks.checks.device_check import check_devices
 from tasks.stages.identity import made_of, run_of_teacher
-
-RANKS_PER_CORE = 4
 
 
 def use_of(run: RunConfig, side: str) -> Use:
@@ -53,7 +50,7 @@ def check_folders(run: RunConfig, folders: Mapping[str, Path]) -> None:
 
     Raises ModelError, which names the field.
     """
-    check_ranks(run)
+    check_devices(run)
     # Its reports of what is missing would come beside ours.
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -97,29 +94,3 @@ def _check_student_to_be_made(run: RunConfig, teacher: Path | None) -> None:
         else load_config(base, trust_remote_code=trust)
     )
     check_trainable(meta_model(config, trust_remote_code=trust), use_of(run, "student"))
-
-
-def check_ranks(run: RunConfig) -> None:
-    """Refuse more ranks than this machine can hold. Raises ModelError, which names the field."""
-    gpus = torch.cuda.device_count()
-    most = gpus or max(8, RANKS_PER_CORE * (os.cpu_count() or 1))
-    cores = f"{os.cpu_count()} cores and no GPU, for {most} ranks at most"
-    what = f"{gpus} GPUs" if gpus else cores
-    teacher = run.teacher
-    if gpus and run.teacher_in_training and isinstance(teacher, SglangTeacher):
-        _check_arithmetic(teacher)
-    wanted = {"student.num_ranks": run.student.num_ranks}
-    if run.teacher.type != "sglang_server":  # whose ranks only ask
-        wanted["teacher.num_ranks"] = run.teacher.num_ranks
-    for field, ranks in wanted.items():
-        if ranks > most:
-            raise ModelError(f"{field}={ranks}: this machine has {what}; lower it")
-
-
-def _check_arithmetic(teacher: SglangTeacher) -> None:
-    if teacher.deterministic:
-        raise ModelError(
-            "teacher.deterministic=true: on GPUs it changes the arithmetic of the whole process, "
-            "and with this delivery the teacher is in the processes that train; set "
-            "delivery=replay, or turn it off"
-        )

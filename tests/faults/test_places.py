@@ -14,7 +14,7 @@ from configs.errors import KdflowError
 from configs.load import load_run
 from storage.errors import StoreError
 from storage.memo import Memo
-from tasks.checks.model_check import check_ranks
+from tasks.checks.device_check import check_devices
 from tasks.checks.run_check import checked_plan
 from tests.conftest import run_inline
 from tests.readme import ROOT
@@ -246,5 +246,48 @@ def test_deterministic_states_are_not_for_gpus_that_train(
     }
     run = load_run(str(make_recipe()), live)
     with pytest.raises(KdflowError, match=r"teacher\.deterministic=true: on GPUs"):
-        check_ranks(run)
-    check_ranks(load_run(str(make_recipe()), live | {"delivery": "replay"}))
+        check_devices(run)
+    check_devices(load_run(str(make_recipe()), live | {"delivery": "replay"}))
+
+
+ON_POLICY = {
+    "mode": "onpolicy",
+    "loss.divergence": {"type": "reverse_kl"},
+    "student.max_steps": None,
+    "on_policy": {"rounds": 1, "prompts_per_round": 8, "rollout": {"type": "sglang"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"student.num_ranks": 4}, r"student\.num_ranks=4: this machine has 2 GPUs"),
+        ({"on_policy.rollout.first_gpu": 2}, "take the GPUs 2 to 2, and this machine has 0 to 1"),
+        ({"on_policy.rollout.tensor_parallel": 4}, "take the GPUs 0 to 3, and this machine has 0"),
+        ({"on_policy.rollout.weights": "broadcast"}, "share GPU 0, and NCCL takes a GPU once"),
+    ],
+)
+def test_gpus_that_are_not_there_or_are_taken(
+    make_recipe: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: dict[str, object],
+    message: str,
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    recipe = str(make_recipe())
+    with pytest.raises(KdflowError, match=message):
+        check_devices(load_run(recipe, ON_POLICY | overrides))
+    there = {"on_policy.rollout.first_gpu": 1, "on_policy.rollout.weights": "broadcast"}
+    check_devices(load_run(recipe, ON_POLICY | there))
+
+
+def test_engines_that_answer_side_by_side_have_a_gpu_each(
+    make_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    answers = {"by": "teacher", "engine": {"type": "sglang"}}
+    overrides = {"data.answers": answers, "student.num_ranks": 2}
+    recipe = str(make_recipe())
+    check_devices(load_run(recipe, overrides))
+    with pytest.raises(KdflowError, match=r"2 of this engine take the GPUs 1 to 2"):
+        check_devices(load_run(recipe, overrides | {"data.answers.engine.first_gpu": 1}))
