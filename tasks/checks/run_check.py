@@ -4,6 +4,7 @@ A model that passed is not checked again for the same use, so a run that comes f
 model library.
 """
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -125,9 +126,11 @@ def _memo(run: RunConfig) -> Memo:
 
 
 def _key(run: RunConfig, folders: Mapping[str, Path]) -> str:
-    """What models are checked for: these very files, for this very run."""
+    """What models are checked for: these very files, for this very run, on these devices."""
+    gpus = sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
     return digest(
         {
+            "devices": [os.cpu_count(), os.environ.get("CUDA_VISIBLE_DEVICES"), *gpus],
             "versions": [version("transformers"), version("kdflow")],
             "files": {name: _states(folder) for name, folder in sorted(folders.items())},
             "run": public(run.model_dump(mode="json", include=CHECKED_SECTIONS)),
