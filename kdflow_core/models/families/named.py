@@ -19,16 +19,21 @@ BLOOM = Family(
 )
 GPT2 = Family(
     name="gpt2",
+    architectures=("GPT2LMHeadModel",),
+    head=HeadRule(embedding="transformer.wte.weight"),
+    layers="h",
+    loads_bare_names=True,
+)
+GPT2_KIN = Family(
+    name="gpt2_kin",
     architectures=(
         "CodeGenForCausalLM",
-        "GPT2LMHeadModel",
         "GPTBigCodeForCausalLM",
         "GPTJForCausalLM",
         "GPTNeoForCausalLM",
     ),
-    head=HeadRule(embedding="transformer.wte.weight"),
-    layers="h",
-    loads_bare_names=True,
+    head=GPT2.head,
+    layers=GPT2.layers,
 )
 GPT_NEOX = Family(
     name="gpt_neox",
@@ -59,4 +64,4 @@ OPT = Family(
     head=HeadRule(embedding="model.decoder.embed_tokens.weight"),
     layers="decoder.layers",
 )
-NAMED = (BIOGPT, BLOOM, GPT2, GPT_NEOX, MAMBA, MPT, NEMOTRON_H, OPT)
+NAMED = (BIOGPT, BLOOM, GPT2, GPT2_KIN, GPT_NEOX, MAMBA, MPT, NEMOTRON_H, OPT)
