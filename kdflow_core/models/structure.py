@@ -30,8 +30,10 @@ def meta_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> 
 def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
     """The decoder layers of a causal language model. Raises ModelError."""
     family = BY_ARCHITECTURE.get(type(model).__name__) or known_family(model.config)
-    path = (family or PLAIN).layers
-    layers = dict(model.base_model.named_modules()).get(path)
+    try:
+        layers = model.base_model.get_submodule((family or PLAIN).layers)
+    except AttributeError:
+        layers = None
     if isinstance(layers, torch.nn.ModuleList):
         return layers
     raise ModelError(f"{type(model).__name__} has no list of decoder layers")

@@ -16,63 +16,33 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
 
 PACKAGE = Path(__file__).parent
-OPTIONS_FILE = "sglang/srt/arg_groups/field_order.py"
+OPTIONS = "sglang.srt.arg_groups.field_order"
 GONE = "gone"
-Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-
-
-class Source(Protocol):
-    """The files of a release, by their paths below the folder that holds the package."""
-
-    def read(self, path: str) -> str | None:
-        """The text of a file, None where there is none."""
-        ...
-
-
-@dataclass(frozen=True)
-class Folder:
-    """An installed release."""
-
-    root: Path
-
-    def read(self, path: str) -> str | None:
-        """See `Source`."""
-        file = self.root / path
-        return file.read_text() if file.is_file() else None
-
-
-@dataclass(frozen=True)
-class Wheel:
-    """A release as it was downloaded."""
-
-    file: zipfile.ZipFile
-
-    def read(self, path: str) -> str | None:
-        """See `Source`."""
-        try:
-            return self.file.read(path).decode()
-        except KeyError:
-            return None
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+Definition = Function | ast.ClassDef
 
 
 @dataclass
 class Release:
-    """A release as definitions by name."""
+    """A release as definitions by name; `root` is the folder that holds its package, installed or
+    in a wheel.
+    """
 
-    source: Source
+    root: Path | zipfile.Path
     _modules: dict[str, ast.Module | None] = field(default_factory=dict)
 
     def module(self, name: str) -> ast.Module | None:
         """A module's code, None where there is no such module."""
         if name not in self._modules:
             path = name.replace(".", "/")
-            texts = (self.source.read(path + end) for end in (".py", "/__init__.py"))
-            text = next((text for text in texts if text is not None), None)
-            self._modules[name] = None if text is None else ast.parse(text)
+            self._modules[name] = self._parsed(f"{path}.py") or self._parsed(f"{path}/__init__.py")
         return self._modules[name]
+
+    def _parsed(self, path: str) -> ast.Module | None:
+        file = self.root.joinpath(path)
+        return ast.parse(file.read_text(encoding="utf-8")) if file.is_file() else None
 
     def find(self, module: str, name: str) -> tuple[str, ast.AST] | None:
         """Where a name of a module is defined, and as what; through imports of imports."""
@@ -111,7 +81,7 @@ class Release:
             if where is not None and isinstance(where[1], ast.ClassDef) and where[1] is not node:
                 found |= self.methods(where[0], where[1])
         for member in node.body:
-            if isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef):
+            if isinstance(member, Function):
                 found[member.name] = member
             elif isinstance(member, ast.AnnAssign) and isinstance(member.target, ast.Name):
                 found[member.target.id] = member
@@ -120,8 +90,11 @@ class Release:
     @cached_property
     def options(self) -> set[str]:
         """The options of a server."""
-        text = self.source.read(OPTIONS_FILE)
-        return set() if text is None else _strings(ast.parse(text))
+        tree = self.module(OPTIONS)
+        constants = (
+            () if tree is None else (n for n in ast.walk(tree) if isinstance(n, ast.Constant))
+        )
+        return {node.value for node in constants if isinstance(node.value, str)}
 
 
 @dataclass(frozen=True)
@@ -132,11 +105,11 @@ class Used:
     words: set[str]
 
 
-def used_by(package: Path = PACKAGE) -> Used:
-    """What the code of a folder uses of SGLang."""
+def used_names() -> Used:
+    """What the code of this package uses of SGLang."""
     names: set[tuple[str, str]] = set()
     words: set[str] = set()
-    for file in sorted(package.glob("*.py")):
+    for file in sorted(PACKAGE.glob("*.py")):
         if file == Path(__file__):
             continue
         for node in ast.walk(ast.parse(file.read_text())):
@@ -194,10 +167,9 @@ def _compare_name(
 
 def _change(before: ast.AST, after: ast.AST) -> str | None:
     """How a signature differs; None where it does not, or where there is none."""
-    functions = ast.FunctionDef | ast.AsyncFunctionDef
-    if not isinstance(before, functions):
+    if not isinstance(before, Function):
         return None
-    if not isinstance(after, functions):
+    if not isinstance(after, Function):
         return f"({ast.unparse(before.args)}) -> no function"
     old, new = _plain(before.args), _plain(after.args)
     if old == new:
@@ -209,17 +181,12 @@ def _change(before: ast.AST, after: ast.AST) -> str | None:
 
 def _plain(arguments: ast.arguments) -> list[str]:
     """The arguments, each with its default and without its type."""
-    copy = ast.parse(f"def f({ast.unparse(arguments)}): ...").body[0]
-    assert isinstance(copy, ast.FunctionDef)
-    for node in ast.walk(copy):
-        if isinstance(node, ast.arg):
-            node.annotation = None
-    plain = copy.args
-    positional = [*plain.posonlyargs, *plain.args]
-    defaults: list[ast.expr | None] = [None] * (len(positional) - len(plain.defaults))
-    pairs = zip(positional, [*defaults, *plain.defaults], strict=True)
-    named = [*pairs, *zip(plain.kwonlyargs, plain.kw_defaults, strict=True)]
-    rest = [f"{stars}{a.arg}" for stars, a in (("*", plain.vararg), ("**", plain.kwarg)) if a]
+    positional = [*arguments.posonlyargs, *arguments.args]
+    defaults: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults))
+    pairs = zip(positional, [*defaults, *arguments.defaults], strict=True)
+    named = [*pairs, *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
+    starred = (("*", arguments.vararg), ("**", arguments.kwarg))
+    rest = [f"{stars}{a.arg}" for stars, a in starred if a]
     return [a.arg if d is None else f"{a.arg}={ast.unparse(d)}" for a, d in named] + rest
 
 
@@ -248,19 +215,14 @@ def _names(tree: ast.Module) -> set[str]:
     return found
 
 
-def _strings(tree: ast.Module) -> set[str]:
-    constants = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
-    return {value for value in constants if isinstance(value, str)}
-
-
 def main(wheel: Path) -> int:
     """Print what differs; the exit code is 1 where something does."""
     spec = find_spec("sglang")
     if spec is None or spec.origin is None:
         sys.exit("SGLang is not installed, so there is nothing to compare with")
     with zipfile.ZipFile(wheel) as file:
-        old, new = Release(Folder(Path(spec.origin).parents[1])), Release(Wheel(file))
-        used = used_by()
+        old, new = Release(Path(spec.origin).parents[1]), Release(zipfile.Path(file))
+        used = used_names()
         differences = list(compare(old, new, used))
     lines = [f"{name}: {what}" for name, what in differences]
     count = f"{len(used.names)} names are used; {len(differences)} of what is used of them differ"

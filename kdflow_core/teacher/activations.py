@@ -7,6 +7,8 @@ about 25 GB where it is not, and refuses models that fit. Ours leaves what a bat
 from collections.abc import Mapping
 from typing import Any
 
+from kdflow_core.models.families.base import attention_shape
+
 # Contexts of kernels, workspaces of matrix products, fragments: what no formula has.
 RESERVE_BYTES = 10**9
 # Tensors of a token's width that live at once in a layer: the residual, the norm's output, the
@@ -19,17 +21,14 @@ def activation_bytes(config: Mapping[str, Any], *, tokens: int, itemsize: int) -
     """The most that the activations of a batch of `tokens` take, in bytes, by a text config: those
     of one layer, its attention's or its experts', as no gradient keeps those of others.
     """
-    width = int(config.get("hidden_size") or config.get("n_embd") or 0)
-    heads = int(config.get("num_attention_heads") or config.get("n_head") or 0)
-    head = int(config.get("head_dim") or (width // heads if heads else 0))
-    kept = int(config.get("num_key_value_heads") or heads)
+    shape = attention_shape(config)
     chosen = int(config.get("num_experts_per_tok") or 0)
     expert = int(config.get("moe_intermediate_size") or config.get("intermediate_size") or 0)
-    dense = int(config.get("intermediate_size") or 4 * width)
-    attention = (2 * heads + 2 * kept) * head
+    dense = int(config.get("intermediate_size") or 4 * shape.width)
+    attention = (2 * shape.heads + 2 * shape.kept_heads) * shape.head
     # Gate and up, their product, and with experts a token's copies before and after.
-    block = max(3 * dense, chosen * (3 * expert + 2 * width))
-    return tokens * (STREAMS * width + max(attention, block)) * itemsize
+    block = max(3 * dense, chosen * (3 * expert + 2 * shape.width))
+    return tokens * (STREAMS * shape.width + max(attention, block)) * itemsize
 
 
 def static_fraction(*, free_bytes: int, activations: int) -> float:

@@ -18,13 +18,14 @@ from configs.schema.run import RunConfig
 from configs.secrets import public
 from kdflow_core.errors import ModelError, WorkerError
 from kdflow_core.models.folders import resolve_folder
+from kdflow_core.workers.forking import can_fork
 from storage.artifact import ArtifactRef
 from storage.digest import digest
 from storage.fingerprint import file_state
 from storage.memo import Memo
 from storage.places import check_places, check_writable
 from tasks.checks.engine_check import check_engines
-from tasks.execution.launch import ask_rank, ranks_are_forked
+from tasks.execution.launch import ask_rank
 from tasks.presentation.tracking import check_tracking
 from tasks.stages.identity import StageIdentity, find, open_store, run_of_teacher
 from tasks.stages.planning import plan_stages
@@ -143,7 +144,7 @@ def _check(run: RunConfig, folders: Mapping[str, Path]) -> None:
     memo, key = _memo(run), _key(run, folders)
     if not folders or memo.get(key) is not None:
         return
-    if "torch" not in sys.modules and ranks_are_forked():
+    if "torch" not in sys.modules and can_fork():
         _check_in_rank(run, folders)
     else:
         from tasks.checks.model_check import check_folders  # noqa: PLC0415 - loads torch

@@ -9,7 +9,6 @@ from configs.printable import printable
 from configs.secrets import public
 from kdflow_core.errors import WorkerError
 from kdflow_core.workers.base import Launcher, Placement
-from kdflow_core.workers.forking import can_fork
 from kdflow_core.workers.local import LocalLauncher, ask_ranks_to_stop
 from storage.artifact import ArtifactRef
 from storage.lease import Pulse, exclusive, lease_name
@@ -52,11 +51,6 @@ def launcher_of(spec: StageSpec) -> Launcher:
     """What starts the ranks of a run."""
     del spec  # there is one way so far
     return LocalLauncher(PRELOAD)
-
-
-def ranks_are_forked() -> bool:
-    """Whether a rank has loaded the libraries when it starts, and so costs next to nothing."""
-    return can_fork()
 
 
 def warm_up() -> None:

@@ -118,14 +118,14 @@ def _judge(
     examples, shown = data
     chat = chats.chat(stage, side)
     reason = _why_not_loaded(stage, folder) if side == "teacher" else None
+    model = _load(stage, side, folder) if reason is None else None
     judged: Judged
-    if reason is not None:
+    if model is None:
         stage.reporter.message(
             f"the teacher is scored by its stored states, and answers no prompts: {reason}"
         )
         judged = StatesAtHand(teachers["all"])
     else:
-        model = _load(stage, side, folder)
         judged = ModelAtHand(model, true_vocabulary_size(chat.tokenizer))
         if side == "teacher":
             _check_own_states(stage, model, examples, teachers["all"])
@@ -141,7 +141,7 @@ def _judge(
         aligned=aligned[side],
     )
     by_source: dict[str, dict[str, float]] = {name: asdict(s) for name, s in scores.items()}
-    if reason is not None:
+    if model is None:
         return by_source, None
     texts = generate_greedily(
         model=model,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kdflow_core.sglang_runtime.compare_versions import Folder, Release, main, used_by
+from kdflow_core.sglang_runtime.compare_versions import Release, main, used_names
 
 SRT = "sglang/srt"
 
@@ -62,6 +62,6 @@ def test_what_is_gone_or_called_otherwise_is_named(
 
 
 def test_every_name_that_is_used_is_found_in_the_installed_release(site: Path) -> None:
-    installed = Release(Folder(site))
-    lost = [key for key in sorted(used_by().names) if installed.find(*key) is None]
+    installed = Release(site)
+    lost = [key for key in sorted(used_names().names) if installed.find(*key) is None]
     assert lost == []

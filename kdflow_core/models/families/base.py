@@ -82,23 +82,43 @@ def context_field(config: Mapping[str, Any]) -> str | None:
     return next((name for name in CONTEXT_FIELDS if config.get(name) is not None), None)
 
 
-def cached_values(config: Mapping[str, Any]) -> int:
-    """The keys and values that a model keeps of a token, if it has attention in all layers and
-    shares none between them: else it keeps less.
+@dataclass(frozen=True, kw_only=True)
+class AttentionShape:
+    """The width of a model's hidden states, its attention heads, those that keys and values have,
+    and the width of each; 0 where a config does not say.
     """
-    heads, width, layers = (
-        next((config[name] for name in names if config.get(name)), None)
-        for names in (HEAD_FIELDS, WIDTH_FIELDS, LAYER_FIELDS)
-    )
-    layers = layers or len(config.get("layers_block_type") or ()) or None
-    if heads is None or width is None or layers is None:
-        return 0
-    head = config.get("head_dim") or width // heads
-    kept = next((config[name] for name in KEPT_HEAD_FIELDS if config.get(name)), heads)
+
+    width: int
+    heads: int
+    kept_heads: int
+    head: int
+
+
+def attention_shape(config: Mapping[str, Any]) -> AttentionShape:
+    """The shape of a model's attention, by its text config."""
+    width, heads = _first(config, WIDTH_FIELDS), _first(config, HEAD_FIELDS)
+    kept = _first(config, KEPT_HEAD_FIELDS) or heads
     # Falcon's newer architecture has groups of heads; the older ones have one for all, or each.
     if config.get("multi_query") and not config.get("new_decoder_architecture"):
-        kept = 1
-    return int(2 * layers * kept * head)
+        kept = min(1, heads)
+    head = int(config.get("head_dim") or (width // heads if heads else 0))
+    return AttentionShape(width=width, heads=heads, kept_heads=kept, head=head)
+
+
+def cached_values(config: Mapping[str, Any]) -> int:
+    """The keys and values that a model keeps of a token, if it has attention in all layers and
+    shares none between them: else it keeps less. 0 where a config does not say.
+    """
+    shape = attention_shape(config)
+    layers = _first(config, LAYER_FIELDS) or len(config.get("layers_block_type") or ())
+    if not shape.width:
+        return 0
+    return 2 * layers * shape.kept_heads * shape.head
+
+
+def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> int:
+    """The first of some fields that a config has; 0 where it has none."""
+    return int(next((config[name] for name in names if config.get(name)), 0))
 
 
 def batched_length(config: Mapping[str, Any]) -> int | None:
