@@ -30,11 +30,16 @@ TAUGHT_TERMS = ("kd", "forward_kl", "teacher_entropy", "agreement")
 # Beside them where two tokenizers are aligned: means over spans of tokens that spell the same.
 SPAN_TERM = Metric("span", "likelihood of spans (nats/span)", "divergence")
 WITHIN_TERM = Metric("within_classes", "reverse KL within classes (nats/span)", "estimate")
+# Beside them where each model is compared in the other's space.
+PROJECTED_TERM = Metric("projected_cross_entropy", LOSS, "cross-entropy, teacher projected")
+TEACHER_SPACE_TERM = Metric("teacher_space", LOSS, "divergence in the teacher's space")
 TERM_NAMES = tuple(term.name for term in TOKEN_TERMS)
 STEP_METRICS = (
     *TOKEN_TERMS,
     SPAN_TERM,
     WITHIN_TERM,
+    PROJECTED_TERM,
+    TEACHER_SPACE_TERM,
     Metric("grad_norm", "gradient norm (before clipping)", "gradient norm"),
     Metric("lr", "learning rate", "lr"),
     Metric("tokens_per_s", "throughput (tokens/s)", "tokens/s"),

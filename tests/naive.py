@@ -5,7 +5,7 @@ supervised tokens, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,11 @@ def curve(
     rows: TokenTable,
     example_loss: ExampleLoss,
     after_step: Callable[[PreTrainedModel], None] = lambda _: None,
+    own: tuple[Sequence[torch.nn.Parameter], float] = ((), 0.0),
 ) -> list[float]:
-    """The loss of each step, per supervised token; `example_loss` sums over those of a sequence."""
+    """The loss of each step, per supervised token; `example_loss` sums over those of a sequence.
+    `own` are weights of the algorithm, and their peak learning rate.
+    """
     plan = BatchSchedule(
         lengths=rows.lengths("student"),
         supervised_counts=rows.supervised_counts("student"),
@@ -74,22 +77,24 @@ def curve(
         max_steps=run.student.max_steps,
     )
     student = load(run.student.model.path)
-    optimizer = torch.optim.AdamW(
-        student.parameters(), lr=run.student.lr, betas=(0.9, 0.95), weight_decay=0.0
-    )
+    weights = [*student.parameters(), *own[0]]
+    groups = [{"params": list(student.parameters()), "lr": run.student.lr}]
+    groups += [{"params": list(own[0]), "lr": own[1]}] if own[0] else []
+    peaks = [group["lr"] for group in groups]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     losses = []
     warmup = round(run.student.warmup_fraction * plan.num_steps)
     for step in range(plan.num_steps):
         progress = (step - warmup) / max(1, plan.num_steps - 1 - warmup)
         factor = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
-        for group in optimizer.param_groups:
-            group["lr"] = run.student.lr * ((step + 1) / warmup if step < warmup else factor)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * ((step + 1) / warmup if step < warmup else factor)
         chosen = plan.sequences(step)
         total = sum(example_loss(student, rows[index]) for index in chosen)
         loss = total / int(rows.supervised_counts("student")[chosen].sum())
         loss.backward()
         losses.append(loss.item())
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         after_step(student)

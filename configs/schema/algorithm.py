@@ -5,16 +5,21 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from configs.schema.base import StrictModel
+from configs.schema.loss import LossConfig
 from configs.schema.signals import SignalKind
 from configs.schema.teacher import Teacher
 
 
 class _Algorithm(StrictModel):
     """`SIGNALS` are the kinds of signals that training can read; a teacher gives one of them. An
-    algorithm of `text` alone reads nothing that a teacher has computed.
+    algorithm of `text` alone reads nothing that a teacher has computed. One that is not `IN_PARTS`
+    needs whole output heads on every rank; one that is `OF_ONE_VOCABULARY` compares no classes of
+    tokens, whatever the tokenizers.
     """
 
     SIGNALS: ClassVar[frozenset[SignalKind]] = frozenset({"hidden"})
+    IN_PARTS: ClassVar[bool] = True
+    OF_ONE_VOCABULARY: ClassVar[bool] = False
 
     @property
     def reads_signals(self) -> bool:
@@ -34,6 +39,20 @@ class VanillaKDConfig(_Algorithm):
     """Cross-entropy and a divergence from one teacher, as `loss` says."""
 
     type: Literal["vanilla_kd"] = "vanilla_kd"
+
+
+class DualSpaceConfig(_Algorithm):
+    """Dual-space distillation (DSKD, 2406.17328, 2504.11426): the divergence is taken twice, once
+    over the student's vocabulary, where a projector brings the teacher's states, and once over the
+    teacher's, where another brings the student's. For models of one tokenizer or of two.
+    """
+
+    IN_PARTS = False
+    OF_ONE_VOCABULARY = True
+
+    type: Literal["dual_space"] = "dual_space"
+    projector_lr: float = Field(default=1e-3, gt=0)
+    """The peak learning rate of both projectors, on the student's schedule."""
 
 
 class TaughtPart(StrictModel):
@@ -88,6 +107,7 @@ class SelfDistillationConfig(_Algorithm):
     """
 
     SIGNALS = frozenset({"text"})
+    IN_PARTS = False
 
     type: Literal["self_distillation"] = "self_distillation"
     update: Literal["synchronized", "ema"] = "ema"
@@ -99,7 +119,7 @@ class SelfDistillationConfig(_Algorithm):
 
 
 Algorithm = Annotated[
-    SFTConfig | VanillaKDConfig | MultiTeacherConfig | SelfDistillationConfig,
+    SFTConfig | VanillaKDConfig | DualSpaceConfig | MultiTeacherConfig | SelfDistillationConfig,
     Field(discriminator="type"),
 ]
 
@@ -110,6 +130,18 @@ def check_signal(algorithm: Algorithm, teacher: Teacher) -> None:
         raise ValueError(
             f"algorithm.type={algorithm.type} reads the signals {sorted(algorithm.SIGNALS)}, and "
             f"teacher.type={teacher.type} gives {teacher.SIGNAL}; set another of the two"
+        )
+
+
+def check_one_vocabulary(algorithm: Algorithm, loss: LossConfig) -> None:
+    """Refuse what an algorithm that compares no classes of tokens does not read. Raises
+    ValueError.
+    """
+    setting = loss.of_two_tokenizers or loss.learns_from_samples
+    if algorithm.OF_ONE_VOCABULARY and setting:
+        raise ValueError(
+            f"{setting} is not for algorithm.type={algorithm.type}, which compares whole "
+            "distributions, each over one vocabulary; leave it out"
         )
 
 

@@ -15,7 +15,11 @@ def check_aligned(run: "RunConfig") -> None:
             run.student.vocabulary_parallel
         ),
         f"loss.divergence={run.loss.divergence.type}: it is of single tokens, not of classes of "
-        "them; forward_kl is of both": run.algorithm.reads_signals and not run.loss.is_of_classes,
+        "them; forward_kl is of both": (
+            run.algorithm.reads_signals
+            and not run.algorithm.OF_ONE_VOCABULARY
+            and not run.loss.is_of_classes
+        ),
     }
     reason = next((text for text, holds in refused.items() if holds), None)
     if reason is not None:

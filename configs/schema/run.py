@@ -8,6 +8,7 @@ from configs.schema.algorithm import (
     Algorithm,
     MultiTeacherConfig,
     VanillaKDConfig,
+    check_one_vocabulary,
     check_signal,
     check_teachers,
 )
@@ -126,8 +127,8 @@ class RunConfig(StrictModel):
     student: StudentConfig
     """The student, and how it is trained."""
     algorithm: Algorithm = Field(default_factory=VanillaKDConfig)
-    """From whom the student learns, on which tokens: `vanilla_kd` (default), `sft`, `multi_teacher`
-    or `self_distillation`.
+    """From whom the student learns, on which tokens: `vanilla_kd` (default), `sft`, `dual_space`,
+    `multi_teacher` or `self_distillation`.
     """
     loss: LossConfig = Field(default_factory=LossConfig)
     """The divergence, and how it mixes with cross-entropy."""
@@ -210,9 +211,9 @@ class RunConfig(StrictModel):
                 + "; leave `delivery` out"
             )
         if self.student.vocabulary_parallel and (
-            kind == "self_distillation" or self.loss.needs_whole_vocabulary
+            not self.algorithm.IN_PARTS or self.loss.needs_whole_vocabulary
         ):
-            what = kind if kind == "self_distillation" else self.loss.divergence.type
+            what = self.loss.divergence.type if self.algorithm.IN_PARTS else kind
             raise ValueError(
                 f"student.vocabulary_parallel is not for {what}, which needs whole output heads; "
                 "leave it out"
@@ -247,6 +248,7 @@ class RunConfig(StrictModel):
                 f"{self.loss.of_two_tokenizers} is for two tokenizers, and alignment=exact asks "
                 "for one; leave one of the two out"
             )
+        check_one_vocabulary(self.algorithm, self.loss)
         by_spans = self.loss.span_share or self.loss.within_classes
         if by_spans and self.algorithm.type not in ("vanilla_kd", "sft"):
             raise ValueError(

@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from configs.schema.algorithm import Algorithm as AlgorithmConfig
 from kdflow_core.algorithms.base import Algorithm, Ingredients
+from kdflow_core.algorithms.dual_space import DualSpace
 from kdflow_core.algorithms.multi_teacher import MultiTeacher
 from kdflow_core.algorithms.self_distillation import SelfDistillation
 from kdflow_core.algorithms.sft import SFT
@@ -17,6 +18,7 @@ ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = MappingProxyType(
     {
         "sft": SFT,
         "vanilla_kd": VanillaKD,
+        "dual_space": DualSpace,
         "multi_teacher": MultiTeacher,
         "self_distillation": SelfDistillation,
     }

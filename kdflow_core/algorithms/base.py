@@ -1,11 +1,11 @@
 """What an algorithm is: from whom the student learns, on which tokens, with which weights.
 
 Dimensions: B sequences, T tokens, N supervised tokens of the micro-batch, K those of one teacher,
-H and G hidden sizes of student and teacher.
+H and G hidden sizes of student and teacher, O tokens that two vocabularies share.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -105,7 +105,9 @@ class Teacher:
 class Ingredients:
     """What algorithms are made of: the loss, the student, and the teachers' heads by name. Of
     teachers that read otherwise than the run's own, also their view, and what compares their
-    vocabulary with the student's (None: both have one).
+    vocabulary with the student's (None: both have one). `first_head` reads the head that the
+    student begins with, whole, from its checkpoint; `shared_O2` are the ids [O, 2] that the tokens
+    of two vocabularies have in the student's and in the teacher's (None: both have one).
     """
 
     spec: LossSpec
@@ -114,6 +116,8 @@ class Ingredients:
     vocabulary_size: int
     views: Mapping[str, str] = field(default_factory=dict)
     foldings: Mapping[str, Comparison | None] = field(default_factory=dict)
+    first_head: Callable[[], OutputHead] | None = None
+    shared_O2: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +149,11 @@ class Algorithm(torch.nn.Module, ABC):
     def models(self) -> Sequence[PreTrainedModel]:
         """Models of its own, to be sharded like the student."""
         return ()
+
+    @property
+    def lr(self) -> float | None:
+        """The learning rate of weights of its own; None: the student's."""
+        return None
 
     @abstractmethod
     def loss(self, student: Student, batch: MicroBatch) -> LossOutput:

@@ -63,6 +63,17 @@ class TokenizerPair:
         student, teacher = self.vocabularies
         return _is_shared(student, teacher), _is_shared(teacher, student)
 
+    @property
+    def shared_ids(self) -> np.ndarray:
+        """The ids [O, 2] of the tokens that both have, in either vocabulary; int64."""
+        student, teacher = self.vocabularies
+        own, other = student.tokens.id_of, teacher.tokens.id_of
+        ids_O2 = np.array(
+            [(own[token], other[token]) for token in sorted(own.keys() & other.keys())]
+            + [(student.end_ids[0], teacher.end_ids[0])]
+        )
+        return ids_O2[(ids_O2 < self.sizes).all(1)]
+
     def classes(self, by: ClassMap) -> Classes:
         """The classes of both vocabularies; takes seconds."""
         return MAPS[by](*self.vocabularies)

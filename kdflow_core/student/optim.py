@@ -1,6 +1,6 @@
 """The student's optimizer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,19 +22,31 @@ def freeze_(model: torch.nn.Module, config: StudentConfig) -> None:
 
 def build_optimizer(module: DistillationModule, config: StudentConfig) -> torch.optim.AdamW:
     """AdamW on what trains, by its groups; where these say nothing, weight decay acts on matrices
-    only, not on norms and biases. The rates of the groups are their peaks.
+    only, not on norms and biases. What an algorithm has of its own is in no group, and has
+    the algorithm's rate. The rates of the groups are their peaks.
     """
     groups: list[dict[str, Any]] = []
-    for group, named in _grouped(dict(module.model.named_parameters()), config):
-        lr = config.lr if group is None or group.lr is None else group.lr
-        given = None if group is None else group.weight_decay
-        # What an algorithm has of its own is in no group.
-        own = module.algorithm.parameters() if group is None else ()
-        training = [p for p in (*named.values(), *own) if p.requires_grad]
+
+    def add(
+        parameters: Iterable[torch.nn.Parameter], lr: float | None, decay: float | None = None
+    ) -> None:
+        training = [p for p in parameters if p.requires_grad]
         for matrices in (True, False):
-            decay = given if given is not None else config.weight_decay if matrices else 0.0
-            params = [p for p in training if (p.ndim >= 2) == matrices]
-            groups.append({"params": params, "weight_decay": decay, "lr": lr})
+            usual = config.weight_decay if matrices else 0.0
+            groups.append(
+                {
+                    "params": [p for p in training if (p.ndim >= 2) == matrices],
+                    "weight_decay": usual if decay is None else decay,
+                    "lr": config.lr if lr is None else lr,
+                }
+            )
+
+    for group, named in _grouped(dict(module.model.named_parameters()), config):
+        if group is None:
+            add(named.values(), None)
+        else:
+            add(named.values(), group.lr, group.weight_decay)
+    add(module.algorithm.parameters(), module.algorithm.lr)
     used = [group for group in groups if group["params"]]
     return torch.optim.AdamW(used, lr=config.lr, betas=config.adam_betas, fused=True)
 

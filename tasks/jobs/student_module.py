@@ -20,6 +20,7 @@ from kdflow_core.losses.folding import Comparison, Folding, Ranks
 from kdflow_core.losses.surrogate import PolicyGradient
 from kdflow_core.losses.token_weights import build_token_weight
 from kdflow_core.losses.vocabulary import WholeVocabulary
+from kdflow_core.models.heads import load_head
 from kdflow_core.models.loading import DTYPES, load_causal_lm
 from kdflow_core.models.partial_loading import fill_own_part_, unfilled_causal_lm
 from kdflow_core.models.tokenizers import true_vocabulary_size
@@ -39,9 +40,11 @@ def build_module(
     *,
     views: Mapping[str, str] | None = None,
     foldings: Mapping[str, Comparison | None] | None = None,
+    shared_O2: torch.Tensor | None = None,
 ) -> DistillationModule:
     """The student with its algorithm, sharded over all ranks; `heads` are the teachers' by name.
-    `views` and `foldings` are of those that read otherwise than the run's own (see `Ingredients`).
+    `views` and `foldings` are of those that read otherwise than the run's own, `shared_O2` of two
+    vocabularies (see `Ingredients`).
     """
     config = stage.run.student
     folder = stage.model_folder("student")
@@ -69,6 +72,8 @@ def build_module(
         vocabulary_size=vocabulary_size,
         views=views or {},
         foldings=foldings or {},
+        first_head=lambda: load_head(folder, model.config, vocabulary_size),
+        shared_O2=shared_O2,
     )
     module = DistillationModule(
         model=model,
@@ -111,6 +116,13 @@ def build_comparison(
         torch.from_numpy(c).to(device) for c in (classes.student_V, classes.teacher_W)
     )
     return Folding(student_V=student_V, teacher_W=teacher_W, count=classes.count)
+
+
+def shared_tokens(pair: TokenizerPair | None) -> torch.Tensor | None:
+    """The ids [O, 2] of the tokens of two vocabularies; None where they are the same."""
+    if pair is None or not pair.has_classes:
+        return None
+    return torch.from_numpy(pair.shared_ids)
 
 
 def loss_spec(run: RunConfig, part: HeadPart | None, folding: Comparison | None) -> LossSpec:

@@ -17,7 +17,7 @@ from storage.artifact import ArtifactRef
 from storage.tokens import TokenTable
 from tasks.presentation.tracking import read_metrics
 from tests import naive
-from tests.conftest import CHATML, make_llama, run_inline
+from tests.conftest import CHATML, VOCABULARY, make_llama, run_inline
 
 pytestmark = pytest.mark.ranks
 # float32 sums taken in another order; see test_training.
@@ -127,6 +127,52 @@ def test_several_teachers(
 
 def table(done: dict[str, ArtifactRef], split: str) -> TokenTable:
     return TokenTable(Path(done["tokens"].uri) / f"{split}.arrow")
+
+
+def test_dual_space(make_recipe: Callable[..., Path]) -> None:
+    """Both models at both heads, over two ranks; the export is the student alone."""
+    overrides = {
+        "algorithm": {"type": "dual_space", "projector_lr": 0.01},
+        "loss.kd_ratio": 0.5,
+    }
+    run = load_run(str(make_recipe(num_ranks=2, micro_batch_tokens=90)), overrides)
+    done = run_until(run, "train")
+    teacher, student = naive.load(run.teacher.model.path), naive.load(run.student.model.path)
+    other_VG = teacher.lm_head.weight.detach()[:VOCABULARY]
+    own_VH = student.lm_head.weight.detach()[:VOCABULARY]
+    # h W' = (h P) W for all h, as nearly as can be: W' = W P^T.
+    to_student, to_teacher = (
+        torch.nn.Parameter(torch.linalg.lstsq(to.double(), of.double()).solution.T.float())
+        for of, to in ((other_VG, own_VH), (own_VH, other_VG))
+    )
+
+    def example_loss(student: PreTrainedModel, row: naive.Row) -> torch.Tensor:
+        states = {}
+        for side, model in (("student", student), ("teacher", teacher)):
+            supervised_T = torch.from_numpy(row[f"{side}_supervised"].astype(bool))[1:]
+            hidden_BTH = model.model(torch.tensor(row[f"{side}_ids"]).long()[None])[0]
+            states[side] = hidden_BTH[0, :-1][supervised_T]
+        told_NG = states["teacher"].detach().bfloat16().float()
+        head_VH = student.lm_head.weight[:VOCABULARY]
+        projected_NV = told_NG @ to_student @ head_VH.detach().T
+        student_NV = states["student"] @ head_VH.T
+        both = naive.forward_kl(student_NV, projected_NV.detach()) + naive.forward_kl(
+            states["student"] @ to_teacher @ other_VG.T, told_NG @ other_VG.T
+        )
+        return 0.5 * naive.cross_entropy(student_NV, row) + 0.5 * (
+            both + naive.cross_entropy(projected_NV, row)
+        )
+
+    np.testing.assert_allclose(
+        losses(done),
+        naive.curve(run, train_table(done), example_loss, own=([to_student, to_teacher], 0.01)),
+        rtol=RTOL,
+    )
+    exported = load_file(Path(done["student"].uri) / "model/model.safetensors")
+    assert exported.keys() <= student.state_dict().keys()
+    record = read_metrics(Path(done["student"].uri) / "metrics.jsonl")[-1]
+    assert record["teacher_space"] > 0
+    assert record["projected_cross_entropy"] > 0
 
 
 TOLD = CHATML.replace("{% for m", "{{ '<|im_start|>system\nSums of small numbers.' }}{% for m", 1)

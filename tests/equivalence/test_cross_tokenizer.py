@@ -34,7 +34,7 @@ from tasks.stages.explanation import stage_status
 from tasks.stages.identity import made_of, open_store, stage_spec
 from tasks.stages.planning import plan_stages
 from tests import naive
-from tests.conftest import make_llama, make_tokenizer, run_inline
+from tests.conftest import VOCABULARY, make_llama, make_tokenizer, run_inline
 
 pytestmark = pytest.mark.ranks
 OTHER_TEMPLATE = (
@@ -135,19 +135,10 @@ def test_teachers_of_two_tokenizers_teach_together(
     tokens = {name: tokens_of(tokenizer) for name, tokenizer in tokenizers.items()}
     classes = classes_by_hand(tokens, tokenizers)
 
-    def targets(row: naive.Row, view: str) -> np.ndarray:
-        return np.asarray(row[f"{view}_ids"])[row[f"{view}_supervised"].astype(bool)]
-
     def class_kl(student_NV: torch.Tensor, row: naive.Row) -> torch.Tensor:
-        begins = []
-        for view, own in (("student", tokens["student"]), ("second", tokens["teacher"])):
-            lengths = [len(own[i]) for i in targets(row, view)]
-            begins.append({sum(lengths[:k]): k for k in range(len(lengths)) if lengths[k]})
-            begins[-1][-1] = len(lengths) - 1  # the ends of the turn pair, too
-        pairs = [(begins[0][b], begins[1][b]) for b in begins[0].keys() & begins[1].keys()]
         teacher_MV = naive.stored_logits(second, row, "second")
         total = student_NV.new_zeros(())
-        for own, other in pairs:
+        for own, other in pairs_by_hand(row, tokens, "second"):
             q, p = (
                 torch.zeros(2000).index_add(0, classes[name], logits.softmax(-1))
                 for name, logits in (("student", student_NV[own]), ("teacher", teacher_MV[other]))
@@ -173,6 +164,83 @@ def test_teachers_of_two_tokenizers_teach_together(
     page = (done["report"] / "report.html").read_text()
     assert "second: alignment: bytes" in page
     assert "high (second)" in page
+
+
+def test_dual_space_compares_at_pairs(other_run: Callable[..., RunConfig]) -> None:
+    """Losses are those of full logits over each side's own vocabulary, with projectors that begin
+    as the least squares over the tokens that both have.
+    """
+    algorithm = {"type": "dual_space", "projector_lr": 0.01}
+    run = other_run(algorithm=algorithm, loss__kd_ratio=0.5)
+    done = student_of(run)
+    folders = {name: getattr(run, name).model.path for name in ("student", "teacher")}
+    models = {name: naive.load(folder) for name, folder in folders.items()}
+    tokenizers = {name: AutoTokenizer.from_pretrained(folder) for name, folder in folders.items()}
+    tokens = {name: tokens_of(tokenizer) for name, tokenizer in tokenizers.items()}
+    both = sorted((set(tokens["student"]) & set(tokens["teacher"])) - {b""})
+    heads = {name: model.lm_head.weight.detach()[:VOCABULARY] for name, model in models.items()}
+    rows = {
+        name: heads[name][[*map(own.index, both), tokenizers[name].eos_token_id]].double()
+        for name, own in tokens.items()
+    }
+    to_student, to_teacher = (
+        torch.nn.Parameter(torch.linalg.lstsq(rows[to], rows[of]).solution.T.float())
+        for of, to in (("teacher", "student"), ("student", "teacher"))
+    )
+
+    def states_of(model: Any, row: naive.Row, view: str) -> torch.Tensor:
+        supervised_T = torch.from_numpy(row[f"{view}_supervised"].astype(bool))[1:]
+        ids_BT = torch.tensor(row[f"{view}_ids"]).long()[None]
+        return model.model(ids_BT)[0][0, :-1][supervised_T]
+
+    def example_loss(student: Any, row: naive.Row) -> torch.Tensor:
+        own, other = np.array(pairs_by_hand(row, tokens, "teacher")).T
+        own_NH = states_of(student, row, "student")
+        told_KG = states_of(models["teacher"], row, "teacher").detach()[other].bfloat16().float()
+        head_VH = student.lm_head.weight[:VOCABULARY]
+        projected_KV = told_KG @ to_student @ head_VH.detach().T
+        targets_K = torch.from_numpy(targets(row, "student")[own]).long()
+        kd = naive.forward_kl(own_NH[own] @ head_VH.T, projected_KV.detach())
+        kd = kd + torch.nn.functional.cross_entropy(projected_KV, targets_K, reduction="sum")
+        moved_KW = own_NH[own] @ to_teacher @ heads["teacher"].T
+        kd = kd + naive.forward_kl(moved_KW, told_KG @ heads["teacher"].T)
+        return 0.5 * naive.cross_entropy(own_NH @ head_VH.T, row) + 0.5 * kd
+
+    table = TokenTable(done["tokens"] / "train.arrow")
+    losses = [record["loss"] for record in read_metrics(done["student"] / METRICS_FILE)]
+    own = ([to_student, to_teacher], 0.01)
+    np.testing.assert_allclose(losses, naive.curve(run, table, example_loss, own=own), rtol=1e-4)
+
+
+def test_dual_space_is_refused_what_it_does_not_read(other_run: Callable[..., RunConfig]) -> None:
+    """But not divergences of single tokens: each comparison is over one vocabulary."""
+    algorithm = {"type": "dual_space"}
+    for setting in (
+        {"loss__compared_by": "shared_tail"},
+        {"loss__span_share": 0.5},
+        {"loss__divergence": {"type": "sampled_reverse_kl"}},
+    ):
+        with pytest.raises(ConfigError, match=r"is not for algorithm\.type=dual_space"):
+            other_run(algorithm=algorithm, **setting)
+    with pytest.raises(ConfigError, match="vocabulary_parallel is not for dual_space"):
+        other_run(algorithm=algorithm, student__vocabulary_parallel=True)
+    other_run(algorithm=algorithm, alignment="bytes", loss__divergence={"type": "alpha_beta"})
+
+
+def targets(row: naive.Row, view: str) -> np.ndarray:
+    return np.asarray(row[f"{view}_ids"])[row[f"{view}_supervised"].astype(bool)]
+
+
+def pairs_by_hand(
+    row: naive.Row, tokens: dict[str, list[bytes]], view: str
+) -> list[tuple[int, int]]:
+    """Supervised tokens that begin at one byte, the student's first; and the ends of the turn."""
+    begins = []
+    for side, own in (("student", tokens["student"]), (view, tokens["teacher"])):
+        lengths = [len(own[i]) for i in targets(row, side)]
+        begins.append({sum(lengths[:k]): k for k in range(len(lengths)) if lengths[k]})
+        begins[-1][-1] = len(lengths) - 1
+    return [(begins[0][b], begins[1][b]) for b in sorted(begins[0].keys() & begins[1].keys())]
 
 
 def test_what_a_mixture_of_tokenizers_is_refused(mixture: Callable[..., RunConfig]) -> None:

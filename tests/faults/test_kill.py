@@ -34,7 +34,7 @@ def kill_a_rank_after(checkpoints: Path, step: int, victim: int) -> None:
     stage_ranks(psutil.Process())[victim].kill()
 
 
-@pytest.mark.parametrize(("num_ranks", "algorithm"), [(1, "vanilla_kd"), (2, "self_distillation")])
+@pytest.mark.parametrize(("num_ranks", "algorithm"), [(1, "dual_space"), (2, "self_distillation")])
 def test_killed_training_ends_in_the_same_weights(
     make_recipe: Callable[..., Path],
     tmp_path: Path,
@@ -42,7 +42,9 @@ def test_killed_training_ends_in_the_same_weights(
     num_ranks: int,
     algorithm: str,
 ) -> None:
-    """Also where the teacher is a moving average of the student, which a checkpoint must hold."""
+    """Also of what an algorithm has of its own, which a checkpoint must hold: projectors, which
+    learn, and a moving average of the student.
+    """
     recipe = make_recipe(num_ranks=num_ranks, max_steps=40, checkpoint_every=5)
     overrides = {"algorithm.type": algorithm}
     if algorithm == "self_distillation":
