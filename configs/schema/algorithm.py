@@ -13,13 +13,14 @@ from configs.schema.teacher import Teacher
 class _Algorithm(StrictModel):
     """`SIGNALS` are the kinds of signals that training can read; a teacher gives one of them. An
     algorithm of `text` alone reads nothing that a teacher has computed. One that is not `IN_PARTS`
-    needs whole output heads on every rank; one that is `OF_ONE_VOCABULARY` compares no classes of
-    tokens, whatever the tokenizers.
+    needs whole output heads on every rank; one that `COMPARES_CLASSES` does so by `loss`, where
+    there are two tokenizers; one that `READS_SPANS` needs two.
     """
 
     SIGNALS: ClassVar[frozenset[SignalKind]] = frozenset({"hidden"})
     IN_PARTS: ClassVar[bool] = True
-    OF_ONE_VOCABULARY: ClassVar[bool] = False
+    COMPARES_CLASSES: ClassVar[bool] = True
+    READS_SPANS: ClassVar[bool] = False
 
     @property
     def reads_signals(self) -> bool:
@@ -48,11 +49,30 @@ class DualSpaceConfig(_Algorithm):
     """
 
     IN_PARTS = False
-    OF_ONE_VOCABULARY = True
+    COMPARES_CLASSES = False
 
     type: Literal["dual_space"] = "dual_space"
     projector_lr: float = Field(default=1e-3, gt=0)
     """The peak learning rate of both projectors, on the student's schedule."""
+
+
+class GoldConfig(_Algorithm):
+    """GOLD's comparison of two tokenizers (TRL's `ULDLoss`, hybrid, merged as `bayesian`): runs of
+    tokens that spell the same as one step each, tokens that both have by the Jensen-Shannon
+    divergence, all others by their ranks. Of `loss`, it reads `kd_ratio` and `logits_memory_mb`.
+    """
+
+    IN_PARTS = False
+    COMPARES_CLASSES = False
+    READS_SPANS = True
+
+    type: Literal["gold"] = "gold"
+    beta: float = Field(default=0.5, gt=0, lt=1)
+    """The teacher's share of the mixture that matched tokens are compared with."""
+    matched_weight: float | None = Field(default=None, ge=0, le=1)
+    """What matched tokens count, ranks counting the rest; by default the share of the teacher's
+    tokens that are matched.
+    """
 
 
 class TaughtPart(StrictModel):
@@ -119,7 +139,12 @@ class SelfDistillationConfig(_Algorithm):
 
 
 Algorithm = Annotated[
-    SFTConfig | VanillaKDConfig | DualSpaceConfig | MultiTeacherConfig | SelfDistillationConfig,
+    SFTConfig
+    | VanillaKDConfig
+    | DualSpaceConfig
+    | GoldConfig
+    | MultiTeacherConfig
+    | SelfDistillationConfig,
     Field(discriminator="type"),
 ]
 
@@ -133,16 +158,23 @@ def check_signal(algorithm: Algorithm, teacher: Teacher) -> None:
         )
 
 
-def check_one_vocabulary(algorithm: Algorithm, loss: LossConfig) -> None:
-    """Refuse what an algorithm that compares no classes of tokens does not read. Raises
-    ValueError.
-    """
+def check_loss(algorithm: Algorithm, loss: LossConfig) -> None:
+    """Refuse what an algorithm with a comparison of its own does not read. Raises ValueError."""
     setting = loss.of_two_tokenizers or loss.learns_from_samples
-    if algorithm.OF_ONE_VOCABULARY and setting:
+    if not algorithm.COMPARES_CLASSES and setting:
         raise ValueError(
-            f"{setting} is not for algorithm.type={algorithm.type}, which compares whole "
-            "distributions, each over one vocabulary; leave it out"
+            f"{setting} is not for algorithm.type={algorithm.type}, which compares models in a way "
+            "of its own; leave it out"
         )
+    if not isinstance(algorithm, GoldConfig):
+        return
+    usual = LossConfig()
+    for name in ("divergence", "token_weight"):
+        if getattr(loss, name) != getattr(usual, name):
+            raise ValueError(
+                f"loss.{name} is not for algorithm.type=gold, which has a divergence of its own; "
+                "leave it out"
+            )
 
 
 def check_teachers(algorithm: MultiTeacherConfig, source_names: tuple[str, ...]) -> None:

@@ -17,7 +17,7 @@ def check_aligned(run: "RunConfig") -> None:
         f"loss.divergence={run.loss.divergence.type}: it is of single tokens, not of classes of "
         "them; forward_kl is of both": (
             run.algorithm.reads_signals
-            and not run.algorithm.OF_ONE_VOCABULARY
+            and run.algorithm.COMPARES_CLASSES
             and not run.loss.is_of_classes
         ),
     }

@@ -8,7 +8,7 @@ from configs.schema.algorithm import (
     Algorithm,
     MultiTeacherConfig,
     VanillaKDConfig,
-    check_one_vocabulary,
+    check_loss,
     check_signal,
     check_teachers,
 )
@@ -128,7 +128,7 @@ class RunConfig(StrictModel):
     """The student, and how it is trained."""
     algorithm: Algorithm = Field(default_factory=VanillaKDConfig)
     """From whom the student learns, on which tokens: `vanilla_kd` (default), `sft`, `dual_space`,
-    `multi_teacher` or `self_distillation`.
+    `gold`, `multi_teacher` or `self_distillation`.
     """
     loss: LossConfig = Field(default_factory=LossConfig)
     """The divergence, and how it mixes with cross-entropy."""
@@ -243,12 +243,12 @@ class RunConfig(StrictModel):
                 "alignment=exact: a student with student.model.type=new_vocabulary has other "
                 "tokens than the teacher; leave `alignment` out"
             )
-        if self.loss.of_two_tokenizers and self.alignment == "exact":
+        if self.of_two_tokenizers and self.alignment == "exact":
             raise ValueError(
-                f"{self.loss.of_two_tokenizers} is for two tokenizers, and alignment=exact asks "
+                f"{self.of_two_tokenizers} is for two tokenizers, and alignment=exact asks "
                 "for one; leave one of the two out"
             )
-        check_one_vocabulary(self.algorithm, self.loss)
+        check_loss(self.algorithm, self.loss)
         by_spans = self.loss.span_share or self.loss.within_classes
         if by_spans and self.algorithm.type not in ("vanilla_kd", "sft"):
             raise ValueError(
@@ -294,6 +294,13 @@ class RunConfig(StrictModel):
                 f"({temperature:g})"
             )
         return self
+
+    @property
+    def of_two_tokenizers(self) -> str | None:
+        """The fields that are set and mean nothing between models of one tokenizer."""
+        if self.algorithm.READS_SPANS:
+            return f"algorithm.type={self.algorithm.type}"
+        return self.loss.of_two_tokenizers
 
     @property
     def replays(self) -> bool:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from configs.schema.algorithm import Algorithm as AlgorithmConfig
 from kdflow_core.algorithms.base import Algorithm, Ingredients
 from kdflow_core.algorithms.dual_space import DualSpace
+from kdflow_core.algorithms.gold import Gold
 from kdflow_core.algorithms.multi_teacher import MultiTeacher
 from kdflow_core.algorithms.self_distillation import SelfDistillation
 from kdflow_core.algorithms.sft import SFT
@@ -19,6 +20,7 @@ ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = MappingProxyType(
         "sft": SFT,
         "vanilla_kd": VanillaKD,
         "dual_space": DualSpace,
+        "gold": Gold,
         "multi_teacher": MultiTeacher,
         "self_distillation": SelfDistillation,
     }

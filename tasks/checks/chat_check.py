@@ -44,7 +44,7 @@ def check_pair(run: RunConfig, student: ChatFormat, teacher: ChatFormat) -> None
             raise ModelError(f"student and teacher have different vocabularies; {error}") from error
         for title, chat in (("student", student), ("teacher", teacher)):
             token_bytes(chat.tokenizer, title)
-    setting = run.loss.of_two_tokenizers
+    setting = run.of_two_tokenizers
     # Spans are there wherever tokens are aligned by bytes.
     if (
         setting

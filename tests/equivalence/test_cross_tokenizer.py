@@ -35,6 +35,7 @@ from tasks.stages.identity import made_of, open_store, stage_spec
 from tasks.stages.planning import plan_stages
 from tests import naive
 from tests.conftest import VOCABULARY, make_llama, make_tokenizer, run_inline
+from tests.numerics.test_gold import trls_hybrid_loss
 
 pytestmark = pytest.mark.ranks
 OTHER_TEMPLATE = (
@@ -212,19 +213,73 @@ def test_dual_space_compares_at_pairs(other_run: Callable[..., RunConfig]) -> No
     np.testing.assert_allclose(losses, naive.curve(run, table, example_loss, own=own), rtol=1e-4)
 
 
-def test_dual_space_is_refused_what_it_does_not_read(other_run: Callable[..., RunConfig]) -> None:
-    """But not divergences of single tokens: each comparison is over one vocabulary."""
-    algorithm = {"type": "dual_space"}
+def test_gold_is_trls(other_run: Callable[..., RunConfig]) -> None:
+    """Losses are those of TRL's merged spans and hybrid loss, from full logits."""
+    run = other_run(algorithm={"type": "gold"}, loss__kd_ratio=0.5, student__max_steps=4)
+    done = student_of(run)
+    folders = {name: getattr(run, name).model.path for name in ("student", "teacher")}
+    teacher = naive.load(folders["teacher"])
+    tokenizers = {name: AutoTokenizer.from_pretrained(folder) for name, folder in folders.items()}
+    tokens = {name: tokens_of(tokenizer) for name, tokenizer in tokenizers.items()}
+    both = sorted((set(tokens["student"]) & set(tokens["teacher"])) - {b""})
+    ids = {
+        name: [*map(own.index, both), tokenizers[name].eos_token_id] for name, own in tokens.items()
+    }
+    trl = trls_hybrid_loss(torch.tensor([ids["student"], ids["teacher"]]).T)
+
+    def example_loss(student: Any, row: naive.Row) -> torch.Tensor:
+        logits = {
+            "student": naive.logits_of(student, row, "student"),
+            "teacher": naive.stored_logits(teacher, row),
+        }
+        ends = {
+            name: np.cumsum([len(own[i]) for i in targets(row, name)])
+            for name, own in tokens.items()
+        }
+        groups = trl._align_by_byte_offsets(
+            *([(0, end) for end in ends[name][:-1].tolist()] for name in logits)
+        )
+        for name, own in zip(logits, groups, strict=True):
+            own.append([len(ends[name]) - 1])  # the ends of the turn
+        merged = [
+            trl._merge_probabilities_with_alignment_groups(
+                logits[name].softmax(-1), own, targets(row, name).tolist()
+            )
+            for name, own in zip(logits, groups, strict=True)
+        ]
+        hybrid = trl._compute_hybrid_uld_loss(*merged) * len(groups[0])
+        return 0.5 * naive.cross_entropy(logits["student"], row) + 0.5 * hybrid
+
+    table = TokenTable(done["tokens"] / "train.arrow")
+    records = read_metrics(done["student"] / METRICS_FILE)
+    losses = [record["loss"] for record in records]
+    np.testing.assert_allclose(losses, naive.curve(run, table, example_loss), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dual_space", "gold"])
+def test_a_comparison_of_its_own_is_refused_what_it_does_not_read(
+    make_recipe: Callable[..., Path], other_run: Callable[..., RunConfig], kind: str
+) -> None:
+    algorithm = {"type": kind}
     for setting in (
         {"loss__compared_by": "shared_tail"},
         {"loss__span_share": 0.5},
         {"loss__divergence": {"type": "sampled_reverse_kl"}},
     ):
-        with pytest.raises(ConfigError, match=r"is not for algorithm\.type=dual_space"):
+        with pytest.raises(ConfigError, match=rf"is not for algorithm\.type={kind}"):
             other_run(algorithm=algorithm, **setting)
-    with pytest.raises(ConfigError, match="vocabulary_parallel is not for dual_space"):
+    with pytest.raises(ConfigError, match=f"vocabulary_parallel is not for {kind}"):
         other_run(algorithm=algorithm, student__vocabulary_parallel=True)
-    other_run(algorithm=algorithm, alignment="bytes", loss__divergence={"type": "alpha_beta"})
+    # Each comparison of the one is over one vocabulary; the other has its own divergence.
+    single = {"alignment": "bytes", "loss__divergence": {"type": "alpha_beta"}}
+    if kind == "dual_space":
+        other_run(algorithm=algorithm, **single)
+        return
+    with pytest.raises(ConfigError, match=r"loss\.divergence is not for algorithm\.type=gold"):
+        other_run(algorithm=algorithm, **single)
+    same = load_run(str(make_recipe()), {"algorithm": algorithm})
+    with pytest.raises(ModelError, match=r"algorithm\.type=gold is for two tokenizers"):
+        checked_plan(same, download=True)
 
 
 def targets(row: naive.Row, view: str) -> np.ndarray:
