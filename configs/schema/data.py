@@ -39,9 +39,13 @@ class _Source(StrictModel):
     not read under another.
     """
     weight: float | None = Field(default=None, gt=0)
-    """The source's share of the blend; give it to all sources or to none."""
+    """The source's share of the blend; give it to all sources that are trained on, or to none."""
     max_samples: int | None = Field(default=None, gt=0, le=MOST)
     """How many samples of the source are taken, at most."""
+    heldout: bool = False
+    """Whether it is for evaluation alone. Samples of other sources with a prompt that it has are
+    held out, too.
+    """
 
 
 class FilesSource(_Source):
@@ -143,11 +147,13 @@ class DataConfig(StrictModel):
     sources: tuple[Source, ...] = Field(min_length=1, strict=False)
     """JSONL, Parquet or Arrow files, `save_to_disk` folders, fsspec URLs or hub data sets."""
     max_samples: int | None = Field(default=None, gt=0, le=MOST)
-    """How many samples are taken of all sources together, at most."""
+    """How many samples are taken of all sources together, at most, but for those of `heldout`."""
     max_length: int = Field(default=2048, gt=1, le=MOST)
     """The longest sample, in tokens; longer ones are dropped and counted, never cut."""
-    heldout_fraction: float = Field(default=0.02, gt=0, lt=1)
-    """The share of the prompts that is kept for evaluation."""
+    heldout_fraction: float = Field(default=0.02, ge=0, lt=1)
+    """The share of the prompts that is kept for evaluation; it may be 0 where a source is
+    `heldout`.
+    """
     max_malformed_fraction: float = Field(default=0.01, ge=0, le=1)
     """The share of a source's samples that may be dropped because they cannot be used, before the
     stage refuses.
@@ -161,7 +167,16 @@ class DataConfig(StrictModel):
 
     @model_validator(mode="after")
     def _weights_and_names(self) -> "DataConfig":
-        weighted = [source.weight is not None for source in self.sources]
+        if all(source.heldout for source in self.sources):
+            raise ValueError("all sources are `heldout`; leave it out of one, to train on")
+        if not self.heldout_fraction and not any(source.heldout for source in self.sources):
+            raise ValueError(
+                "`heldout_fraction` is 0 and no source is `heldout`: nothing would be left for "
+                "evaluation; set one of the two"
+            )
+        if any(source.heldout and source.weight is not None for source in self.sources):
+            raise ValueError("a `heldout` source is no part of the blend; leave its `weight` out")
+        weighted = [source.weight is not None for source in self.trained_sources]
         if any(weighted) and not all(weighted):
             raise ValueError("`weight` stands on some sources only; give it to all or to none")
         names = self.source_names
@@ -170,6 +185,11 @@ class DataConfig(StrictModel):
         if "all" in names:
             raise ValueError("a source is called 'all', which stands for all sources; set `name`")
         return self
+
+    @property
+    def trained_sources(self) -> tuple[Source, ...]:
+        """Those that are not for evaluation alone."""
+        return tuple(source for source in self.sources if not source.heldout)
 
     @property
     def source_names(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -36,12 +36,14 @@ MOST_HELD = 20_000
 
 @dataclass
 class Tally:
-    """Samples read, those of them that are prompts alone, and those dropped, by source and reason,
-    with an example of each reason; and fields that student's and teacher's templates leave out.
+    """Samples read, those of them that are prompts alone, those held out because of a source that
+    is, and those dropped, by source and reason, with an example of each reason; and fields that
+    student's and teacher's templates leave out.
     """
 
     read: Counter[str] = field(default_factory=Counter)
     prompts: Counter[str] = field(default_factory=Counter)
+    withheld: Counter[str] = field(default_factory=Counter)
     dropped: dict[str, Counter[str]] = field(default_factory=dict)
     first_detail: dict[str, str] = field(default_factory=dict)
     ignored: dict[str, Counter[str]] = field(default_factory=dict)
@@ -60,18 +62,21 @@ class Tally:
             self.drop(source, SampleError(rendered.reason, rendered.detail))
         else:
             self.prompts[source] += rendered.is_prompt
+            self.withheld[source] += rendered.is_withheld
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Rendered:
-    """What has become of a sample: an example, or the reason why it is dropped."""
+class _Rendered(NamedTuple):
+    """What has become of a sample: an example, or the reason why it is dropped; and whether it
+    would have been trained on, if a held-out source did not have its prompt.
+    """
 
+    ignored: dict[str, Counter[str]]
     example: Example | None = None
     split: Split = "train"
     is_prompt: bool = False
+    is_withheld: bool = False
     reason: str = ""
     detail: str = ""
-    ignored: dict[str, Counter[str]]
 
 
 class Aligner(Protocol):
@@ -131,12 +136,21 @@ def tokenize(
     """
     kept = Counter[str]()
     chosen = _chosen(config, seed, files, tally)
-    for name, conversations in zip(config.source_names, chosen, strict=True):
+    withheld = _withheld_prompts(config, seed, files)
+    for source, name, conversations in zip(
+        config.sources, config.source_names, chosen, strict=True
+    ):
+        fraction = 1.0 if source.heldout else config.heldout_fraction
 
-        def rendered(conversation: Conversation, source: str = name) -> _Rendered:
+        def rendered(
+            conversation: Conversation, source: str = name, fraction: float = fraction
+        ) -> _Rendered:
             hashed = text_hash(conversation.prompt_text, seed)
-            split = split_of(hashed, config.heldout_fraction)
-            return _rendered(conversation, source, readers, config.max_length, split)
+            split = split_of(hashed, fraction)
+            moved = split == "train" and hashed in withheld
+            return _rendered(
+                conversation, source, readers, config.max_length, "heldout" if moved else split
+            )._replace(is_withheld=moved)
 
         for found in in_order(rendered, iter(conversations), cores=cores):
             tally.take(name, found)
@@ -146,6 +160,16 @@ def tokenize(
                 reporter.progress(done=kept.total(), total=0, unit="samples", detail=name)
         _refuse_dropped(name, tally, config.max_malformed_fraction)
     _refuse_empty(kept, tally, config)
+
+
+def _withheld_prompts(config: DataConfig, seed: int, files: RowFiles) -> frozenset[int]:
+    """The hashes of the prompts of sources that are held out, which nobody is to train on."""
+    return frozenset(
+        text_hash(conversation.prompt_text, seed)
+        for source, name in zip(config.sources, config.source_names, strict=True)
+        if source.heldout
+        for conversation in _conversations(config, source, name, files, Tally())
+    )
 
 
 class _Selection:
@@ -196,9 +220,11 @@ def _chosen(
     read. Few samples of many are kept while their source is read; many are found by reading it
     twice.
     """
-    weighted = config.sources[0].weight is not None
+    weighted = config.trained_sources[0].weight is not None
     limits = [
-        min((n for n in (s.max_samples, config.max_samples) if n is not None), default=None)
+        s.max_samples
+        if s.heldout
+        else min((n for n in (s.max_samples, config.max_samples) if n is not None), default=None)
         for s in config.sources
     ]
     if weighted or any(limits):
@@ -225,13 +251,12 @@ def _held(
         for conversation in _conversations(config, source, name, files, tally):
             lowest.add(conversation, text_hash(conversation.text, seed + 1))
         sources.append(lowest)
-    counts = blend_counts(
-        available=[
+    counts = _counts(
+        config,
+        [
             own.count if s.max_samples is None else min(own.count, s.max_samples)
             for own, s in zip(sources, config.sources, strict=True)
         ],
-        weights=[s.weight for s in config.sources],
-        max_samples=config.max_samples,
     )
     return [own.take(count) for own, count in zip(sources, counts, strict=True)]
 
@@ -248,12 +273,22 @@ def _selections(
             hashes.append(sorted(all_hashes))
         else:
             hashes.append(heapq.nsmallest(source.max_samples, all_hashes))
-    counts = blend_counts(
-        available=[len(h) for h in hashes],
-        weights=[s.weight for s in config.sources],
+    counts = _counts(config, [len(h) for h in hashes])
+    return [_Selection(h[:n], seed + 1) for h, n in zip(hashes, counts, strict=True)]
+
+
+def _counts(config: DataConfig, available: Sequence[int]) -> list[int]:
+    """How many samples to take of each source: all that are held out, the others blended."""
+    blended = [place for place, source in enumerate(config.sources) if not source.heldout]
+    counts = list(available)
+    found = blend_counts(
+        available=[available[place] for place in blended],
+        weights=[config.sources[place].weight for place in blended],
         max_samples=config.max_samples,
     )
-    return [_Selection(h[:n], seed + 1) for h, n in zip(hashes, counts, strict=True)]
+    for place, count in zip(blended, found, strict=True):
+        counts[place] = count
+    return counts
 
 
 def blend_counts(
@@ -387,8 +422,13 @@ def _refuse_empty(kept: Counter[str], tally: Tally, config: DataConfig) -> None:
         )
     for split in ("train", "heldout"):
         if not kept[split]:
+            withheld = (
+                f", held out for their prompts: {dict(+tally.withheld)}"
+                if tally.withheld.total()
+                else ""
+            )
             raise DataError(
                 f"the {split} split is empty ({kept.total()} samples in all, dropped: "
-                f"{reasons or 'none'}); change data.heldout_fraction (now "
+                f"{reasons or 'none'}{withheld}); change data.heldout_fraction (now "
                 f"{config.heldout_fraction}) or give more data"
             )

@@ -59,6 +59,11 @@ def tokenize_data(stage: StageRun) -> ArtifactRef:
     stage.reporter.message(
         f"{counts['train_sequences']} training and "
         f"{counts['heldout_sequences']} held-out samples; dropped: {dropped or 'none'}"
+        + (
+            f"; held out because a held-out source has their prompt: {dict(withheld)}"
+            if (withheld := +tally.withheld)
+            else ""
+        )
         + (f"; fields that the chat template leaves out: {ignored}" if ignored else "")
     )
     return stage.publish(
@@ -67,6 +72,7 @@ def tokenize_data(stage: StageRun) -> ArtifactRef:
             "read": dict(tally.read),
             "prompts": dict(tally.prompts),
             "dropped": dropped,
+            "withheld": dict(+tally.withheld),
             "first_dropped": tally.first_detail,
             "ignored": ignored,
             "tokenizers": said,

@@ -359,7 +359,7 @@ def tokens_slice(run: RunConfig) -> dict[str, Any]:
         mode="json", exclude={"sources", "max_length", "max_malformed_fraction", "answers"}
     )
     data["sources"] = [
-        {"name": name} | source.model_dump(mode="json", include=set(_SOURCE_FIELDS))
+        {"name": name} | source.model_dump(mode="json", exclude=_IDENTIFIED)
         for name, source in zip(run.data.source_names, run.data.sources, strict=True)
     ]
     return {
@@ -372,7 +372,8 @@ def tokens_slice(run: RunConfig) -> dict[str, Any]:
     } | _teacher_reading(run)
 
 
-_SOURCE_FIELDS = ("layout", "columns", "weight", "max_samples", "format")
+# Of a source, what its name and the identity of its rows say already.
+_IDENTIFIED = {"name", "type", "path", "subset", "split", "revision"}
 
 
 def _length_limit(run: RunConfig, model: PretrainedModel | GgufModel | MadeModel) -> int:

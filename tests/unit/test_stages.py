@@ -133,3 +133,16 @@ def test_a_missing_package_is_refused_by_name(make_recipe: Callable[..., Path]) 
     model = {"type": "gguf", "package": "no_such_package", "file": "x.gguf", "sha256": "0" * 64}
     with pytest.raises(ModelError, match="'no_such_package', which carries the model"):
         plan_stages(load_run(str(make_recipe()), {"teacher.model": model}))
+
+
+def test_holding_a_source_out_makes_other_tokens(
+    make_recipe: Callable[..., Path], tmp_path: Path, data_file: Path
+) -> None:
+    """And so does whatever a source says of its rows; its name alone makes no other states."""
+    source = {"type": "files", "path": str(data_file)}
+    sources = [source, source | {"name": "test"}]
+    made = [
+        digests(load_run(str(make_recipe()), {"data.sources": [sources[0], sources[1] | more]}))
+        for more in ({}, {"heldout": True}, {"max_samples": 3}, {"layout": "prompt_completion"})
+    ]
+    assert len({own["tokenize"] for own in made}) == len(made)

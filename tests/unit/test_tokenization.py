@@ -350,3 +350,42 @@ def test_few_samples_are_the_same_whether_a_source_is_read_once_or_twice(
         (s, e.student.ids_T.tolist()) for s, e in twice
     ]
     assert counted == counted_again
+
+
+def test_a_held_out_source_is_never_trained_on(tmp_path: Path, renderer: Renderer) -> None:
+    """Nor are its prompts, wherever they stand; it has no part in the blend, and its own limit."""
+    train = write_jsonl(tmp_path / "train.jsonl", ROWS)
+    shared = [{"prompt": row["prompt"], "completion": "other"} for row in ROWS[:5]]
+    others = [{"prompt": f"other {i}", "completion": f"{i}"} for i in range(20)]
+    test = write_jsonl(tmp_path / "test.jsonl", [*shared, *others])
+    for limits in ({}, {"max_samples": 40}, {"max_samples": 30_000}):
+        sources = [files(train), files(test, heldout=True)]
+        found, tally = run(renderer, {"sources": sources, "heldout_fraction": 0} | limits)
+        by = Counter((split, example.source) for split, example in found)
+        taken = min(limits.get("max_samples", 60), 60)
+        assert by["heldout", "test.jsonl"] == 25
+        assert by["train", "train.jsonl"] + by["heldout", "train.jsonl"] == taken
+        assert by["heldout", "train.jsonl"] == tally.withheld["train.jsonl"] <= 5
+        assert ("train", "test.jsonl") not in by
+        if taken == 60:
+            assert tally.withheld["train.jsonl"] == 5
+    few = [files(train, max_samples=10), files(test, heldout=True, max_samples=7)]
+    found, _ = run(renderer, {"sources": few, "heldout_fraction": 0})
+    assert Counter(example.source for _, example in found) == {"train.jsonl": 10, "test.jsonl": 7}
+
+
+def test_held_out_sources_that_do_not_fit(tmp_path: Path, renderer: Renderer) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    both = [files(path, name="a"), files(path, name="b", heldout=True)]
+    for config, text in (
+        ({"sources": [files(path, heldout=True)]}, "all sources are `heldout`"),
+        ({"sources": [files(path)], "heldout_fraction": 0}, "nothing would be left"),
+        ({"sources": [both[0], both[1] | {"weight": 1.0}]}, "no part of the blend"),
+    ):
+        with pytest.raises(ValidationError, match=text):
+            run(renderer, config)
+    with pytest.raises(DataError, match=r"train split is empty .*for their prompts: {'a': 60}"):
+        run(renderer, {"sources": both, "heldout_fraction": 0})
+    weighted = [both[0] | {"weight": 1.0}, files(path, name="c", weight=2.0), both[1]]
+    with pytest.raises(DataError, match="train split is empty"):
+        run(renderer, {"sources": weighted, "heldout_fraction": 0})
