@@ -7,6 +7,7 @@ from typing import Any
 from configs.printable import printable
 
 LINE_INTERVAL_S = 5.0
+LEAST_WATCHED_S = 1.0  # what is done at once, and told one by one, has no rate
 
 
 class ProgressLog:
@@ -42,7 +43,7 @@ class ProgressLog:
         self._last_line = now
         elapsed, gained = now - self._first[0], done - self._first[1]
         parts = [f"{done:,}" + (f" of {total:,}" if total else "") + f" {event['unit']}"]
-        if gained and elapsed > 0:
+        if gained and elapsed >= LEAST_WATCHED_S:
             rate = gained / elapsed
             per_second = f"{rate:,.1f} {event['unit']}/s"
             parts.append(

@@ -97,7 +97,13 @@ def test_progress_has_rate_and_time_left(
             event = {"done": done, "total": 100, "unit": "steps", "detail": "loss 1"}
             log.event({"event": "progress", "rank": 0} | event)
             now += 20.0
-    assert caplog.messages[-1] == "20 of 100 steps | 2.0 s per step | 2:40 left | loss 1"
+        assert caplog.messages[-1] == "20 of 100 steps | 2.0 s per step | 2:40 left | loss 1"
+        # Done at once and told one by one: no rate.
+        for done in (1, 2000):
+            event = {"done": done, "total": 2000, "unit": "tokens", "detail": ""}
+            log.event({"event": "progress", "rank": 0} | event)
+            now += 0.003
+    assert caplog.messages[-1] == "2,000 of 2,000 tokens"
 
 
 def test_clock() -> None:
