@@ -1,5 +1,6 @@
 """How a run's models are spoken to, and whether both read the same. Loads no model code."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from configs.schema.alignment import check_aligned
@@ -33,6 +34,23 @@ def aligns_by_bytes(run: RunConfig, student: ChatFormat, teacher: ChatFormat) ->
     return not same_vocabulary(student.tokenizer, teacher.tokenizer)
 
 
+def check_two_tokenizers(
+    run: RunConfig, student: ChatFormat, teachers: Sequence[ChatFormat]
+) -> None:
+    """Refuse settings that mean nothing where all have one tokenizer; of several teachers, one that
+    has another will do. Raises ModelError.
+    """
+    setting = run.of_two_tokenizers
+    # Spans are there wherever tokens are aligned by bytes.
+    if (
+        setting
+        and (run.loss.compared_by != "folded" or run.alignment != "bytes")
+        and all(same_vocabulary(student.tokenizer, chat.tokenizer) for chat in teachers)
+    ):
+        sides = "student and teacher have" if len(teachers) == 1 else "all of the models have"
+        raise ModelError(f"{setting} is for two tokenizers, and {sides} one; leave it out")
+
+
 def check_pair(run: RunConfig, student: ChatFormat, teacher: ChatFormat) -> None:
     """Refuse models that cannot be compared on the same text. Raises ModelError."""
     if run.alignment == "exact":
@@ -44,16 +62,6 @@ def check_pair(run: RunConfig, student: ChatFormat, teacher: ChatFormat) -> None
             raise ModelError(f"student and teacher have different vocabularies; {error}") from error
         for title, chat in (("student", student), ("teacher", teacher)):
             token_bytes(chat.tokenizer, title)
-    setting = run.of_two_tokenizers
-    # Spans are there wherever tokens are aligned by bytes.
-    if (
-        setting
-        and (run.loss.compared_by != "folded" or run.alignment != "bytes")
-        and same_vocabulary(student.tokenizer, teacher.tokenizer)
-    ):
-        raise ModelError(
-            f"{setting} is for two tokenizers, and student and teacher have one; leave it out"
-        )
     if student.has_template == teacher.has_template:
         return
     lacking, other = ("teacher", "student") if student.has_template else ("student", "teacher")

@@ -16,7 +16,7 @@ from kdflow_core.models.inspection import Use, check_model, check_trainable
 from kdflow_core.models.layer_drop import kept_config
 from kdflow_core.models.loading import load_config
 from kdflow_core.models.structure import meta_model
-from tasks.checks.chat_check import chat_format, check_pair
+from tasks.checks.chat_check import chat_format, check_pair, check_two_tokenizers
 from tasks.checks.device_check import check_devices
 from tasks.stages.identity import made_of, run_of_teacher
 
@@ -67,14 +67,18 @@ def check_folders(run: RunConfig, folders: Mapping[str, Path]) -> None:
     if "student" not in folders:
         return
     student = chat_format(run, "student", folders["student"])
+    teachers = []
     for name in folders.keys() & set(run.teacher_names):
         own = run_of_teacher(run, name)
+        teachers.append(chat_format(own, "teacher", folders[name]))
         try:
-            check_pair(own, student, chat_format(own, "teacher", folders[name]))
+            check_pair(own, student, teachers[-1])
         except ModelError as error:
             if name == "teacher":
                 raise
             raise ModelError(f"algorithm.teachers.{name}: {error}") from error
+    if len(teachers) == len(run.teacher_names):
+        check_two_tokenizers(run, student, teachers)
 
 
 def _check_student_to_be_made(run: RunConfig, teacher: Path | None) -> None:

@@ -15,7 +15,7 @@ from kdflow_core.models.tokenizers import true_vocabulary_size
 from storage.artifact import ArtifactRef
 from storage.data_files import DataFiles
 from storage.tokens import TokenTable, TokenWriter
-from tasks.checks.chat_check import check_pair
+from tasks.checks.chat_check import check_pair, check_two_tokenizers
 from tasks.jobs.aligning import pair_of
 from tasks.jobs.chats import chat
 from tasks.jobs.stage_run import SIDES, StageRun, job
@@ -37,6 +37,8 @@ def tokenize_data(stage: StageRun) -> ArtifactRef:
     tokenizers = {}
     for name in ("teacher", *stage.spec.identity.config.get("views", ())):
         readers[name], tokenizers[name] = _reader(stage, name, student, own)
+    others = [reader.renderer.chat for view, reader in readers.items() if view != "student"]
+    check_two_tokenizers(run, student, others)
     tally = Tally()
     examples = tokenize(
         config=run.data,

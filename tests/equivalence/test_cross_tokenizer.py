@@ -167,6 +167,26 @@ def test_teachers_of_two_tokenizers_teach_together(
     assert "high (second)" in page
 
 
+def test_a_mixture_where_one_teacher_has_the_students_tokenizer(
+    mixture: Callable[..., RunConfig], make_recipe: Callable[..., Path], teacher_folder: Path
+) -> None:
+    """What is for two tokenizers is for the other teacher; where there is none, it is refused."""
+    setting = {"loss.compared_by": "shared_tail"}
+    run = mixture(SHARES["weight"], **setting)
+    done = student_of(run)
+    folded = student_of(mixture(SHARES["weight"], **{"student.max_steps": 4}))
+    losses = [
+        [record["loss"] for record in read_metrics(own["student"] / METRICS_FILE)]
+        for own in (done, folded)
+    ]
+    assert losses[0] != losses[1]
+    second = {"type": "transformers", "model": {"type": "pretrained", "path": str(teacher_folder)}}
+    teachers = {"teacher": {}, "second": {"teacher": second}}
+    algorithm = {"algorithm": {"type": "multi_teacher", "teachers": teachers}}
+    with pytest.raises(ModelError, match="all of the models have one"):
+        checked_plan(load_run(str(make_recipe()), algorithm | setting), download=True)
+
+
 def test_dual_space_compares_at_pairs(other_run: Callable[..., RunConfig]) -> None:
     """Losses are those of full logits over each side's own vocabulary, with projectors that begin
     as the least squares over the tokens that both have.
