@@ -188,10 +188,10 @@ def check_on_policy(run: "RunConfig", on_policy: OnPolicyConfig) -> None:
             "data.answers.fraction is for `mode: offpolicy`; here only prompts without an answer "
             "get one, and on_policy.fraction says how many the student answers; leave it out"
         )
-    if run.algorithm.type not in {"vanilla_kd", "self_distillation"}:
+    if run.algorithm.type in {"sft", "multi_teacher"}:
         raise ValueError(
             f"algorithm.type={run.algorithm.type} is not for `mode: onpolicy`, which has "
-            "vanilla_kd and self_distillation"
+            "vanilla_kd, dual_space, gold and self_distillation"
         )
     if run.student.shuffle_window_shards is not None:
         raise ValueError(

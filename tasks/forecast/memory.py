@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from configs.schema.algorithm import DualSpaceConfig, SelfDistillationConfig
 from configs.schema.models import PretrainedModel
 from configs.schema.on_policy import OnPolicyConfig
 from configs.schema.rollout import Rollout, TransformersRollout
@@ -56,6 +57,11 @@ def memory_phases(spec: StageSpec) -> list[Phase]:
     parts = {
         "student": _Part(
             size=(student * WEIGHTS + trained * MOMENTS) // ranks,
+            needed=frozenset({"swap weights", "train"}),
+            leaves=run.student.sleep,
+        ),
+        "algorithm": _Part(
+            size=_algorithm_bytes(spec, student) // ranks,
             needed=frozenset({"swap weights", "train"}),
             leaves=run.student.sleep,
         ),
@@ -152,6 +158,20 @@ def _teacher_bytes(spec: StageSpec) -> int:
         return 0
     parameters = num_parameters(_folder(spec, "teacher"))
     return parameters * DTYPE_BYTES[run.teacher.dtype] // run.teacher.ranks_per_replica
+
+
+def _algorithm_bytes(spec: StageSpec, student: int) -> int:
+    """The bytes of what an algorithm has of its own, over all ranks, gradients aside: projectors,
+    which are trained, or an average of the student, which is not.
+    """
+    algorithm = spec.run.algorithm
+    if isinstance(algorithm, DualSpaceConfig):
+        widths = [
+            int(text_config(_folder(spec, side))["hidden_size"]) for side in ("student", "teacher")
+        ]
+        return 2 * widths[0] * widths[1] * (WEIGHTS + MOMENTS)
+    averages = isinstance(algorithm, SelfDistillationConfig) and algorithm.update == "ema"
+    return student * WEIGHTS if averages else 0
 
 
 def _state_bytes(spec: StageSpec, config: OnPolicyConfig) -> int:

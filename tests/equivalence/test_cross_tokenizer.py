@@ -664,12 +664,23 @@ def test_answers_that_a_model_writes_are_read_by_both(
     assert read_metrics(done["student"] / METRICS_FILE)[-1]["kd"] > 0
 
 
-@pytest.mark.parametrize("within_classes", [False, True])
+REVERSE_KL = {"loss__divergence": {"type": "reverse_kl"}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "term"),
+    [
+        (REVERSE_KL, None),
+        (REVERSE_KL | {"loss__within_classes": True}, "within_classes"),
+        ({"algorithm": {"type": "gold"}}, "kd"),
+        (REVERSE_KL | {"algorithm": {"type": "dual_space"}}, "teacher_space"),
+    ],
+)
 def test_rounds_on_the_students_own_answers(
-    other_run: Callable[..., RunConfig], *, within_classes: bool
+    other_run: Callable[..., RunConfig], settings: dict[str, Any], term: str | None
 ) -> None:
     """The student trains on the very ids that it sampled, the teacher reads them as text."""
-    numbers = [1] if within_classes else [1, 2, 3]
+    numbers = [1] if term else [1, 2, 3]
     on_policy = {
         "rounds": len(numbers),
         "prompts_per_round": 24,
@@ -680,10 +691,9 @@ def test_rounds_on_the_students_own_answers(
     run = other_run(
         mode="onpolicy",
         on_policy=on_policy,
-        loss__divergence={"type": "reverse_kl"},
-        loss__within_classes=within_classes,
         loss__kd_ratio=1.0,
         student__max_steps=None,
+        **settings,
     )
     done = run_inline(run, until="extract")
     spec = stage_spec(plan_stages(run)["train"], run, done)
@@ -705,8 +715,8 @@ def test_rounds_on_the_students_own_answers(
         assert 0 < record.translated["paired"] < record.translated["tokens"]
         assert record.translated["not_canonical"] + record.translated["invalid_utf8"] > 0
     steps = read_metrics(Path(student.uri) / METRICS_FILE)
-    if within_classes:
-        assert all(step["within_classes"] != 0 for step in steps)
+    if term:
+        assert all(step[term] != 0 for step in steps)
         return
     before, after = records[0].heldout_before, records[-1].heldout
     assert before is not None

@@ -153,3 +153,20 @@ def test_the_memory_forecast_of_an_engine_whose_cache_is_known(
     assert phases["roll out"]["cache"] == 5 * 128 * cached
     assert "cache" not in phases["train"]
     assert "engine" in phases["train"]
+
+
+def test_the_memory_forecast_of_what_an_algorithm_has_of_its_own(
+    make_recipe: Callable[..., Path], student_folder: Path
+) -> None:
+    """Projectors between the widths 32 and 48, with their moments; an average of the student."""
+    section = {"rollout": {"type": "transformers"}}
+    phases, _ = planned(make_recipe, section, algorithm={"type": "dual_space"})
+    assert phases["train"]["algorithm"] == 2 * 32 * 48 * 12
+    average = {
+        "algorithm": {"type": "self_distillation", "update": "ema"},
+        "teacher.model.path": str(student_folder),
+    }
+    phases, _ = planned(make_recipe, section, **average)
+    assert phases["train"]["algorithm"] == 4 * num_parameters(student_folder)
+    phases, _ = planned(make_recipe, section)
+    assert "algorithm" not in phases["train"]
