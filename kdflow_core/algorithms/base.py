@@ -181,19 +181,10 @@ def taught_loss(
     )
     if not len(rest_R):
         return with_teacher
-    alone = replace(
-        spec, divergence=None, kd_ratio=0.0, span_share=0.0, token_weight=None, folding=None
-    )
-    part = 1 - spec.kd_ratio
-    without = whole_batch_loss(
-        student.at(rest_R),
-        replace(batch.at(rest_R), weight=batch.weight * part),
-        teacher=None,
-        spec=alone,
-    )
-    rest = without.terms | {"loss": without.terms["loss"] * part}
+    alone = replace(spec, divergence=None, span_share=0.0, token_weight=None, folding=None)
+    without = whole_batch_loss(student.at(rest_R), batch.at(rest_R), teacher=None, spec=alone)
     terms = {
-        name: values_K if name in TAUGHT_TERMS else torch.cat([values_K, rest[name]])
+        name: values_K if name in TAUGHT_TERMS else torch.cat([values_K, without.terms[name]])
         for name, values_K in with_teacher.terms.items()
     }
     return LossOutput(with_teacher.loss + without.loss, terms)

@@ -56,7 +56,7 @@ class Gold(Algorithm):
             logits_bytes=spec.logits_bytes,
             folding=self._columns,
         )
-        self._alone = replace(spec, divergence=None, kd_ratio=0.0, folding=None)
+        self._alone = replace(spec, divergence=None, folding=None)
 
     @property
     def teachers(self) -> Sequence[Teacher]:
@@ -87,18 +87,14 @@ class Gold(Algorithm):
         )
         weight_S = batch.weight * spec.kd_ratio * mass_S
         extra_N = self._of_earlier(student, spans, last_R, last_M, log_mass_S, weight_S)
-        rest = 1 - spec.kd_ratio
         alone = whole_batch_loss(
-            student,
-            replace(batch, weight=batch.weight * rest, extra_ce_N=extra_N),
-            teacher=None,
-            spec=self._alone,
+            student, replace(batch, extra_ce_N=extra_N), teacher=None, spec=self._alone
         )
         kd_S = merged.terms["kd"] * mass_S
         taught_terms = {name: merged.terms[name] for name in TAUGHT_TERMS} | {"kd": kd_S}
         terms = alone.terms | taught_terms
         total = spec.kd_ratio * kd_S.sum() / max(1, len(ce_N))
-        terms["loss"] = rest * alone.terms["loss"] + total
+        terms["loss"] = alone.terms["loss"] + total
         return LossOutput(merged.loss + alone.loss, terms)
 
     def _of_earlier(

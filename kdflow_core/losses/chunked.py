@@ -312,8 +312,8 @@ def _check(
         raise ValueError(
             f"{num_rows} student rows, but targets, weights and teacher rows number {rows}"
         )
-    if (teacher is None) != (spec.divergence is None) or (teacher is None and spec.kd_ratio):
-        raise ValueError("a divergence goes with a teacher, and no teacher with kd_ratio 0")
+    if (teacher is None) != (spec.divergence is None):
+        raise ValueError("a divergence goes with a teacher, and none without")
     if teacher is None or spec.divergence is None:
         return
     own, other = len(student_head.weight_VH), len(teacher.head.weight_VH)

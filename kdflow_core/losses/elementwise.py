@@ -22,11 +22,11 @@ class LossSpec:
     gradient of tokens that have an advantage. Of `kd_ratio`, the likelihood of spans has the part
     `span_share`, and the divergence the rest.
 
-    Without a divergence there is no teacher, and `kd_ratio` is 0. `logits_bytes` is the memory for
-    both models' logits of a chunk of tokens. `vocabulary` says whether heads are whole or spread
-    over ranks. With a `folding`, the models have different vocabularies, and the divergence is of
-    the classes that both are folded onto, or of their ranks; `within_classes` adds what a reverse
-    KL of classes leaves out (see `within_classes.py`).
+    Without a divergence there is no teacher, and cross-entropy has the same part. `logits_bytes` is
+    the memory for both models' logits of a chunk of tokens. `vocabulary` says whether heads are
+    whole or spread over ranks. With a `folding`, the models have different vocabularies, and
+    the divergence is of the classes that both are folded onto, or of their ranks;
+    `within_classes` adds what a reverse KL of classes leaves out (see `within_classes.py`).
     """
 
     divergence: Divergence | None

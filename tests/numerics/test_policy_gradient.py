@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kdflow_core.algorithms.base import MicroBatch, Student, TokenBatch, TokenSignal, taught_loss
 from kdflow_core.contracts import HiddenSignal, OutputHead
 from kdflow_core.losses.chunked import distillation_loss
 from kdflow_core.losses.elementwise import LossSpec
@@ -11,6 +12,57 @@ from kdflow_core.losses.surrogate import PolicyGradient
 
 T, V, H = 40, 23, 7
 LOW, HIGH, WEIGHT = 0.1, 0.3, 0.7
+
+
+@pytest.mark.parametrize("kd_ratio", [1.0, 0.6])
+def test_a_reward_counts_the_same_where_the_teacher_says_nothing(kd_ratio: float) -> None:
+    """As between two tokenizers, of which some tokens meet no other."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    hidden_TH, weight_VH = normal(T, H).requires_grad_(), normal(V, H)
+    targets_T = torch.randint(V, (T,), generator=generator)
+    advantage_T = normal(T)
+    log_q_TV = torch.log_softmax(hidden_TH @ weight_VH.T, -1)
+    chosen_T = log_q_TV[torch.arange(T), targets_T]
+    sampled_T = chosen_T.detach()
+    taught = torch.arange(0, T, 3)
+    log_p_KV = torch.log_softmax(normal(len(taught), H) @ weight_VH.T, -1)
+    teacher_KH = torch.linalg.lstsq(weight_VH, log_p_KV.T).solution.T
+    log_p_KV = torch.log_softmax(teacher_KH @ weight_VH.T, -1)
+    reverse_K = (log_q_TV[taught].exp() * (log_q_TV[taught] - log_p_KV)).sum(-1)
+    surrogate_T = (chosen_T - sampled_T).exp() * advantage_T
+    expected = kd_ratio * reverse_K.sum() - (1 - kd_ratio) * chosen_T.sum()
+    (wanted_TH,) = torch.autograd.grad(expected - WEIGHT * surrogate_T.sum(), hidden_TH)
+
+    nothing = torch.zeros(0, dtype=torch.long)
+    head = OutputHead(weight_VH=weight_VH)
+    rest = torch.tensor([t for t in range(T) if t % 3])
+    batch = MicroBatch(
+        student=TokenBatch(ids_BT=nothing, row_N=nothing, position_N=nothing),
+        target_ids_N=targets_T,
+        weight=1.0,
+        signals=(),
+        teacher_tokens=None,
+        sampled_log_prob_N=sampled_T,
+        advantage_N=advantage_T,
+    )
+    output = taught_loss(
+        Student(model=None, hidden_NH=hidden_TH, head=head),  # type: ignore[arg-type]
+        batch,
+        taught=TokenSignal(index_K=taught, rest_R=rest, signal=HiddenSignal(teacher_KH, head)),
+        spec=LossSpec(
+            divergence=ReverseKL(),
+            kd_ratio=kd_ratio,
+            logits_bytes=10**6,
+            policy_gradient=PolicyGradient(weight=WEIGHT, clip_low=LOW, clip_high=HIGH),
+        ),
+    )
+    (found_TH,) = torch.autograd.grad(output.loss, hidden_TH)
+    torch.testing.assert_close(found_TH, wanted_TH, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(output.terms["loss"].sum(), output.loss.detach())
 
 
 @pytest.mark.parametrize("kd_ratio", [1.0, 0.6])
