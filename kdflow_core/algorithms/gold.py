@@ -74,27 +74,24 @@ class Gold(Algorithm):
         last_R, last_M = (_last(span, spans.count) for span in (spans.span_R, spans.span_M))
         before_S = span_sums(ce_R, spans.span_R, spans.count) - ce_R[last_R]
         told_S = span_sums(x_M, spans.span_M, spans.count) - x_M[last_M]
-        log_mass_S, mass_S = told_S - before_S, (-told_S).exp()
-        row_S, told_SG = spans.row_R[last_R], spans.hidden_MG[last_M]
+        log_mass_S2 = -torch.stack([before_S, told_S], -1)
+        weight, row_S = batch.weight * spec.kd_ratio, spans.row_R[last_R]
         merged = distillation_loss(
             student_hidden_TH=student.hidden_NH[row_S],
             student_head=student.head,
-            teacher=HiddenSignal(told_SG, self._teacher.head),
+            teacher=HiddenSignal(spans.hidden_MG[last_M], self._teacher.head),
             target_ids_T=batch.target_ids_N[row_S],
-            weights_T=batch.weight * spec.kd_ratio * mass_S,
+            weights_T=torch.full_like(before_S, weight),
             spec=self._merged,
-            log_mass_T=log_mass_S,
+            log_mass_T2=log_mass_S2,
         )
-        weight_S = batch.weight * spec.kd_ratio * mass_S
-        extra_N = self._of_earlier(student, spans, last_R, last_M, log_mass_S, weight_S)
+        extra_N = weight * self._of_earlier(student, spans, last_R, last_M, log_mass_S2)
         alone = whole_batch_loss(
             student, replace(batch, extra_ce_N=extra_N), teacher=None, spec=self._alone
         )
-        kd_S = merged.terms["kd"] * mass_S
-        taught_terms = {name: merged.terms[name] for name in TAUGHT_TERMS} | {"kd": kd_S}
-        terms = alone.terms | taught_terms
-        total = spec.kd_ratio * kd_S.sum() / max(1, len(ce_N))
-        terms["loss"] = alone.terms["loss"] + total
+        terms = alone.terms | {name: merged.terms[name] for name in TAUGHT_TERMS}
+        total = spec.kd_ratio * terms["kd"].sum()
+        terms["loss"] = terms["loss"] + total / max(1, len(ce_N))
         return LossOutput(merged.loss + alone.loss, terms)
 
     def _of_earlier(
@@ -103,8 +100,7 @@ class Gold(Algorithm):
         spans: Spans,
         last_R: torch.Tensor,
         last_M: torch.Tensor,
-        log_mass_S: torch.Tensor,
-        weight_S: torch.Tensor,
+        log_mass_S2: torch.Tensor,
     ) -> torch.Tensor:
         """The weights of cross-entropies, [N], whose gradient is that of the spans for what comes
         before their last token: d log c = -d CE, of each of these.
@@ -117,16 +113,16 @@ class Gold(Algorithm):
             head=student.head,
             teacher_hidden_BG=spans.hidden_MG[last_M[long_L]],
             teacher_head=self._teacher.head,
-            log_mass_B=log_mass_S[long_L],
+            log_mass_B2=log_mass_S2[long_L],
             columns=self._columns,
             divergence=self._divergence,
             logits_bytes=self._spec.logits_bytes,
         )
-        slope_S = torch.zeros_like(log_mass_S)
+        slope_S = torch.zeros_like(log_mass_S2[:, 0])
         slope_S[long_L] = slope_L.to(slope_S.dtype)
-        extra_N = log_mass_S.new_zeros(len(student.hidden_NH))
+        extra_N = slope_S.new_zeros(len(student.hidden_NH))
         earlier = spans.row_R[is_earlier_R]
-        return extra_N.index_add_(0, earlier, -(weight_S * slope_S)[spans.span_R[is_earlier_R]])
+        return extra_N.index_add_(0, earlier, -slope_S[spans.span_R[is_earlier_R]])
 
 
 def _last(span: torch.Tensor, count: int) -> torch.Tensor:

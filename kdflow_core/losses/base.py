@@ -18,8 +18,9 @@ class Distributions(NamedTuple):
     its temperature, all [T, V] and not to be written to; and what sums over the vocabulary.
 
     `target_ids_T` are the tokens that stand in the data, and `sampled_log_prob_T` are the
-    log-probabilities that they had when they were sampled, if they were. `log_mass_T` is the
-    logarithm of what the student's distribution counts, beside 1 of the teacher's; None: as much.
+    log-probabilities that they had when they were sampled, if they were. `log_mass_T2` are
+    the logarithms of what the student's and the teacher's distributions count (None: 1 each), for
+    the divergences that say that they read it.
     """
 
     log_q_TV: torch.Tensor
@@ -29,7 +30,7 @@ class Distributions(NamedTuple):
     over: Vocabulary
     target_ids_T: torch.Tensor
     sampled_log_prob_T: torch.Tensor | None
-    log_mass_T: torch.Tensor | None = None
+    log_mass_T2: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

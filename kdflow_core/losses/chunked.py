@@ -56,7 +56,7 @@ class _Inputs:
     sampled_log_prob_T: torch.Tensor | None
     advantage_T: torch.Tensor | None
     extra_ce_T: torch.Tensor | None
-    log_mass_T: torch.Tensor | None
+    log_mass_T2: torch.Tensor | None
     spec: LossSpec
 
 
@@ -71,22 +71,22 @@ def distillation_loss(
     sampled_log_prob_T: torch.Tensor | None = None,
     advantage_T: torch.Tensor | None = None,
     extra_ce_T: torch.Tensor | None = None,
-    log_mass_T: torch.Tensor | None = None,
+    log_mass_T2: torch.Tensor | None = None,
 ) -> LossOutput:
     """sum_t weights[t] * ((1 - kd_ratio) * CE[t] + kd_ratio * f[t] * D[t]), in nats, and the policy
     gradient of the advantages.
 
     f is the token weight. Cross-entropy is at temperature 1 whatever the divergence's temperature
     is. `extra_ce_T` is a further weight of each token's cross-entropy in the gradient, and no part
-    of the value: what a loss over several tokens makes of them. `log_mass_T` is for the divergences
-    that read it (see `Distributions`). Logits are float32, or float64 when
-    the inputs are. With a vocabulary spread over ranks, the heads are this rank's parts, and every
-    rank gives rows of its own: the gradient of its part of the head then has all ranks' rows.
+    of the value: what a loss over several tokens makes of them. For `log_mass_T2`, [T, 2], see
+    `Distributions`. Logits are float32, or float64 when the inputs are. With a vocabulary spread
+    over ranks, the heads are this rank's parts, and every rank gives rows of its own: the gradient
+    of its part of the head then has all ranks' rows.
 
     Raises:
         ValueError: rows, vocabularies or a divergence that do not fit together.
     """
-    optional = (sampled_log_prob_T, advantage_T, extra_ce_T, log_mass_T)
+    optional = (sampled_log_prob_T, advantage_T, extra_ce_T, log_mass_T2)
     per_token = [target_ids_T, weights_T, *(t for t in optional if t is not None)]
     _check(student_hidden_TH, student_head, teacher, per_token, spec)
     outputs = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
@@ -101,7 +101,7 @@ def distillation_loss(
             sampled_log_prob_T=sampled_log_prob_T,
             advantage_T=advantage_T,
             extra_ce_T=extra_ce_T,
-            log_mass_T=log_mass_T,
+            log_mass_T2=log_mass_T2,
             spec=spec,
         ),
     )
@@ -167,9 +167,9 @@ def _run_chunks(
     targets_T = exchange.gather(inputs.target_ids_T)
     weights_T = exchange.gather(inputs.weights_T).to(dtype)
     sampled_T, advantage_T = _of_samples(inputs, exchange, dtype)
-    extra_T, mass_T = (
+    extra_T, mass_T2 = (
         None if given_T is None else exchange.gather(given_T).to(dtype)
-        for given_T in (inputs.extra_ce_T, inputs.log_mass_T)
+        for given_T in (inputs.extra_ce_T, inputs.log_mass_T2)
     )
     producer = gradients.producer
     vocabulary = inputs.head.weight_VH.shape[0]
@@ -202,7 +202,7 @@ def _run_chunks(
                 sampled_log_prob_B=None if sampled_T is None else sampled_T[tokens],
                 advantage_B=None if advantage_T is None else advantage_T[tokens],
                 extra_ce_B=None if extra_T is None else extra_T[tokens],
-                log_mass_B=None if mass_T is None else mass_T[tokens],
+                log_mass_B2=None if mass_T2 is None else mass_T2[tokens],
             )
             terms_MT[:, tokens], grad_BV = stage(block, spec)
             producer.through_head_(grad_BV, block.student_BV)

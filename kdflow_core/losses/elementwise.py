@@ -53,7 +53,7 @@ class LossSpec:
 class Block(NamedTuple):
     """Both models' logits [B, V] of some tokens, each over its own vocabulary, and what is known of
     these, [B]. A token that was not sampled has the advantage 0. `extra_ce_B` is a further weight
-    of cross-entropy, which has a part in the gradient alone; for `log_mass_B` see `Distributions`.
+    of cross-entropy, which has a part in the gradient alone; for `log_mass_B2` see `Distributions`.
     """
 
     student_BV: torch.Tensor
@@ -63,7 +63,7 @@ class Block(NamedTuple):
     sampled_log_prob_B: torch.Tensor | None
     advantage_B: torch.Tensor | None
     extra_ce_B: torch.Tensor | None = None
-    log_mass_B: torch.Tensor | None = None
+    log_mass_B2: torch.Tensor | None = None
 
 
 def block_terms(block: Block, spec: LossSpec) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,7 +113,7 @@ def block_terms(block: Block, spec: LossSpec) -> tuple[torch.Tensor, torch.Tenso
             over,
             block.target_ids_B,
             block.sampled_log_prob_B,
-            block.log_mass_B,
+            block.log_mass_B2,
         )
         divergence_B, gradient_BV = _tempered_divergence(block, spec.divergence, at_one)
         gradient_BV.mul_((block.weights_B * kd_ratio_B).unsqueeze(-1))

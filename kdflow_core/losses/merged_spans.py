@@ -9,8 +9,8 @@ probabilities of what comes before, and q and p the distributions of the last to
 
     w JSD_beta(c' p, c q) over matched tokens + (1 - w) |sort(c' p) - sort(c q)| over the others.
 
-It is homogeneous, so it is c' times its value for p and (c / c') q: c' is a weight, and the
-quotient the mass of the student's distribution. What its earlier tokens learn are the `slopes`.
+So c and c' are the masses of the two distributions. What the student's tokens before the last one
+learn is in the `slopes`.
 
 Dimensions: B tokens, V and W vocabularies of student and teacher, O matched tokens, K columns: the
 matched tokens, and as many ranks as the others of the larger side are.
@@ -96,6 +96,7 @@ def matched_ranks(
 class HybridDivergence(Divergence):
     """The comparison above, over columns of which the first `matched` are of matched tokens; these
     have the weight `matched_weight`, and `beta` is the teacher's share of their mixture, in (0, 1).
+    It reads `log_mass_T2`.
     """
 
     matched: int
@@ -109,14 +110,17 @@ class HybridDivergence(Divergence):
 
     def value_and_u(self, d: Distributions) -> tuple[torch.Tensor, torch.Tensor]:
         """The value, [T], and u = q dD/dq, [T, V], for the student's q with its mass."""
-        q_TV = d.q_TV if d.log_mass_T is None else d.q_TV * d.log_mass_T.exp().unsqueeze(-1)
+        q_TV, p_TV = d.q_TV, d.p_TV
+        if d.log_mass_T2 is not None:
+            own_T1, other_T1 = d.log_mass_T2.exp().split(1, -1)  # type: ignore[no-untyped-call]
+            q_TV, p_TV = q_TV * own_T1, p_TV * other_T1
         tiny = torch.finfo(q_TV.dtype).tiny
-        q_TO, p_TO = q_TV[:, : self.matched], d.p_TV[:, : self.matched]
+        q_TO, p_TO = q_TV[:, : self.matched], p_TV[:, : self.matched]
         log_m_TO = torch.lerp(q_TO, p_TO, self.beta).clamp_min(tiny).log()
         to_q_TO = q_TO.clamp_min(tiny).log() - log_m_TO
         to_p_TO = p_TO.clamp_min(tiny).log() - log_m_TO
         jsd_T = (self.beta * p_TO * to_p_TO + (1 - self.beta) * q_TO * to_q_TO).sum(-1)
-        apart_TR = q_TV[:, self.matched :] - d.p_TV[:, self.matched :]
+        apart_TR = q_TV[:, self.matched :] - p_TV[:, self.matched :]
         other = 1 - self.matched_weight
         u_TV = torch.cat(
             [
@@ -135,7 +139,7 @@ def slopes(
     head: OutputHead,
     teacher_hidden_BG: torch.Tensor,
     teacher_head: OutputHead,
-    log_mass_B: torch.Tensor,
+    log_mass_B2: torch.Tensor,
     columns: MatchedRanks,
     divergence: HybridDivergence,
     logits_bytes: int,
@@ -155,9 +159,9 @@ def slopes(
             log_p_BK,
             log_p_BK.exp(),
             over,
-            target_ids_T=torch.zeros_like(log_mass_B[rows], dtype=torch.int64),
+            target_ids_T=torch.zeros_like(log_q_BK[:, 0], dtype=torch.int64),
             sampled_log_prob_T=None,
-            log_mass_T=log_mass_B[rows].to(dtype),
+            log_mass_T2=log_mass_B2[rows].to(dtype),
         )
         found.append(divergence.value_and_u(d)[1].sum(-1))
     return torch.cat(found)

@@ -172,3 +172,18 @@ def test_without_spans_there_is_cross_entropy_alone() -> None:
     z_NV = problem.hidden_NH @ problem.weight_VH.T
     ce = torch.nn.functional.cross_entropy(z_NV, problem.targets_N, reduction="sum")
     torch.testing.assert_close(output.loss, 0.25 * 0.4 * ce)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_span_that_one_side_finds_impossible_stays_finite(side: str) -> None:
+    """In float32, where the probability of its first tokens is none."""
+    problem = Comparison((9, 14), None)
+    with torch.no_grad():
+        rows = problem.hidden_NH[:2] if side == "student" else problem.teacher_MG[4:6]
+        rows *= 200
+    for name in ("hidden_NH", "weight_VH", "teacher_MG", "teacher_WG"):
+        setattr(problem, name, getattr(problem, name).detach().float().requires_grad_())
+    output = problem.ours(0.6, 10**6)
+    assert torch.isfinite(output.loss)
+    for gradient in torch.autograd.grad(output.loss, [problem.hidden_NH, problem.weight_VH]):
+        assert torch.isfinite(gradient).all()
