@@ -29,7 +29,8 @@ from kdflow_core.algorithms.base import (
 from kdflow_core.contracts import HiddenSignal
 from kdflow_core.losses.chunked import LossOutput, distillation_loss
 from kdflow_core.losses.elementwise import LossSpec
-from kdflow_core.losses.merged_spans import HybridDivergence, matched_ranks, slopes
+from kdflow_core.losses.folding import ranks
+from kdflow_core.losses.merged_spans import HybridDivergence, slopes
 from kdflow_core.losses.span_likelihood import Spans, span_sums, surprisals
 from kdflow_core.metrics import TAUGHT_TERMS
 
@@ -42,7 +43,7 @@ class Gold(Algorithm):
         spec, head = ingredients.spec, ingredients.heads["teacher"]
         sizes = ingredients.vocabulary_size, len(head.weight_VH)
         self._teacher = Teacher(head=head, reads_spans=True)
-        self._columns = matched_ranks(ingredients.shared_O2, sizes, head.weight_VH.device)
+        self._columns = ranks(sizes, ingredients.shared_O2, head.weight_VH.device)
         share = self._columns.matched / sizes[1]
         self._divergence = HybridDivergence(
             matched=self._columns.matched,

@@ -9,8 +9,8 @@ import hashlib
 import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -65,18 +65,19 @@ class Tally:
             self.withheld[source] += rendered.is_withheld
 
 
-class _Rendered(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class _Rendered:
     """What has become of a sample: an example, or the reason why it is dropped; and whether it
     would have been trained on, if a held-out source did not have its prompt.
     """
 
-    ignored: dict[str, Counter[str]]
     example: Example | None = None
     split: Split = "train"
     is_prompt: bool = False
     is_withheld: bool = False
     reason: str = ""
     detail: str = ""
+    ignored: dict[str, Counter[str]]
 
 
 class Aligner(Protocol):
@@ -148,9 +149,10 @@ def tokenize(
             hashed = text_hash(conversation.prompt_text, seed)
             split = split_of(hashed, fraction)
             moved = split == "train" and hashed in withheld
-            return _rendered(
+            found = _rendered(
                 conversation, source, readers, config.max_length, "heldout" if moved else split
-            )._replace(is_withheld=moved)
+            )
+            return replace(found, is_withheld=moved)
 
         for found in in_order(rendered, iter(conversations), cores=cores):
             tally.take(name, found)

@@ -84,6 +84,15 @@ class LogitProducer:
             yield rows, weight_VH[rows].to(self._dtype)
 
 
+def row_chunks(
+    num_rows: int, vocabulary: int, logits_bytes: int, dtype: torch.dtype
+) -> Iterator[slice]:
+    """Rows at a time, as many as there is room for, of two models' logits."""
+    size = max(1, logits_bytes // (2 * vocabulary * dtype.itemsize))
+    for begin in range(0, num_rows, size):
+        yield slice(begin, min(begin + size, num_rows))
+
+
 def is_half(tensor: torch.Tensor) -> bool:
     """Whether a tensor has a 16-bit floating point type."""
     return tensor.dtype in {torch.bfloat16, torch.float16}

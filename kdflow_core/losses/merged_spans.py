@@ -16,80 +16,15 @@ Dimensions: B tokens, V and W vocabularies of student and teacher, O matched tok
 matched tokens, and as many ranks as the others of the larger side are.
 """
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from kdflow_core.contracts import OutputHead
 from kdflow_core.losses.base import Distributions, Divergence, softmax_gradient
-from kdflow_core.losses.logits import LogitProducer, accumulation_dtype
+from kdflow_core.losses.folding import Ranks
+from kdflow_core.losses.logits import LogitProducer, accumulation_dtype, row_chunks
 from kdflow_core.losses.vocabulary import WholeVocabulary
-
-
-@dataclass(frozen=True, kw_only=True)
-class MatchedRanks:
-    """Matched tokens side by side, then the others of either side in falling order; a `Comparison`.
-    The ids of all of a side, [V] or [W]: first the O matched ones.
-    """
-
-    student_V: torch.Tensor
-    teacher_W: torch.Tensor
-    matched: int
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """See `Comparison`."""
-        return len(self.student_V), len(self.teacher_W)
-
-    def student(self, logits_BV: torch.Tensor) -> torch.Tensor:
-        """See `Comparison`."""
-        return self._columns(logits_BV, self.student_V)
-
-    def teacher(self, logits_BW: torch.Tensor) -> torch.Tensor:
-        """See `Comparison`."""
-        return self._columns(logits_BW, self.teacher_W)
-
-    def student_class(self, ids_B: torch.Tensor) -> torch.Tensor:
-        """The first column: nothing is learned from the column of a token."""
-        return torch.zeros_like(ids_B)
-
-    def unfolded(
-        self, gradient_BK: torch.Tensor, folded_BK: torch.Tensor, logits_BV: torch.Tensor
-    ) -> torch.Tensor:
-        """See `Comparison`."""
-        del folded_BK
-        others = self.student_V[self.matched :]
-        order_BV = logits_BV[:, others].argsort(-1, descending=True)
-        columns = len(self.student_V)
-        unfolded_BV = torch.empty_like(logits_BV)
-        unfolded_BV[:, self.student_V[: self.matched]] = gradient_BK[:, : self.matched]
-        return unfolded_BV.scatter_(-1, others[order_BV], gradient_BK[:, self.matched : columns])
-
-    def _columns(self, logits_BV: torch.Tensor, ids_V: torch.Tensor) -> torch.Tensor:
-        own_BV = logits_BV[:, ids_V]
-        ranked_BV = own_BV[:, self.matched :].sort(-1, descending=True).values
-        lacking = max(self.sizes) - len(ids_V)
-        # The smallest probability that there is, so that logarithms stay finite.
-        floor_B1 = own_BV.amax(-1, keepdim=True) + math.log(torch.finfo(own_BV.dtype).tiny)
-        return torch.cat([own_BV[:, : self.matched], ranked_BV, floor_B1.expand(-1, lacking)], -1)
-
-
-def matched_ranks(
-    shared_O2: torch.Tensor | None, sizes: tuple[int, int], device: torch.device
-) -> MatchedRanks:
-    """The columns of two vocabularies of these `sizes`, with the ids of the tokens that both have
-    (None: all, of one vocabulary).
-    """
-    sides = []
-    for side, size in enumerate(sizes):
-        matched_O = torch.arange(size) if shared_O2 is None else shared_O2[:, side]
-        is_other_V = torch.ones(size, dtype=torch.bool)
-        is_other_V[matched_O] = False
-        sides.append(torch.cat([matched_O, is_other_V.nonzero().squeeze(-1)]).to(device))
-    count = sizes[0] if shared_O2 is None else len(shared_O2)
-    return MatchedRanks(student_V=sides[0], teacher_W=sides[1], matched=count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +75,7 @@ def slopes(
     teacher_hidden_BG: torch.Tensor,
     teacher_head: OutputHead,
     log_mass_B2: torch.Tensor,
-    columns: MatchedRanks,
+    columns: Ranks,
     divergence: HybridDivergence,
     logits_bytes: int,
 ) -> torch.Tensor:
@@ -150,7 +85,7 @@ def slopes(
     dtype = accumulation_dtype(hidden_BH)
     own, other = LogitProducer(head, dtype), LogitProducer(teacher_head, dtype)
     over, found = WholeVocabulary(), [hidden_BH.new_zeros(0, dtype=dtype)]
-    for rows in _chunks(len(hidden_BH), max(columns.sizes), logits_bytes, dtype):
+    for rows in row_chunks(len(hidden_BH), max(columns.sizes), logits_bytes, dtype):
         log_q_BK = over.log_softmax(columns.student(own.logits(hidden_BH[rows])))
         log_p_BK = over.log_softmax(columns.teacher(other.logits(teacher_hidden_BG[rows])))
         d = Distributions(
@@ -165,11 +100,3 @@ def slopes(
         )
         found.append(divergence.value_and_u(d)[1].sum(-1))
     return torch.cat(found)
-
-
-def _chunks(
-    num_rows: int, vocabulary: int, logits_bytes: int, dtype: torch.dtype
-) -> Iterator[slice]:
-    size = max(1, logits_bytes // (2 * vocabulary * dtype.itemsize))
-    for begin in range(0, num_rows, size):
-        yield slice(begin, min(begin + size, num_rows))

@@ -17,7 +17,7 @@ import torch
 
 from kdflow_core.contracts import OutputHead
 from kdflow_core.losses.folding import Folding
-from kdflow_core.losses.logits import LogitProducer, accumulation_dtype
+from kdflow_core.losses.logits import LogitProducer, accumulation_dtype, row_chunks
 from kdflow_core.losses.span_likelihood import Spans
 from kdflow_core.losses.surrogate import clipped_surrogate
 
@@ -38,11 +38,10 @@ def class_surprisals(
     """
     dtype = accumulation_dtype(hidden_NH)
     producer = LogitProducer(head, dtype)
-    size = max(1, logits_bytes // (2 * len(head.weight_VH) * dtype.itemsize))
     found = [hidden_NH.new_zeros(0, dtype=dtype)]
-    for begin in range(0, len(hidden_NH), size):
-        log_prob_CK = folded(producer.logits(hidden_NH[begin : begin + size])).log_softmax(-1)
-        chosen_C1 = class_N[begin : begin + size, None]
+    for rows in row_chunks(len(hidden_NH), len(head.weight_VH), logits_bytes, dtype):
+        log_prob_CK = folded(producer.logits(hidden_NH[rows])).log_softmax(-1)
+        chosen_C1 = class_N[rows, None]
         found.append(-log_prob_CK.gather(-1, chosen_C1).squeeze(-1))
     return torch.cat(found)
 

@@ -16,7 +16,7 @@ from kdflow_core.alignment.tokenizer_pair import TokenizerPair
 from kdflow_core.contracts import OutputHead
 from kdflow_core.losses import build_divergence
 from kdflow_core.losses.elementwise import LossSpec
-from kdflow_core.losses.folding import Comparison, Folding, Ranks
+from kdflow_core.losses.folding import Comparison, Folding, ranks
 from kdflow_core.losses.surrogate import PolicyGradient
 from kdflow_core.losses.token_weights import build_token_weight
 from kdflow_core.losses.vocabulary import WholeVocabulary
@@ -110,7 +110,7 @@ def build_comparison(
     if pair is None or not pair.has_classes:
         return None
     if by == "ranks":
-        return Ranks(sizes=pair.sizes)
+        return ranks(pair.sizes, torch.zeros(0, 2, dtype=torch.int64), device)
     classes = pair.classes(by)
     student_V, teacher_W = (
         torch.from_numpy(c).to(device) for c in (classes.student_V, classes.teacher_W)

@@ -13,7 +13,7 @@ from kdflow_core.contracts import HiddenSignal, OutputHead
 from kdflow_core.losses import LOSSES
 from kdflow_core.losses.chunked import LossOutput, distillation_loss
 from kdflow_core.losses.elementwise import LossSpec
-from kdflow_core.losses.folding import Folding, Ranks
+from kdflow_core.losses.folding import Folding, ranks
 from tests.numerics.definitions import generalized_jsd, kl
 
 TOKENS, STUDENT_IDS, TEACHER_IDS, CLASSES = 11, 23, 31, 9
@@ -193,7 +193,7 @@ def test_ranks_are_uld_whatever_the_tokens_are_called(sizes: tuple[int, int]) ->
         divergence=LOSSES["total_variation"](),
         kd_ratio=1.0,
         logits_bytes=10**4,
-        folding=Ranks(sizes=sizes),
+        folding=ranks(sizes, torch.zeros(0, 2, dtype=torch.int64), torch.device("cpu")),
     )
     q_TV = (problem.hidden_TH @ problem.weight_VH.T).softmax(-1)
     p_TW = (problem.teacher_TG @ teacher_WG.T).softmax(-1)
