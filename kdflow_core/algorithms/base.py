@@ -106,8 +106,8 @@ class Ingredients:
     """What algorithms are made of: the loss, the student, and the teachers' heads by name. Of
     teachers that read otherwise than the run's own, also their view, and what compares their
     vocabulary with the student's (None: both have one). `first_head` reads the head that the
-    student begins with, whole, from its checkpoint; `shared_O2` are the ids [O, 2] that the tokens
-    of two vocabularies have in the student's and in the teacher's (None: both have one).
+    student begins with, whole, from its checkpoint; `shared_O2` finds the ids [O, 2] that the
+    tokens of two vocabularies have in the student's and in the teacher's (None: both have one).
     """
 
     spec: LossSpec
@@ -117,7 +117,7 @@ class Ingredients:
     views: Mapping[str, str] = field(default_factory=dict)
     foldings: Mapping[str, Comparison | None] = field(default_factory=dict)
     first_head: Callable[[], OutputHead] | None = None
-    shared_O2: torch.Tensor | None = None
+    shared_O2: Callable[[], torch.Tensor | None] = lambda: None
 
 
 @dataclass(frozen=True, kw_only=True)

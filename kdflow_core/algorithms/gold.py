@@ -43,7 +43,7 @@ class Gold(Algorithm):
         spec, head = ingredients.spec, ingredients.heads["teacher"]
         sizes = ingredients.vocabulary_size, len(head.weight_VH)
         self._teacher = Teacher(head=head, reads_spans=True)
-        self._columns = ranks(sizes, ingredients.shared_O2, head.weight_VH.device)
+        self._columns = ranks(sizes, ingredients.shared_O2(), head.weight_VH.device)
         share = self._columns.matched / sizes[1]
         self._divergence = HybridDivergence(
             matched=self._columns.matched,

@@ -40,11 +40,11 @@ def build_module(
     *,
     views: Mapping[str, str] | None = None,
     foldings: Mapping[str, Comparison | None] | None = None,
-    shared_O2: torch.Tensor | None = None,
+    pair: TokenizerPair | None = None,
 ) -> DistillationModule:
     """The student with its algorithm, sharded over all ranks; `heads` are the teachers' by name.
-    `views` and `foldings` are of those that read otherwise than the run's own, `shared_O2` of two
-    vocabularies (see `Ingredients`).
+    `views` and `foldings` are of those that read otherwise than the run's own (see
+    `Ingredients`); `pair` are the tokenizers, where there are two.
     """
     config = stage.run.student
     folder = stage.model_folder("student")
@@ -73,7 +73,7 @@ def build_module(
         views=views or {},
         foldings=foldings or {},
         first_head=lambda: load_head(folder, model.config, vocabulary_size),
-        shared_O2=shared_O2,
+        shared_O2=lambda: shared_tokens(pair),
     )
     module = DistillationModule(
         model=model,

@@ -34,12 +34,7 @@ from storage.tokens import TokenTable
 from tasks.jobs import aligning, chats, parts
 from tasks.jobs.stage_run import StageRun
 from tasks.jobs.stored import StoredStates, TokenExamples, evenly_spread
-from tasks.jobs.student_module import (
-    build_comparison,
-    build_module,
-    loss_spec,
-    shared_tokens,
-)
+from tasks.jobs.student_module import build_comparison, build_module, loss_spec
 from tasks.presentation.model_card import model_card
 from tasks.presentation.tracking import MetricsLog, NoMetrics
 from tasks.stages.checkpoint_places import checkpoints_folder
@@ -78,7 +73,7 @@ class TrainingSession:
                 name: build_comparison(aligning.pair(stage.of_teacher(name), view), by, self.device)
                 for name, view in others.items()
             },
-            shared_O2=shared_tokens(pair),
+            pair=pair,
         )
         self.trainer = Trainer(
             module=self.module,

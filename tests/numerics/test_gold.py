@@ -91,7 +91,7 @@ class Comparison:
                 model=None,  # type: ignore[arg-type]
                 heads={"teacher": teacher_head},
                 vocabulary_size=self.sizes[0],
-                shared_O2=self.shared_O2,
+                shared_O2=lambda: self.shared_O2,
             ),
         )
         own = [(row, span) for span, (rows, _) in enumerate(self.spans) for row in rows]
