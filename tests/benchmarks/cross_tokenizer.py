@@ -52,9 +52,7 @@ def paragraphs() -> list[str]:
             for part in text.split("\n\n")
             if LEAST <= len(text := " ".join(part.split())) <= MOST
             and not text.startswith("- ")
-            and not any(
-                mark in text for mark in ("|", "<", ">>>", "](", "`", "==", "* ", "::", " - ")
-            )
+            and not any(mark in text for mark in MARKS)
         ]
     return found[:PARAGRAPHS]
 

@@ -4,8 +4,6 @@ import copy
 import json
 import logging
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -32,15 +30,10 @@ from tasks.execution.launch import launch_stage
 from tasks.jobs.stored import StoredStates, TeacherSequences
 from tasks.stages.identity import StageSpec, open_store
 from tasks.stages.planning import plan_stages
+from tests.command import kdflow
 from tests.conftest import VOCABULARY, make_llama, make_tokenizer, run_inline
 
 SGLANG = {"type": "sglang"}
-
-
-def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "flows", *arguments], capture_output=True, text=True, check=False
-    )
 
 
 @pytest.mark.parametrize(
@@ -54,11 +47,10 @@ def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_command_ends_with_one_line_and_code_1(
     make_recipe: Callable[..., Path], override: str, message: str
 ) -> None:
-    result = cli("run", str(make_recipe()), override)
-    assert result.returncode == 1
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr + result.stdout
-    assert result.stderr.startswith("error: ")
+    said = kdflow("run", str(make_recipe()), override, code=1)
+    assert message in said
+    assert "Traceback" not in said
+    assert said.startswith("error: ")
 
 
 @pytest.mark.ranks

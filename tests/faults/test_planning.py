@@ -4,8 +4,6 @@ teacher, without a GPU.
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,10 +20,10 @@ from kdflow_core.models.structure import meta_model
 from storage.artifact import ArtifactRef
 from tasks.checks.run_check import checked_plan
 from tasks.stages.slices import tokens_slice
+from tests.command import kdflow
 from tests.conftest import CHATML, VOCABULARY, make_llama, make_tokenizer, run_inline
 
 Make = Callable[..., RunConfig]
-FLOWS = (sys.executable, "-m", "flows")
 
 
 @pytest.fixture
@@ -313,14 +311,7 @@ def test_a_folder_of_8b_is_looked_at_by_its_headers(make: Make, student: Path) -
 def test_the_command_says_it_in_one_line(make_recipe: Callable[..., Path], student: Path) -> None:
     (student / "model.safetensors").rename(student / "pytorch_model.bin")
     for command in ("plan", "run"):
-        result = subprocess.run(
-            [*FLOWS, command, str(make_recipe()), f"student.model.path={student}"],
-            capture_output=True,
-            text=True,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
-        assert result.returncode == 1
-        assert "pytorch_model.bin, which is not safetensors and may run code" in result.stderr
-        assert result.stderr.startswith("error: ")
-        assert "Traceback" not in result.stderr + result.stdout
+        said = kdflow(command, str(make_recipe()), f"student.model.path={student}", code=1)
+        assert "pytorch_model.bin, which is not safetensors and may run code" in said
+        assert said.startswith("error: ")
+        assert "Traceback" not in said

@@ -11,8 +11,8 @@ from tasks.forecast.estimate import prospect, prospect_here, read_estimate
 from tasks.stages.explanation import decided, stage_status
 from tasks.stages.identity import open_store
 from tasks.stages.planning import plan_stages
+from tests.command import kdflow
 from tests.conftest import run_inline
-from tests.integration.test_flow import run
 
 pytestmark = [pytest.mark.prefect, pytest.mark.ranks]
 
@@ -21,7 +21,7 @@ def test_an_estimate_foretells_the_stored_states(
     make_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     recipe = str(make_recipe())
-    output = run("estimate", recipe, "planned_runs=3")
+    output = kdflow("estimate", recipe, "planned_runs=3")
     assert "3 runs planned" in output
     assert re.search(r"states as raw \(chosen\) .* bytes per supervised token", output)
     assert re.search(r"delivery: auto +│ (live|replay): ", output)
@@ -44,7 +44,7 @@ def test_an_estimate_foretells_the_stored_states(
 def test_auto_takes_the_cheaper_delivery_and_says_so(make_recipe: Callable[..., Path]) -> None:
     """Six steps of eight sequences are fewer than there are: live has less to do."""
     recipe = str(make_recipe())
-    output = run("run", recipe, "delivery=auto")
+    output = kdflow("run", recipe, "delivery=auto")
     assert "delivery: auto is live here" in output
     for delivery in ("auto", "live"):
         again = load_run(recipe, {"delivery": delivery})

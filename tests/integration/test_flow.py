@@ -15,6 +15,7 @@ import pytest
 from configs.load import load_run
 from kdflow_core.student.checkpoint import completed_steps
 from tasks.stages.planning import plan_stages
+from tests.command import kdflow
 from tests.conftest import run_inline
 from tests.processes import stage_ranks
 
@@ -31,13 +32,6 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def run(*arguments: str) -> str:
-    process = start(*arguments)
-    output, _ = process.communicate(timeout=500)
-    assert process.returncode == 0, output
-    return output
-
-
 def cached_stages(output: str) -> set[str]:
     all_of_them = re.findall(r"^served from cache: (.*)$", output, re.MULTILINE)
     tasks = re.findall(r"Task run '(\w+)-\w+' - Finished in state Cached", output)
@@ -46,7 +40,7 @@ def cached_stages(output: str) -> set[str]:
 
 def test_run_rerun_and_change(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
     recipe = str(make_recipe())
-    output = run("run", recipe)
+    output = kdflow("run", recipe)
     assert cached_stages(output) == set()
     for words in ("teacher", "student before", "student after", "forward KL", "perplexity"):
         assert words in output
@@ -62,20 +56,20 @@ def test_run_rerun_and_change(make_recipe: Callable[..., Path], tmp_path: Path) 
         assert words in report
     assert not re.search(r"<script|<link|src=|@import", report)  # self-contained
 
-    again = run("run", recipe)
+    again = kdflow("run", recipe)
     assert cached_stages(again) == {"tokenize", "extract", "train", "evaluate", "report"}
     assert re.findall("student after .*│", again) == re.findall("student after .*│", output)
 
-    changed = run("run", recipe, "student.lr=1e-4")
+    changed = kdflow("run", recipe, "student.lr=1e-4")
     assert cached_stages(changed) == {"tokenize", "extract"}
 
     # A hit counts only while the artifact is whole.
     plan = plan_stages(load_run(recipe))
     states = tmp_path / "store/artifacts/states" / plan["extract"].digest
     next(states.rglob("hidden/c/0/0/0/0")).unlink()
-    mended = run("run", recipe)
+    mended = kdflow("run", recipe)
     assert cached_stages(mended) == {"tokenize", "train", "evaluate", "report"}
-    assert run("plan", recipe).count("be served from cache") == 5
+    assert kdflow("plan", recipe).count("be served from cache") == 5
 
 
 def test_extraction_mapped_over_two_workers(
@@ -85,7 +79,7 @@ def test_extraction_mapped_over_two_workers(
     small = {"storage.shard_rows": 32, "teacher.tokens_per_batch": 1}
     recipe = str(make_recipe(max_steps=1))
     shared = [f"{name}={value}" for name, value in small.items()]
-    output = run("run", recipe, *shared, "teacher.num_workers=2")
+    output = kdflow("run", recipe, *shared, "teacher.num_workers=2")
     assert len(set(re.findall(r"stage extract, portion (\d of 2)", output))) == 2
     there, planned = re.findall(r"(\d+) of (\d+) shards are there already", output)[-1]
     assert there == planned
@@ -128,7 +122,7 @@ def test_a_killed_run_goes_on_from_cache_and_checkpoint(
     wait_and_kill(flow, checkpoints, with_flow=True)
     flow.communicate()
 
-    output = run("run", recipe)
+    output = kdflow("run", recipe)
     assert cached_stages(output) == {"tokenize", "extract"}
     assert re.search(r"training from step \d+ of 60 \(resumed", output)
     model = tmp_path / "store/artifacts/student" / digest / "model/model.safetensors"
