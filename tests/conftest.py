@@ -4,6 +4,8 @@ import json
 import logging
 import multiprocessing
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -22,6 +24,8 @@ from tasks.jobs.stage_host import job_of
 from tasks.jobs.stage_run import StageRun
 from tasks.stages.identity import stage_spec
 from tasks.stages.planning import plan_stages
+from tests.readme import ROOT
+from tests.terminal import fresh_home
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
@@ -38,6 +42,15 @@ def _home(tmp_path_factory: pytest.TempPathFactory) -> None:
     home = tmp_path_factory.mktemp("home")
     os.environ["PREFECT_HOME"] = str(home / "prefect")
     os.environ["HF_DATASETS_CACHE"] = str(home / "datasets")
+
+
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Prefect home as its first start makes it, which takes a while: to be copied."""
+    folder = tmp_path_factory.mktemp("migrated")
+    starter = "from flows.prefect_api import prefect_api\nwith prefect_api(print): pass"
+    subprocess.run([sys.executable, "-c", starter], cwd=ROOT, env=fresh_home(folder), check=True)
+    return folder / "prefect"
 
 
 def make_tokenizer(folder: Path, *, texts: list[str], template: str = CHATML) -> None:

@@ -90,8 +90,11 @@ class Server:
                 process.wait()
 
 
-def start_server(folder: Path) -> Server:
-    """A server whose commands run in `folder`, which looks like a checkout."""
+def start_server(folder: Path, migrated: Path) -> Server:
+    """A server whose commands run in `folder`, which looks like a checkout; see the fixture
+    `migrated`.
+    """
+    shutil.copytree(migrated, folder / "home")
     for name in ("prefect.yaml", "prefect.toml"):
         shutil.copy(ROOT / name, folder)
     for name in ("flows", "tasks", "kdflow_core", "storage", "configs"):

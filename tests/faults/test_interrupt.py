@@ -27,15 +27,6 @@ STAGES = {
 }
 
 
-@pytest.fixture(scope="module")
-def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Prefect database as the first start makes it, which takes a while."""
-    folder = tmp_path_factory.mktemp("migrated")
-    starter = "from flows.prefect_api import prefect_api\nwith prefect_api(print): pass"
-    subprocess.run([sys.executable, "-c", starter], cwd=ROOT, env=fresh_home(folder), check=True)
-    return folder / "prefect"
-
-
 @pytest.fixture
 def env(migrated: Path, tmp_path: Path) -> dict[str, str]:
     """That of somebody with a Prefect home and no server."""
@@ -59,14 +50,14 @@ def states_of(home: Path) -> list[str]:
 @pytest.mark.parametrize(
     "stages",
     [
-        ["train", "evaluate"],
+        ["train"],
         pytest.param(list(STAGES), marks=pytest.mark.slow),  # the same way out of each
     ],
 )
 def test_ctrl_c_at_every_stage(
     make_recipe: Callable[..., Path], tmp_path: Path, env: dict[str, str], stages: list[str]
 ) -> None:
-    recipe = make_recipe(max_steps=300, checkpoint_every=20)
+    recipe = make_recipe(max_steps=200, checkpoint_every=20)
     for stage in stages:
         terminal = Terminal("run", str(recipe), env=env)
         terminal.wait_for(STAGES[stage])
@@ -74,7 +65,8 @@ def test_ctrl_c_at_every_stage(
         assert_ended_well(terminal, f"kdflow run {recipe}")
     terminal = Terminal("run", str(recipe), env=env)
     assert terminal.wait() == 0, terminal.output
-    assert "300 of 300 steps" not in terminal.output, "the student was trained again"
+    # What was interrupted goes on; what was done is not done again.
+    assert ("200 of 200 steps" in terminal.output) == (stages[-1] == "train")
     states = states_of(tmp_path / "prefect")
     assert sorted(states) == ["Completed", *["Crashed"] * len(stages)]
 

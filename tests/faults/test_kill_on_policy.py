@@ -19,6 +19,7 @@ from configs.load import load_run
 from storage.store import ArtifactStore
 from tasks.presentation.tracking import read_metrics
 from tasks.stages.planning import plan_stages, round_identities
+from tests.command import kdflow
 from tests.prefect_server import Server, start_server
 from tests.processes import is_rank, orphaned_ranks
 from tests.readme import ROOT
@@ -29,8 +30,8 @@ STARTUP_S = 14.0  # a kill comes at any time of the start or the rounds
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    running = start_server(tmp_path_factory.mktemp("checkout"))
+def server(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Iterator[Server]:
+    running = start_server(tmp_path_factory.mktemp("checkout"), migrated)
     yield running
     running.stop()
 
@@ -163,9 +164,7 @@ def end_in_the_same_weights(
 ) -> None:
     """The first recipe's run is left alone, the second's killed; bit for bit they are the same."""
     whole, killed = recipes
-    with start(server, whole) as process:
-        output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    kdflow("run", str(whole))
     survive(server, killed, kinds, rng)
     one, other = student_folder_of(whole), student_folder_of(killed)
     weights = [(folder / "model/model.safetensors").read_bytes() for folder in (one, other)]

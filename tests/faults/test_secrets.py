@@ -2,6 +2,7 @@
 
 import base64
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -48,6 +49,14 @@ def address(data_file: Path) -> Iterator[str]:
     server.server_close()
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Path:
+    """Where somebody has all files; what one run leaves is there for the next, too."""
+    folder = tmp_path_factory.mktemp("all")
+    shutil.copytree(migrated, folder / "prefect")
+    return folder
+
+
 def run(recipe: Path, folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     """`kdflow run` by somebody whose every file is in `folder`."""
     env = fresh_home(folder) | {
@@ -79,16 +88,14 @@ def places_of_secrets(folder: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("outcome", ["works", "fails"])
+@pytest.mark.parametrize("outcome", ["fails", "works"])
 def test_planted_secrets_are_nowhere(
-    make_recipe: Callable[..., Path], tmp_path: Path, address: str, outcome: str
+    make_recipe: Callable[..., Path], tmp_path: Path, folder: Path, address: str, outcome: str
 ) -> None:
     recipe = yaml.safe_load(make_recipe(max_steps=2).read_text())
-    folder = tmp_path / "all"
     recipe["storage"] |= {"root": str(folder / "store"), "scratch": str(folder / "scratch")}
     path = tmp_path / "secret.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    folder.mkdir()
     query = SIGNATURE if outcome == "works" else f"wrong-{SIGNATURE[:-1]}"
     url = f"http://{USER}:{PASSWORD}@{address}/sums.jsonl?X-Amz-Signature={query}"
     result = run(path, folder, f"data.sources.0.path={url}")
@@ -106,17 +113,15 @@ def test_planted_secrets_are_nowhere(
 
 
 def test_a_teachers_server_with_a_password(
-    make_recipe: Callable[..., Path], tmp_path: Path
+    make_recipe: Callable[..., Path], tmp_path: Path, folder: Path
 ) -> None:
     """It is not there; what is said about it names the host alone."""
-    folder = tmp_path / "all"
     recipe = yaml.safe_load(make_recipe(max_steps=2).read_text())
     recipe["storage"] |= {"root": str(folder / "store"), "scratch": str(folder / "scratch")}
     url = f"http://{USER}:{PASSWORD}@127.0.0.1:9"
     recipe["teacher"] |= {"type": "sglang_server", "url": url}
     path = tmp_path / "secret.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    folder.mkdir()
     result = run(path, folder)
     assert result.returncode == 1
     assert "http://127.0.0.1:9" in result.stdout + result.stderr
