@@ -205,7 +205,7 @@ def estimate_table(run: RunConfig, found: Estimate, outcome: Prospect) -> Table:
     table = Table("", "", title=f"estimate of {run.name}, {run.planned_runs} runs planned")
     size_of = store_commands.size_text
     for name, size in outcome.stored_bytes.items():
-        per_token = f"{found.row_bytes[name]:,.0f} bytes per supervised token"
+        per_token = f"{size / max(1, found.rows):,.0f} bytes per supervised token"
         lossy = f", KL {found.int8_kl:.1e} nats" if name == "int8" else ""
         chosen = " (chosen)" if name == run.storage.codec else ""
         table.add_row(f"states as {name}{chosen}", f"{size_of(size)}, {per_token}{lossy}")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from kdflow_core.contracts import Example, HiddenRows, SignalRows, SignalSource
+from kdflow_core.contracts import Example, HiddenRows, SignalRows, SignalSource, TargetRows
 from kdflow_core.errors import AlignmentError
 
 # What a pass costs beside its tokens, as a part of the budget: one in so many.
@@ -78,6 +78,13 @@ def hidden_rows(rows: SignalRows) -> HiddenRows:
     """Rows of hidden states. Raises AlignmentError for signals that are something else."""
     if not isinstance(rows, HiddenRows):
         raise AlignmentError("these signals are not hidden states, and nothing here reads others")
+    return rows
+
+
+def target_rows(rows: SignalRows) -> TargetRows:
+    """Log-probabilities of tokens. Raises AlignmentError for signals that are something else."""
+    if not isinstance(rows, TargetRows):
+        raise AlignmentError("these signals are not the log-probabilities of tokens")
     return rows
 
 

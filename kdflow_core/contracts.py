@@ -174,8 +174,15 @@ class TopKRows:
     log_tail_N: torch.Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class TargetRows:
+    """The log-probabilities [N] (nats) of a sequence's supervised tokens themselves."""
+
+    log_prob_N: torch.Tensor
+
+
 # What a teacher says of one sequence; a teacher that says nothing has no source of them.
-SignalRows = HiddenRows | TopKRows
+SignalRows = HiddenRows | TopKRows | TargetRows
 
 
 class HiddenSignal(NamedTuple):
@@ -202,7 +209,7 @@ class SignalSource(Protocol):
 
     @property
     def hidden_size(self) -> int:
-        """H, of every row of states."""
+        """H, of every row of states; 0 where there are none."""
         ...
 
     def begin_step(self, step: int) -> None:

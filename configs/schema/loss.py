@@ -224,7 +224,8 @@ class LossConfig(StrictModel):
     span_share: float = Field(default=0.0, ge=0, le=1)
     """Between two tokenizers, the part of `kd_ratio` that the likelihood of spans has: how probable
     both models find each run of tokens that spells the same (ALM's limit, 2503.20083). The
-    divergence has the rest, at 1 nothing.
+    divergence has the rest, at 1 nothing: a replay then stores 4 bytes of a token, and no states of
+    the training data.
     """
     within_classes: bool = False
     """Between two tokenizers, for `reverse_kl` on what the student has sampled: learn also how it

@@ -169,6 +169,11 @@ class RunConfig(StrictModel):
                 "student.shuffle_window_shards is about stored states, and delivery: live "
                 "stores none"
             )
+        if self.learns_from_spans_alone and self.student.shuffle_window_shards is not None:
+            raise ValueError(
+                "student.shuffle_window_shards is about stored states, and with loss.span_share: 1 "
+                "training reads none; leave it out"
+            )
         if self.replays and (self.teacher.sleep or self.teacher.forward_batches is not None):
             raise ValueError(
                 "teacher.sleep and teacher.forward_batches are for `delivery: live` and `mode: "
@@ -308,9 +313,26 @@ class RunConfig(StrictModel):
         return self.mode == "offpolicy" and self.delivery == "replay"
 
     @property
+    def learns_from_spans_alone(self) -> bool:
+        """Whether training needs of a teacher how probable it finds its tokens, and no more."""
+        return self.algorithm.type == "vanilla_kd" and self.loss.span_share == 1
+
+    @property
+    def stores_log_probs(self) -> bool:
+        """Whether of the training split the log-probabilities of the teacher's tokens are stored,
+        and no states.
+        """
+        return self.replays and self.learns_from_spans_alone
+
+    @property
+    def trains_on_states(self) -> bool:
+        """Whether training reads teachers' states, stored or of teachers that run beside it."""
+        return self.algorithm.reads_signals and not self.stores_log_probs
+
+    @property
     def stores_training_states(self) -> bool:
         """Whether the teachers' states of the training split are stored."""
-        return self.replays and self.algorithm.reads_signals
+        return self.replays and self.trains_on_states
 
     @property
     def measures_heldout(self) -> bool:

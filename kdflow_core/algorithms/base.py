@@ -41,12 +41,13 @@ class TokenBatch:
 @dataclass(frozen=True, kw_only=True)
 class TokenSignal:
     """What one teacher says of the tokens `index_K` of the micro-batch, and of runs of tokens. The
-    tokens of the examples that it teaches are these and `rest_R`, of which it says nothing.
+    tokens of the examples that it teaches are these and `rest_R`, of which it says nothing. A
+    teacher without a head speaks of runs alone, and has all tokens for `index_K`.
     """
 
     index_K: torch.Tensor
     rest_R: torch.Tensor
-    signal: Signal
+    signal: Signal | None
     spans: Spans | None = None
 
 
@@ -89,21 +90,28 @@ class MicroBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """A teacher as an algorithm has it: its output head; the view that it reads; the weight of its
-    divergence; the data sources whose examples it teaches (None: all of them); and whether it is
-    asked for spans.
+    """A teacher as an algorithm has it: its output head (None: it is asked for the likelihood of
+    spans alone, which is at hand); the view that it reads; the weight of its divergence; the data
+    sources whose examples it teaches (None: all of them); and whether it is asked for spans.
     """
 
-    head: OutputHead
+    head: OutputHead | None
     view: str = "teacher"
     weight: float = 1.0
     sources: frozenset[str] | None = None
     reads_spans: bool = False
 
+    @property
+    def states_head(self) -> OutputHead:
+        """The head of a teacher whose states are read."""
+        assert self.head is not None
+        return self.head
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ingredients:
-    """What algorithms are made of: the loss, the student, and the teachers' heads by name. Of
+    """What algorithms are made of: the loss, the student, and by name the heads of teachers whose
+    states are read. Of
     teachers that read otherwise than the run's own, also their view, and what compares their
     vocabulary with the student's (None: both have one). `first_head` reads the head that the
     student begins with, whole, from its checkpoint; `shared_O2` finds the ids [O, 2] that the

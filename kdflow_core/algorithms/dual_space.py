@@ -52,7 +52,7 @@ class DualSpace(Algorithm):
         self._rate = config.projector_lr
         assert ingredients.first_head is not None
         own_OH, other_OG = _shared_rows(
-            ingredients.first_head(), self._teacher.head, ingredients.shared_O2()
+            ingredients.first_head(), self._teacher.states_head, ingredients.shared_O2()
         )
         self.to_student_GH = torch.nn.Parameter(projector(other_OG, own_OH))
         self.to_teacher_HG = torch.nn.Parameter(projector(own_OH, other_OG))

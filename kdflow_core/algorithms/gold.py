@@ -71,7 +71,9 @@ class Gold(Algorithm):
         assert spans is not None
         ce_N = surprisals(student.hidden_NH, student.head, batch.target_ids_N, spec.logits_bytes)
         ce_R = ce_N[spans.row_R]
-        x_M = surprisals(spans.hidden_MG, self._teacher.head, spans.target_ids_M, spec.logits_bytes)
+        x_M = surprisals(
+            spans.hidden_MG, self._teacher.states_head, spans.target_ids_M, spec.logits_bytes
+        )
         last_R, last_M = (_last(span, spans.count) for span in (spans.span_R, spans.span_M))
         before_S = span_sums(ce_R, spans.span_R, spans.count) - ce_R[last_R]
         told_S = span_sums(x_M, spans.span_M, spans.count) - x_M[last_M]
@@ -80,7 +82,7 @@ class Gold(Algorithm):
         merged = distillation_loss(
             student_hidden_TH=student.hidden_NH[row_S],
             student_head=student.head,
-            teacher=HiddenSignal(spans.hidden_MG[last_M], self._teacher.head),
+            teacher=HiddenSignal(spans.hidden_MG[last_M], self._teacher.states_head),
             target_ids_T=batch.target_ids_N[row_S],
             weights_T=torch.full_like(before_S, weight),
             spec=self._merged,
@@ -113,7 +115,7 @@ class Gold(Algorithm):
             hidden_BH=student.hidden_NH[spans.row_R[last_R[long_L]]].detach(),
             head=student.head,
             teacher_hidden_BG=spans.hidden_MG[last_M[long_L]],
-            teacher_head=self._teacher.head,
+            teacher_head=self._teacher.states_head,
             log_mass_B2=log_mass_S2[long_L],
             columns=self._columns,
             divergence=self._divergence,

@@ -24,6 +24,7 @@ from kdflow_core.losses.chunked import LossOutput
 from kdflow_core.losses.folding import Folding
 from kdflow_core.losses.span_likelihood import Spans, span_divergence, span_sums, surprisals
 from kdflow_core.losses.within_classes import advantages_within, cross_entropy_weights
+from kdflow_core.metrics import TAUGHT_TERMS
 
 
 class VanillaKD(Algorithm):
@@ -32,10 +33,11 @@ class VanillaKD(Algorithm):
     def __init__(self, config: VanillaKDConfig, ingredients: Ingredients) -> None:
         super().__init__()
         del config
-        self._spec = ingredients.spec
-        self._teacher = Teacher(
-            head=ingredients.heads["teacher"], reads_spans=ingredients.spec.reads_spans
-        )
+        self._spec = spec = ingredients.spec
+        head = ingredients.heads.get("teacher")
+        if head is None:  # the likelihood of spans is at hand, and all that is learned from
+            self._spec = replace(spec, divergence=None, token_weight=None, folding=None)
+        self._teacher = Teacher(head=head, reads_spans=spec.reads_spans)
 
     @property
     def teachers(self) -> Sequence[Teacher]:
@@ -49,7 +51,11 @@ class VanillaKD(Algorithm):
             return taught_loss(student, batch, taught=taught, spec=self._spec)
         spec, spans = self._spec, taught.spans
         ce_N = surprisals(student.hidden_NH, student.head, batch.target_ids_N, spec.logits_bytes)
-        x_M = surprisals(spans.hidden_MG, self._teacher.head, spans.target_ids_M, spec.logits_bytes)
+        if spans.log_prob_M is None:
+            head = self._teacher.states_head
+            x_M = surprisals(spans.hidden_MG, head, spans.target_ids_M, spec.logits_bytes)
+        else:
+            x_M = -spans.log_prob_M.to(ce_N)
         x_S = span_sums(x_M, spans.span_M, spans.count)
         y_S = span_sums(ce_N[spans.row_R], spans.span_R, spans.count)
         extra_N, total, terms = torch.zeros_like(ce_N), ce_N.new_zeros(()), {}
@@ -66,7 +72,7 @@ class VanillaKD(Algorithm):
                 hidden_NH=student.hidden_NH,
                 head=student.head,
                 target_ids_N=batch.target_ids_N,
-                teacher_head=self._teacher.head,
+                teacher_head=self._teacher.states_head,
                 surprisal_S=(y_S, x_S),
                 folding=spec.folding,
                 logits_bytes=spec.logits_bytes,
@@ -77,6 +83,8 @@ class VanillaKD(Algorithm):
         extra_N *= batch.weight
         output = taught_loss(student, replace(batch, extra_ce_N=extra_N), taught=taught, spec=spec)
         terms = output.terms | terms
+        if taught.signal is None:
+            terms = {name: values for name, values in terms.items() if name not in TAUGHT_TERMS}
         terms["loss"] = terms["loss"] + total / max(1, len(ce_N))
         return LossOutput(output.loss + batch.weight * total, terms)
 

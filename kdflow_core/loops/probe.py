@@ -76,7 +76,7 @@ def probe_training(
     """Student tokens per second over all ranks, which call it together. The student is spent."""
     optimizer = build_optimizer(module, config)
     module.train()
-    states = [RandomStates(t.head.weight_VH.shape[1]) for t in module.algorithm.teachers]
+    states = [RandomStates(t.states_head.weight_VH.shape[1]) for t in module.algorithm.teachers]
     seconds, tokens = 0.0, 0
     for step in range(1 + TIMED_STEPS):
         batches = _shortened(schedule.step(step % schedule.num_steps), schedule)

@@ -164,12 +164,13 @@ class Trainer:
             self._tell(result, rate)
 
     def _tell(self, result: StepMetrics, rate: float) -> None:
+        shown = [name for name in ("loss", "kd", "span") if name in result.terms]
+        terms = ", ".join(f"{name} {result.terms[name]:.4f}" for name in shown)
         self._reporter.progress(
             done=self.step,
             total=self._num_steps,
             unit="steps",
-            detail=f"loss {result.terms['loss']:.4f}, kd {result.terms['kd']:.4f}, "
-            f"{rate:,.0f} tokens/s",
+            detail=f"{terms}, {rate:,.0f} tokens/s",
         )
 
     def _skip(self, fault: str) -> None:

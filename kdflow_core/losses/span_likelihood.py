@@ -23,8 +23,9 @@ SMALLEST = 1e-3  # nats: below, a span is certain, and the quotient says nothing
 @dataclass(frozen=True, kw_only=True)
 class Spans:
     """`count` spans: the rows [R] of the student's tokens and the span of each; the teacher's
-    states [M, G] and tokens [M] in spans, and the span of each. Those of `is_pair_S` begin with
-    tokens of both sides that condition on the same text.
+    tokens [M] in spans, the span of each, and its states [M, G], or where it has none to give, the
+    tokens' log-probabilities [M]. Those of `is_pair_S` begin with tokens of both sides that
+    condition on the same text.
     """
 
     count: int
@@ -34,6 +35,7 @@ class Spans:
     target_ids_M: torch.Tensor
     span_M: torch.Tensor
     is_pair_S: torch.Tensor
+    log_prob_M: torch.Tensor | None = None
 
 
 def span_divergence(x_S: torch.Tensor, y_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,6 +20,7 @@ from kdflow_core.batching import (
     pad_right,
     rows_at,
     select_rows,
+    target_rows,
     taught_tokens,
     teacher_rows,
 )
@@ -224,12 +225,15 @@ def _token_signal(
             index.append(first + tokens)
             rest.append(first + np.setdiff1d(np.arange(count), tokens))
         first += count
+    spans = _spans(examples, signals, teacher, device) if teacher.reads_spans else None
+    if teacher.head is None:
+        all_K = torch.arange(first, device=device)
+        return TokenSignal(index_K=all_K, rest_R=all_K[:0], signal=None, spans=spans)
     hidden_KG = select_rows(
         [teacher_rows(example, signals, teacher.view) for example in taught],
         hidden_size=signals.hidden_size,
         device=device,
     )
-    spans = _spans(examples, signals, teacher, device) if teacher.reads_spans else None
     return TokenSignal(
         index_K=torch.from_numpy(np.concatenate(index)).to(device),
         rest_R=torch.from_numpy(np.concatenate(rest)).to(device),
@@ -241,10 +245,10 @@ def _token_signal(
 def _spans(
     examples: Sequence[Example], signals: SignalSource, teacher: Teacher, device: torch.device
 ) -> Spans:
-    """The spans of the examples, numbered through, with the teacher's states of their tokens."""
+    """The spans of the examples, numbered through, with what the teacher says of their tokens."""
     empty = np.zeros(0, np.int64)
     rows, spans, targets, theirs = [empty], [empty], [empty], [empty]
-    states, pairs, count, first = [], [np.zeros(0, bool)], 0, 0
+    states, log_probs, pairs, count, first = [], [torch.zeros(0)], [np.zeros(0, bool)], 0, 0
     for example in examples:
         alignment = example.alignments[teacher.view]
         spans_S4 = alignment.spans_S4.astype(np.int64)
@@ -257,7 +261,11 @@ def _spans(
         sequence = example.views[teacher.view]
         targets.append(sequence.target_ids_N[other.token].astype(np.int64))
         theirs.append(numbers_S[other.span])
-        states.append(rows_at(hidden_rows(signals.rows(sequence)), other.token))
+        said = signals.rows(sequence)
+        if teacher.head is None:
+            log_probs.append(target_rows(said).log_prob_N[torch.from_numpy(other.token)])
+        else:
+            states.append(rows_at(hidden_rows(said), other.token))
         first, count = first + len(example.student.target_positions_N), count + len(spans_S4)
     row_R, span_R, target_ids_M, span_M, is_pair_S = (
         torch.from_numpy(np.concatenate(parts)).to(device)
@@ -271,6 +279,7 @@ def _spans(
         target_ids_M=target_ids_M,
         span_M=span_M,
         is_pair_S=is_pair_S,
+        log_prob_M=torch.cat(log_probs).to(device) if teacher.head is None else None,
     )
 
 

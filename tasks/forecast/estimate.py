@@ -14,6 +14,7 @@ from tasks.stages.identity import find, open_store
 from tasks.stages.planning import plan_stages
 
 ESTIMATE_FILE = "estimate.json"
+LOG_PROB_BYTES = 4  # of a token, where training reads no states
 Delivery = Literal["replay", "live"]
 
 
@@ -70,7 +71,10 @@ def prospect(run: RunConfig, estimate: Estimate, free_bytes: int | None) -> Pros
     """The times and sizes of a run with this config, and the cheaper delivery."""
     width = run.teacher.ranks_per_replica
     copies = run.teacher.num_ranks // width * run.teacher.num_workers
-    stored = {name: int(size * estimate.rows) for name, size in estimate.row_bytes.items()}
+    sizes = estimate.row_bytes
+    if run.learns_from_spans_alone:  # whatever the codec, which is for held-out states
+        sizes = dict.fromkeys(sizes, LOG_PROB_BYTES)
+    stored = {name: int(size * estimate.rows) for name, size in sizes.items()}
     extract_s = estimate.replay_tokens / estimate.teacher_rate / copies
     live_copies = max(run.student.num_ranks // width, 1)
     live_teacher_s = estimate.live_tokens / estimate.teacher_rate / live_copies
@@ -145,7 +149,7 @@ def prospect_here(run: RunConfig, estimate: Estimate) -> Prospect:
     if not why_not_live(run, estimate):
         deliveries.append("live")
     plans = {d: plan_stages(with_delivery(run, d)) for d in deliveries}
-    states = [i for i in plans["replay"].values() if i.kind == "states"]
+    states = [i for i in plans["replay"].values() if i.kind in ("states", "log_probs")]
     if all(find(run, identity) is not None for identity in states):
         replay_s = run.planned_runs * found.train_s
         found = found.model_copy(

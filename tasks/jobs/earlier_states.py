@@ -20,7 +20,9 @@ from storage.errors import StoreCorruptError
 from storage.states.reader import HiddenStateReader
 from tasks.jobs.parts import open_states, rank_and_size
 from tasks.jobs.stage_run import StageRun
+from tasks.stages.catalogue import CATALOGUE
 
+EXTRACT = CATALOGUE["extract"]
 MOST = 64  # artifacts that are looked at, the newest first
 
 
@@ -53,7 +55,7 @@ def earlier_states(stage: StageRun, head_digest: str, digests: np.ndarray) -> Ea
     refs: list[list[ArtifactRef]] = [[]]
     rank, _ = rank_and_size()
     if rank == 0:
-        manifests = stage.store.newest_manifests(stage.kind, MOST)
+        manifests = stage.store.newest_manifests(EXTRACT.kind, MOST)
         refs[0] = [
             ref
             for manifest in manifests
@@ -67,11 +69,11 @@ def earlier_states(stage: StageRun, head_digest: str, digests: np.ndarray) -> Ea
 
 
 def _serves(stage: StageRun, manifest: Manifest, head_digest: str) -> bool:
-    """Whether an artifact has exactly what this stage's teacher would make."""
+    """Whether an artifact has exactly what this stage's teacher would say."""
     own = stage.spec.identity
     return (
         manifest.digest != stage.digest
-        and manifest.code_version == own.code_version
+        and manifest.code_version == EXTRACT.code_version
         and manifest.inputs["teacher_model"] == own.inputs["teacher_model"]
         and manifest.config["teacher"] == own.config["teacher"]
         and manifest.info["head"]["digest"] == head_digest

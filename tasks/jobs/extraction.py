@@ -5,9 +5,8 @@ ones, and the replica's first rank writes them. What the same teacher has read f
 copied from there.
 """
 
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -15,47 +14,31 @@ import numpy as np
 import torch
 
 from kdflow_core.bounded import BoundedWorker
-from kdflow_core.contracts import OutputHead, TeacherEngine, TokenSequence
-from kdflow_core.errors import DataError
+from kdflow_core.contracts import OutputHead
 from kdflow_core.models.heads import head_digest
 from kdflow_core.models.loading import load_config
-from kdflow_core.teacher import build_engine, longest_allowed
+from kdflow_core.teacher import longest_allowed
 from kdflow_core.teacher.codec_loss import codec_loss, compare_states
-from kdflow_core.teacher.streaming import check_lengths, stream_states
+from kdflow_core.teacher.streaming import check_lengths
 from kdflow_core.workers.devices import barrier
 from storage.artifact import ArtifactRef
-from storage.states.layout import Layout, Sequences, plan_layout
+from storage.states.layout import Layout, plan_layout
 from storage.states.writer import HiddenStateWriter
-from storage.tokens import TokenTable
 from tasks.jobs import parts
 from tasks.jobs.earlier_states import EarlierStates, earlier_states
-from tasks.jobs.reference import Reference
 from tasks.jobs.stage_run import StageRun, job
-from tasks.jobs.stored import TeacherSequences, bfloat16_bits, bfloat16_tensor
+from tasks.jobs.stored import bfloat16_tensor
+from tasks.jobs.teacher_pass import (
+    WINDOW_BATCHES,
+    TeacherWork,
+    checked_engine,
+    distinct_sequences,
+    reference_of,
+    rows_of,
+)
 from tasks.stages.slices import state_splits
 
-WINDOW_BATCHES = 8
 SHARDS_BEHIND = 2
-REFERENCE_CANDIDATES = 32  # sequences, of which the shortest are compared
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherWork:
-    """What is to be stored: every distinct sequence of a teacher's view, in which table and row of
-    it its ids lie, and its length.
-    """
-
-    tables: list[TokenTable]
-    view: str
-    table: np.ndarray
-    row: np.ndarray
-    lengths: np.ndarray
-    sequences: Sequences
-
-    def of(self, numbers: Sequence[int]) -> TeacherSequences:
-        """Some sequences."""
-        places = [(int(self.table[i]), int(self.row[i])) for i in numbers]
-        return TeacherSequences(self.tables, places, self.view)
 
 
 @job("extract")
@@ -167,76 +150,6 @@ def _info(stage: StageRun, head: OutputHead, heads_digest: str, layout: Layout) 
     }
 
 
-def distinct_sequences(
-    tables: list[TokenTable], sources: Sequence[str] | None = None, view: str = "teacher"
-) -> TeacherWork:
-    """Every distinct sequence of a view once, of some data sources or of all, by digest: digests
-    are uniform, so that this is a random order.
-
-    Raises DataError when no sequence is of these sources.
-    """
-    digests = np.concatenate([table.digests(view) for table in tables])
-    keys = digests.view(">u8")
-    order = np.lexsort((keys[:, 1], keys[:, 0]))
-    ordered = keys[order]
-    first = np.ones(len(order), bool)
-    first[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    chosen = order[first]
-    known = [table.sources() for table in tables]
-    names = tuple(sorted({name for _, own in known for name in own}))
-    numbers = [np.array([names.index(n) for n in own], np.int16)[s] for s, own in known]
-    source = np.concatenate(numbers)
-    if sources is not None:
-        chosen = chosen[np.isin(source[chosen], [i for i, n in enumerate(names) if n in sources])]
-        if not len(chosen):
-            raise DataError(f"no sample of the data sources {list(sources)} is left for a teacher")
-    counts = [table.supervised_counts(view) for table in tables]
-    return TeacherWork(
-        tables=tables,
-        view=view,
-        table=np.repeat(np.arange(len(tables)), [len(t) for t in tables])[chosen],
-        row=np.concatenate([np.arange(len(t)) for t in tables])[chosen],
-        lengths=np.concatenate([table.lengths(view) for table in tables])[chosen],
-        sequences=Sequences(
-            digests=digests[chosen],
-            num_rows=np.concatenate(counts)[chosen].astype(np.int32),
-            source=source[chosen],
-            source_names=names,
-        ),
-    )
-
-
-def _reference(
-    stage: StageRun, work: TeacherWork, writer: HiddenStateWriter, missing: list[int]
-) -> Reference | None:
-    """What the first states are compared with; nothing where transformers itself is the teacher."""
-    if stage.run.teacher.type == "transformers":
-        return None
-    first = list(writer.sequences_of(missing[0]))[:REFERENCE_CANDIDATES]
-    return Reference(stage, list(work.of(first)))
-
-
-def _checked_engine(
-    stage: StageRun, head: OutputHead, longest: int, reference: Reference | None
-) -> TeacherEngine:
-    """The teacher, its first states compared with those of transformers."""
-    rank, _ = parts.rank_and_size()
-    if reference is not None and rank == 0:
-        reference.compute()
-    engine = build_engine(
-        stage.run.teacher,
-        folder=stage.model_folder("teacher"),
-        head=head,
-        longest=longest,
-        device=parts.device(stage),
-    )
-    if rank == 0 and engine.remark:
-        stage.reporter.message(engine.remark)
-    if reference is not None:
-        reference.compare(engine)
-    return engine
-
-
 def _run_teacher(
     stage: StageRun,
     head: OutputHead,
@@ -258,8 +171,9 @@ def _run_teacher(
         )
     engine = None
     if held < len(wanted):  # on any rank: they build it together
-        reference = _reference(stage, work, writer, missing) if replica == 0 else None
-        engine = _checked_engine(stage, head, int(work.lengths.max()), reference)
+        first = list(writer.sequences_of(missing[0]))
+        reference = reference_of(stage, work, first) if replica == 0 else None
+        engine = checked_engine(stage, head, int(work.lengths.max()), reference)
     numbers = [number for shard in shards for number in writer.sequences_of(shard)]
     total, done = int(work.lengths[numbers].sum()), 0
 
@@ -276,7 +190,7 @@ def _run_teacher(
             sequences: Sequence[int] = writer.sequences_of(shard)
             if place_in_replica:  # what is copied is the writer's
                 sequences = [number for number in sequences if not earlier.held_N[number]]
-            made = _rows(engine, earlier, work, sequences, window)
+            made = rows_of(engine, earlier, work, sequences, window)
             for number, (rows_NH, targets_N) in zip(sequences, made, strict=True):
                 rows.append(rows_NH)
                 targets.append(targets_N)
@@ -287,37 +201,3 @@ def _run_teacher(
                 background.submit(partial(writer.write_shard, shard, rows, targets, measure))
     if engine is not None:
         engine.close()
-
-
-def _rows(
-    engine: TeacherEngine | None,
-    earlier: EarlierStates,
-    work: TeacherWork,
-    numbers: Sequence[int],
-    window_tokens: int,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows [N, H], in bits of bfloat16, and target ids [N] of sequences, copied or computed."""
-    fresh = [number for number in numbers if not earlier.held_N[number]]
-    computed = _computed(engine, work, fresh, window_tokens)
-    for number in numbers:
-        if earlier.held_N[number]:
-            (sequence,) = work.of([number])
-            yield earlier.rows(number, sequence), sequence.target_ids_N
-        else:
-            yield next(computed)
-
-
-def _computed(
-    engine: TeacherEngine | None, work: TeacherWork, numbers: Sequence[int], window_tokens: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The same, from the teacher."""
-    targets: deque[np.ndarray] = deque()
-
-    def sequences() -> Iterator[TokenSequence]:
-        for sequence in work.of(numbers):
-            targets.append(sequence.target_ids_N)
-            yield sequence
-
-    if engine is not None:
-        for states_NH in stream_states(engine, sequences(), window_tokens=window_tokens):
-            yield bfloat16_bits(states_NH), targets.popleft()

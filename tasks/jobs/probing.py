@@ -15,10 +15,10 @@ from storage.states.sizes import stored_sample
 from storage.tokens import TokenTable
 from tasks.forecast.estimate import ESTIMATE_FILE, Estimate
 from tasks.jobs import aligning, parts
-from tasks.jobs.extraction import TeacherWork, distinct_sequences
 from tasks.jobs.stage_run import StageRun, job
 from tasks.jobs.stored import TokenExamples, bfloat16_bits, bfloat16_tensor
 from tasks.jobs.student_module import build_comparison, build_module
+from tasks.jobs.teacher_pass import TeacherWork, distinct_sequences
 from tasks.jobs.training import batch_schedule
 
 PROBED_BATCHES = 3

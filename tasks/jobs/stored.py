@@ -15,11 +15,15 @@ from kdflow_core.contracts import (
     Examples,
     HiddenRows,
     SignalSource,
+    TargetRows,
     TokenSequence,
 )
 from storage.errors import RowsMismatchError
+from storage.log_probs import LogProbs
 from storage.states.reader import HiddenStateReader
 from storage.tokens import TokenTable
+
+LOG_PROBS_FILE = "log_probs.arrow"
 
 
 def _sequence(row: Mapping[str, Any], view: str) -> TokenSequence:
@@ -161,6 +165,27 @@ class StoredStates:
         return HiddenRows(buffer_RH=states_NH, index_N=torch.arange(len(states_NH)))
 
 
+class StoredLogProbs:
+    """Log-probabilities of the samples' own tokens as `SignalSource`."""
+
+    hidden_size = 0
+
+    def __init__(self, found: LogProbs) -> None:
+        self._found = found
+
+    def begin_step(self, step: int) -> None:
+        """Nothing to get ready: they are mapped into memory."""
+
+    def rows(self, sequence: TokenSequence) -> TargetRows:
+        """See `SignalSource`."""
+        count = int(sequence.supervised_T.sum())
+        log_prob_N = self._found.of(sequence.digest, count)
+        return TargetRows(log_prob_N=torch.tensor(log_prob_N))
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
 def bfloat16_bits(states_NH: torch.Tensor) -> np.ndarray:
     """The bits of bfloat16 states as uint16 [N, H], sharing memory."""
     return states_NH.contiguous().view(torch.int16).numpy().view(np.uint16)
@@ -171,7 +196,7 @@ def bfloat16_tensor(bits_NH: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(bits_NH.view(np.int16)).view(torch.bfloat16)
 
 
-def _protocols(examples: TokenExamples, states: StoredStates) -> None:
+def _protocols(examples: TokenExamples, states: StoredStates, log_probs: StoredLogProbs) -> None:
     """Checked by mypy: the adapters satisfy the protocols."""
     _examples: Examples = examples
-    _states: SignalSource = states
+    _sources: list[SignalSource] = [states, log_probs]

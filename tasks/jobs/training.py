@@ -14,10 +14,11 @@ from kdflow_core.student.schedule import BatchSchedule
 from kdflow_core.teacher.live import LiveStates
 from kdflow_core.workers.rank_side import stoppable
 from storage.artifact import ArtifactRef
+from storage.log_probs import LogProbs
 from storage.tokens import TokenTable
 from tasks.jobs import parts
 from tasks.jobs.stage_run import StageRun, job
-from tasks.jobs.stored import StoredStates, TokenExamples
+from tasks.jobs.stored import LOG_PROBS_FILE, StoredLogProbs, StoredStates, TokenExamples
 from tasks.jobs.training_session import (
     TrainingSession,
     live_states,
@@ -25,7 +26,7 @@ from tasks.jobs.training_session import (
     teacher_sequences,
 )
 
-States = PrefetchedStates | LiveStates
+States = PrefetchedStates | LiveStates | StoredLogProbs
 
 
 @job("train")
@@ -38,7 +39,7 @@ def train_student(stage: StageRun) -> ArtifactRef | None:
     schedule, states = _schedule_and_states(stage, table, teachers)
     session = TrainingSession(
         stage,
-        teachers=teachers if stage.run.algorithm.reads_signals else {},
+        teachers=teachers if stage.run.trains_on_states else {},
         num_steps=schedule.num_steps,
         heldout=tables["heldout"],
         judged_by=teachers["teacher"] if stage.run.measures_heldout else None,
@@ -55,7 +56,7 @@ def train_student(stage: StageRun) -> ArtifactRef | None:
 def _stored_teachers(stage: StageRun, table: TokenTable) -> dict[str, TeacherAtHand[StoredStates]]:
     """The teachers that training asks by name, or measures against."""
     run = stage.run
-    if not run.algorithm.reads_signals and not run.measures_heldout:
+    if not run.trains_on_states and not run.measures_heldout:
         return {}
     return {
         name: parts.stored_teacher(stage.of_teacher(name), parts.view_of(table, name))
@@ -96,6 +97,9 @@ def _schedule_and_states(
     run = stage.run
     if not run.algorithm.reads_signals:
         return batch_schedule(stage, table, groups=None), ()
+    if run.stores_log_probs:
+        found = stage.store.local_copy(stage.spec.inputs["log_probs"]) / LOG_PROBS_FILE
+        return batch_schedule(stage, table, groups=None), (StoredLogProbs(LogProbs(found)),)
     if run.delivery == "live":
         schedule = batch_schedule(stage, table, groups=None)
         return schedule, (_live(stage, table, schedule, teachers["teacher"].head),)

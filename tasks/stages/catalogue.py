@@ -172,6 +172,17 @@ _STAGES = (
         engines=lambda _run: ("teacher",),
     ),
     Stage(
+        name="score-tokens",
+        kind="log_probs",
+        output="log_probs",
+        code_version=1,
+        description="Teacher log-probabilities of the samples' own tokens",
+        job="tasks.jobs.scoring:score_tokens",
+        slice=slices.log_probs,
+        ranks=lambda run: run.teacher.num_ranks,
+        engines=lambda _run: ("teacher",),
+    ),
+    Stage(
         name="train",
         kind="student",
         output="student",

@@ -217,6 +217,16 @@ def states(known: Known) -> Iterator[Slice]:
         )
 
 
+def log_probs(known: Known) -> Iterator[Slice]:
+    """The teacher's log-probabilities of the training split's tokens, where training reads them in
+    place of states.
+    """
+    if not known.run.stores_log_probs:
+        return
+    config = {"teacher": _results_slice(known.run.teacher)}
+    yield Slice(config=config, inputs=known.data() | {"teacher_model": known.teacher_model()})
+
+
 def student(known: Known) -> Iterator[Slice]:
     """The trained student."""
     run = known.run
@@ -226,6 +236,9 @@ def student(known: Known) -> Iterator[Slice]:
         # Elsewhere stored states are of the held-out sequences alone, for a curve if there is one.
         if run.stores_training_states or run.measures_heldout or not key.startswith("states")
     }
+    scored = known.made("log_probs")
+    if scored is not None:
+        inputs["log_probs"] = scored
     yield Slice(config=training_slice(run), inputs=inputs | reward_input(run, known.prints))
 
 

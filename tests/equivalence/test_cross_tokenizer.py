@@ -19,14 +19,15 @@ from configs.errors import ConfigError
 from configs.load import load_run
 from configs.schema.run import RunConfig
 from flows.cli import app
-from kdflow_core.contracts import TeacherEngine
+from kdflow_core.contracts import TeacherEngine, TokenSequence
 from kdflow_core.errors import DataError, ModelError
 from storage.errors import StoreCorruptError
+from storage.log_probs import LogProbs
 from storage.states.reader import HiddenStateReader
 from storage.tokens import TokenTable
 from tasks.checks.run_check import checked_plan
-from tasks.jobs import extraction
-from tasks.jobs.stored import TokenExamples
+from tasks.jobs import scoring, teacher_pass
+from tasks.jobs.stored import LOG_PROBS_FILE, TokenExamples
 from tasks.presentation.alignment_view import aligned_samples, two_rows
 from tasks.presentation.tracking import HELDOUT_FILE, METRICS_FILE, read_metrics
 from tasks.rounds.rounds_at_work import RoundsAtWork
@@ -438,16 +439,10 @@ def classes_by_hand(tokens: dict[str, list[bytes]], tokenizers: Any) -> dict[str
     }
 
 
-def test_a_teacher_reads_a_text_once_for_students_of_any_tokenizer(
-    make_recipe: Callable[..., Path],
-    other_run: Callable[..., RunConfig],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Their states are copied bit for bit; of a sequence that is new, the teacher is asked."""
-    first = load_run(str(make_recipe()), {"data.sources.0.max_samples": 40})
-    store = open_store(first)
-    earlier = HiddenStateReader(store=store, ref=run_inline(first, until="extract")["states"])
-    build, asked = extraction.build_engine, []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[TokenSequence]:
+    """What teachers in this process are asked for."""
+    build, asked = teacher_pass.build_engine, []
 
     def counting(*args: Any, **kwargs: Any) -> TeacherEngine:
         engine = build(*args, **kwargs)
@@ -455,7 +450,19 @@ def test_a_teacher_reads_a_text_once_for_students_of_any_tokenizer(
         monkeypatch.setattr(engine, "forward", lambda batch: asked.extend(batch) or forward(batch))
         return engine
 
-    monkeypatch.setattr(extraction, "build_engine", counting)
+    monkeypatch.setattr(teacher_pass, "build_engine", counting)
+    return asked
+
+
+def test_a_teacher_reads_a_text_once_for_students_of_any_tokenizer(
+    make_recipe: Callable[..., Path],
+    other_run: Callable[..., RunConfig],
+    asked: list[TokenSequence],
+) -> None:
+    """Their states are copied bit for bit; of a sequence that is new, the teacher is asked."""
+    first = load_run(str(make_recipe()), {"data.sources.0.max_samples": 40})
+    store = open_store(first)
+    earlier = HiddenStateReader(store=store, ref=run_inline(first, until="extract")["states"])
     for run, new in [
         (other_run(data__sources__0__max_samples=40), False),
         (other_run(data__sources__0__max_samples=50), True),
@@ -583,6 +590,86 @@ def test_a_student_learns_from_the_likelihood_of_spans(
     records = read_metrics(done["student"] / METRICS_FILE)
     assert records[-1]["span"] < 0.7 * records[0]["span"]
     assert "likelihood of spans" in (done["report"] / "report.html").read_text()
+
+
+def losses_of(done: dict[str, Path]) -> list[float]:
+    return [record["loss"] for record in read_metrics(done["student"] / METRICS_FILE)]
+
+
+def test_of_spans_alone_log_probabilities_are_stored_and_no_states(
+    other_run: Callable[..., RunConfig],
+) -> None:
+    """Training by them is training with the teacher beside it; they are those of full logits."""
+    spans = {"loss__span_share": 1.0, "loss__kd_ratio": 0.8, "teacher__tokens_per_batch": 1}
+    run = other_run(**spans)
+    done = student_of(run)
+    live = student_of(other_run(delivery="live", **spans))
+    np.testing.assert_allclose(losses_of(done), losses_of(live), rtol=1e-5)
+    assert "kd" not in read_metrics(done["student"] / METRICS_FILE)[0]
+    table = TokenTable(done["tokens"] / "train.arrow")
+    states = HiddenStateReader(
+        store=open_store(run), ref=run_inline(run, until="extract")["states"]
+    )
+    assert not states.holds(table.digests("teacher")).any()
+    stored, teacher = LogProbs(done["log_probs"] / LOG_PROBS_FILE), naive.load(teacher_of(run))
+    for index in range(0, len(table), 9):
+        sequence = TokenExamples(table)[index].teacher
+        rows, targets = sequence.target_positions_N - 1, sequence.target_ids_N
+        with torch.no_grad():
+            logits_TV = teacher(torch.tensor(sequence.ids_T).long()[None]).logits[0]
+        log_p_NV = logits_TV[rows, :VOCABULARY].double().log_softmax(-1)
+        expected_N = log_p_NV[torch.arange(len(rows)), torch.tensor(targets).long()]
+        found_N = stored.of(sequence.digest, len(rows))
+        np.testing.assert_allclose(found_N, expected_N, atol=0.05)  # states are bfloat16
+
+
+def teacher_of(run: RunConfig) -> str:
+    assert run.teacher.model.type == "pretrained"
+    return run.teacher.model.path
+
+
+def test_what_was_read_or_scored_is_not_read_again(
+    other_run: Callable[..., RunConfig],
+    asked: list[TokenSequence],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """States that are stored are scored as they stand; a scoring that was stopped goes on with the
+    parts that it has, in the very bytes that another number of ranks writes.
+    """
+    monkeypatch.setattr(scoring, "PART_SEQUENCES", 16)
+    spans = {"loss__span_share": 1.0, "teacher__tokens_per_batch": 1}
+    run_inline(other_run(teacher__tokens_per_batch=1), until="extract")
+    asked.clear()
+    whole = run_inline(other_run(**spans), until="score-tokens")["log_probs"]
+    assert not asked
+    content = (Path(whole.uri) / LOG_PROBS_FILE).read_bytes()
+
+    def elsewhere(name: str, **more: Any) -> RunConfig:
+        root, scratch = str(tmp_path / name), str(tmp_path / f"{name}-scratch")
+        return other_run(storage__root=root, storage__scratch=scratch, **spans, **more)
+
+    run, write, written = elsewhere("stopped"), scoring._write, []
+
+    def stopping(path: Path, values: np.ndarray) -> None:
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        write(path, values)
+        written.append(len(values))
+
+    monkeypatch.setattr(scoring, "_write", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run_inline(run, until="score-tokens")
+    monkeypatch.setattr(scoring, "_write", write)
+    before = {sequence.digest for sequence in asked}
+    asked.clear()
+    again = run_inline(run, until="score-tokens")["log_probs"]
+    assert len({sequence.digest for sequence in asked} - before) > 0
+    assert len(asked) <= again.counts["sequences"] - 3 * 16
+    assert (Path(again.uri) / LOG_PROBS_FILE).read_bytes() == content
+    two = elsewhere("two", teacher__num_ranks=2)
+    ref = run_inline(two, until="score-tokens", launched=["score-tokens"])["log_probs"]
+    assert (Path(ref.uri) / LOG_PROBS_FILE).read_bytes() == content
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,10 @@ SECOND = {"type": "transformers", "model": {"type": "pretrained", "path": "./sec
         ),
         ({"data.answers": {"by": "nobody"}}, "'teacher' or 'student'"),
         (
+            {"student.shuffle_window_shards": 2, "loss.span_share": 1, "delivery": "auto"},
+            "with loss.span_share: 1 training reads none",
+        ),
+        (
             {
                 "algorithm": {
                     "type": "multi_teacher",

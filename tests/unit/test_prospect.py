@@ -59,6 +59,13 @@ def test_more_copies_of_the_teacher_store_its_states_sooner(
     assert (outcome.extract_s, outcome.live_teacher_s) == (25, 10)
 
 
+def test_of_spans_alone_four_bytes_a_token_are_stored(run: Callable[..., RunConfig]) -> None:
+    config = run(planned_runs=9, loss__span_share=1)
+    outcome = prospect(config, estimate(), GB - 1)
+    assert (outcome.fits, outcome.delivery) == (True, "replay")
+    assert outcome.stored_bytes["raw"] == 4_000_000
+
+
 def test_what_does_not_fit_the_disk(run: Callable[..., RunConfig]) -> None:
     config = run(planned_runs=9)
     outcome = prospect(config, estimate(), GB - 1)

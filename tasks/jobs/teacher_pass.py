@@ -1,0 +1,148 @@
+"""A teacher's pass over sequences: which there are, the engine, and the rows of each in order.
+
+What the same teacher has read for other runs is copied from there. Dimensions: N rows of a
+sequence, H hidden size.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kdflow_core.contracts import OutputHead, TeacherEngine, TokenSequence
+from kdflow_core.errors import DataError
+from kdflow_core.teacher import build_engine
+from kdflow_core.teacher.streaming import stream_states
+from storage.states.layout import Sequences
+from storage.tokens import TokenTable
+from tasks.jobs import parts
+from tasks.jobs.earlier_states import EarlierStates
+from tasks.jobs.reference import Reference
+from tasks.jobs.stage_run import StageRun
+from tasks.jobs.stored import TeacherSequences, bfloat16_bits
+
+WINDOW_BATCHES = 8
+REFERENCE_CANDIDATES = 32  # sequences, of which the shortest are compared
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherWork:
+    """What a teacher is to read: every distinct sequence of its view, in which table and row of it
+    its ids lie, and its length.
+    """
+
+    tables: list[TokenTable]
+    view: str
+    table: np.ndarray
+    row: np.ndarray
+    lengths: np.ndarray
+    sequences: Sequences
+
+    def of(self, numbers: Sequence[int]) -> TeacherSequences:
+        """Some sequences."""
+        places = [(int(self.table[i]), int(self.row[i])) for i in numbers]
+        return TeacherSequences(self.tables, places, self.view)
+
+
+def distinct_sequences(
+    tables: list[TokenTable], sources: Sequence[str] | None = None, view: str = "teacher"
+) -> TeacherWork:
+    """Every distinct sequence of a view once, of some data sources or of all, by digest: digests
+    are uniform, so that this is a random order.
+
+    Raises DataError when no sequence is of these sources.
+    """
+    digests = np.concatenate([table.digests(view) for table in tables])
+    keys = digests.view(">u8")
+    order = np.lexsort((keys[:, 1], keys[:, 0]))
+    ordered = keys[order]
+    first = np.ones(len(order), bool)
+    first[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    chosen = order[first]
+    known = [table.sources() for table in tables]
+    names = tuple(sorted({name for _, own in known for name in own}))
+    numbers = [np.array([names.index(n) for n in own], np.int16)[s] for s, own in known]
+    source = np.concatenate(numbers)
+    if sources is not None:
+        chosen = chosen[np.isin(source[chosen], [i for i, n in enumerate(names) if n in sources])]
+        if not len(chosen):
+            raise DataError(f"no sample of the data sources {list(sources)} is left for a teacher")
+    counts = [table.supervised_counts(view) for table in tables]
+    return TeacherWork(
+        tables=tables,
+        view=view,
+        table=np.repeat(np.arange(len(tables)), [len(t) for t in tables])[chosen],
+        row=np.concatenate([np.arange(len(t)) for t in tables])[chosen],
+        lengths=np.concatenate([table.lengths(view) for table in tables])[chosen],
+        sequences=Sequences(
+            digests=digests[chosen],
+            num_rows=np.concatenate(counts)[chosen].astype(np.int32),
+            source=source[chosen],
+            source_names=names,
+        ),
+    )
+
+
+def reference_of(stage: StageRun, work: TeacherWork, numbers: Sequence[int]) -> Reference | None:
+    """What the first states are compared with, of some of these sequences; nothing where
+    transformers itself is the teacher.
+    """
+    if stage.run.teacher.type == "transformers":
+        return None
+    return Reference(stage, list(work.of(numbers[:REFERENCE_CANDIDATES])))
+
+
+def checked_engine(
+    stage: StageRun, head: OutputHead, longest: int, reference: Reference | None
+) -> TeacherEngine:
+    """The teacher, its first states compared with those of transformers."""
+    rank, _ = parts.rank_and_size()
+    if reference is not None and rank == 0:
+        reference.compute()
+    engine = build_engine(
+        stage.run.teacher,
+        folder=stage.model_folder("teacher"),
+        head=head,
+        longest=longest,
+        device=parts.device(stage),
+    )
+    if rank == 0 and engine.remark:
+        stage.reporter.message(engine.remark)
+    if reference is not None:
+        reference.compare(engine)
+    return engine
+
+
+def rows_of(
+    engine: TeacherEngine | None,
+    earlier: EarlierStates,
+    work: TeacherWork,
+    numbers: Sequence[int],
+    window_tokens: int,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows [N, H], in bits of bfloat16, and target ids [N] of sequences, copied or computed."""
+    fresh = [number for number in numbers if not earlier.held_N[number]]
+    computed = _computed(engine, work, fresh, window_tokens)
+    for number in numbers:
+        if earlier.held_N[number]:
+            (sequence,) = work.of([number])
+            yield earlier.rows(number, sequence), sequence.target_ids_N
+        else:
+            yield next(computed)
+
+
+def _computed(
+    engine: TeacherEngine | None, work: TeacherWork, numbers: Sequence[int], window_tokens: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The same, from the teacher."""
+    targets: deque[np.ndarray] = deque()
+
+    def sequences() -> Iterator[TokenSequence]:
+        for sequence in work.of(numbers):
+            targets.append(sequence.target_ids_N)
+            yield sequence
+
+    if engine is not None:
+        for states_NH in stream_states(engine, sequences(), window_tokens=window_tokens):
+            yield bfloat16_bits(states_NH), targets.popleft()
