@@ -106,14 +106,23 @@ class ChatFormat:
         """Token ids of a text that goes on behind another one: without a dummy prefix, where the
         tokenizer puts one at the beginning of a text.
         """
+        # Behind a special token inside, a tokenizer may put a prefix too, wherever the text stands.
+        first = self._added.search(text)
+        begin = text if first is None else text[: first.end()]
         for mark in (self.tokenizer.eos_token, "\n", "x", "."):
             if mark is None:
                 continue
             head, ids = self.ids(mark), self.ids(mark + text)
             # A mark that joins the text, or behind which a prefix comes too, is none.
-            if ids[: len(head)] == head and self.decode(ids) == self.decode(head) + text:
+            if ids[: len(head)] == head and self.decode(ids).startswith(self.decode(head) + begin):
                 return ids[len(head) :]
         return self.ids(text)
+
+    @cached_property
+    def _added(self) -> re.Pattern[str]:
+        """Any added token's text; nothing, where there are none."""
+        texts = {str(token.content) for token in self.tokenizer.added_tokens_decoder.values()}
+        return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
     def decode(self, ids: Sequence[int], *, special: bool = True) -> str:
         """The text of token ids, with `special` tokens or without."""

@@ -53,9 +53,9 @@ class Conversation:
         return str(self.messages[-1]["role"]) != "assistant"
 
     def rewritten(self, rewrite: Callable[[str], str]) -> "Conversation":
-        """The same with every message's text rewritten."""
-        messages = tuple({**m, "content": rewrite(m["content"])} for m in self.messages)
-        return replace(self, messages=messages)
+        """The same with every text rewritten: of messages, thoughts, calls and tools."""
+        messages = tuple(_rewritten(m, rewrite) for m in self.messages)
+        return replace(self, messages=messages, tools=_rewritten(self.tools, rewrite))
 
     @cached_property
     def text(self) -> str:
@@ -75,6 +75,17 @@ class Conversation:
         if self.tools:
             text += json.dumps(self.tools, sort_keys=True, ensure_ascii=False)
         return text
+
+
+def _rewritten(value: Any, rewrite: Callable[[str], str]) -> Any:
+    """A value of JSON with its texts rewritten, names of fields too, which templates write out."""
+    if isinstance(value, str):
+        return rewrite(value)
+    if isinstance(value, Mapping):
+        return {rewrite(name): _rewritten(own, rewrite) for name, own in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_rewritten(own, rewrite) for own in value)
+    return value
 
 
 def detect_layout(names: set[str]) -> str | None:
