@@ -15,10 +15,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from kdflow_core.data.chat import SPACE_MARK
 from kdflow_core.errors import ModelError
 
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
-SPACE_MARK = "\u2581"  # SentencePiece's space
 # Normalizers that leave bytes as they are, or change spaces alone, which the bytes of ids undo.
 BYTE_NORMALIZERS = frozenset({"Prepend", "Replace"})
 

@@ -17,6 +17,7 @@ from kdflow_core.data.messages import Message, SampleError
 
 # A text that no template changes, to see what stands around it.
 PROBE = "kdflow"
+SPACE_MARK = "\u2581"  # SentencePiece's space
 PROBE_CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": PROBE}}}
 
 
@@ -113,8 +114,13 @@ class ChatFormat:
             if mark is None:
                 continue
             head, ids = self.ids(mark), self.ids(mark + text)
-            # A mark that joins the text, or behind which a prefix comes too, is none.
-            if ids[: len(head)] == head and self.decode(ids).startswith(self.decode(head) + begin):
+            # A mark that joins the text, or behind which a prefix comes too, is none. SentencePiece
+            # reads its own sign for a space as one.
+            said, wanted = (
+                written.replace(SPACE_MARK, " ")
+                for written in (self.decode(ids), self.decode(head) + begin)
+            )
+            if ids[: len(head)] == head and said.startswith(wanted):
                 return ids[len(head) :]
         return self.ids(text)
 

@@ -150,8 +150,20 @@ def test_the_engine_serves_the_trained_weights(
     assert all(is_greedy(before, row) for row in rows_of(work, 1))
 
 
+@pytest.mark.parametrize(
+    "rollout",
+    [
+        {"type": "transformers", "dtype": "float32"},
+        # Its log-probabilities are the trainer's of the very ids: the five rounds above.
+        pytest.param(SGLANG, marks=pytest.mark.slow),
+    ],
+    ids=["transformers", "sglang"],
+)
 def test_what_is_trained_is_what_was_sampled(
-    make_recipe: Callable[..., Path], teacher_folder: Path, student_folder: Path
+    make_recipe: Callable[..., Path],
+    teacher_folder: Path,
+    student_folder: Path,
+    rollout: dict[str, Any],
 ) -> None:
     """One step over all answers of a round has the loss of these very ids, by a naive loop over
     transformers; among them special tokens, broken characters and answers without an end.
@@ -162,7 +174,7 @@ def test_what_is_trained_is_what_was_sampled(
         rounds=1,
         samples_per_prompt=8,
         temperature=3.0,
-        rollout=SGLANG,
+        rollout=rollout,
     )
     with at_work(run) as work:
         (record,) = train(work, 1)
