@@ -110,12 +110,12 @@ class Teacher:
 
 @dataclass(frozen=True, kw_only=True)
 class Ingredients:
-    """What algorithms are made of: the loss, the student, and by name the heads of teachers whose
-    states are read. Of
-    teachers that read otherwise than the run's own, also their view, and what compares their
-    vocabulary with the student's (None: both have one). `first_head` reads the head that the
-    student begins with, whole, from its checkpoint; `shared_O2` finds the ids [O, 2] that the
-    tokens of two vocabularies have in the student's and in the teacher's (None: both have one).
+    """What algorithms are made of: the loss, the student, and by name the heads of the teachers
+    whose states are read. Of teachers that read otherwise than the run's own, also their view, and
+    what compares their vocabulary with the student's (None: both have one). `first_head` reads the
+    head that the student begins with, whole, from its checkpoint; `shared_O2` finds the ids [O, 2]
+    that the tokens of two vocabularies have in the student's and in the teacher's (None: both have
+    one).
     """
 
     spec: LossSpec

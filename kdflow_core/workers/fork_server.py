@@ -15,7 +15,6 @@ import signal
 import socket
 import struct
 import sys
-import warnings
 from collections.abc import Iterator
 from importlib import import_module
 from typing import Any, NoReturn
@@ -108,7 +107,7 @@ def _be_rank(request: dict[str, Any], stdin: int, stdout: int, pipe: int) -> NoR
         setproctitle.setproctitle(request["title"])
         os.environ.clear()
         os.environ.update(request["env"])
-        _take_settings()
+        _take_threads()
         os.write(pipe, NUMBER.pack(os.getpid()))
         os.close(pipe)
         rank.run()
@@ -116,10 +115,8 @@ def _be_rank(request: dict[str, Any], stdin: int, stdout: int, pipe: int) -> NoR
         os._exit(1)  # whatever happens, there is one server
 
 
-def _take_settings() -> None:
-    """Threads and warnings as the environment says; the libraries were loaded under another."""
-    if os.environ.get("PYTHONWARNINGS") == "ignore":
-        warnings.simplefilter("ignore")
+def _take_threads() -> None:
+    """As many threads as the environment says; the libraries were loaded under another."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

@@ -29,7 +29,7 @@ MOST_SERVERS = 3  # of one launcher; each holds the libraries once
 DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 # Variables that change within a process that launches, and that nothing reads while it is loaded,
 # or that a forked rank has set for itself (`fork_server`).
-NO_MATTER = ("PREFECT_", "PYTEST_CURRENT_TEST", "OMP_NUM_THREADS", "PYTHONWARNINGS")
+NO_MATTER = ("PREFECT_", "PYTEST_CURRENT_TEST", "OMP_NUM_THREADS")
 
 
 def can_fork() -> bool:

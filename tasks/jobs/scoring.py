@@ -22,7 +22,6 @@ from kdflow_core.workers.devices import barrier
 from storage.artifact import ArtifactRef
 from storage.log_probs import write_log_probs
 from storage.sealed import is_whole, seal
-from storage.tokens import TokenTable
 from tasks.jobs import parts
 from tasks.jobs.earlier_states import earlier_states
 from tasks.jobs.stage_run import StageRun, job
@@ -46,7 +45,7 @@ def score_tokens(stage: StageRun) -> ArtifactRef | None:
     """
     parts.join(stage)
     rank, _ = parts.rank_and_size()
-    work = distinct_sequences([_train(stage)])
+    work = distinct_sequences([stage.tables()["train"]])
     folder = stage.workdir / "parts"
     folder.mkdir(parents=True, exist_ok=True)
     count = len(work.sequences)
@@ -71,10 +70,6 @@ def score_tokens(stage: StageRun) -> ArtifactRef | None:
     return ref
 
 
-def _train(stage: StageRun) -> TokenTable:
-    return stage.tables()["train"]
-
-
 def _run_teacher(stage: StageRun, work: TeacherWork, missing: Sequence[tuple[range, Path]]) -> None:
     """Have the parts that are missing written, by the first rank of each replica."""
     teacher, device = stage.run.teacher, parts.device(stage)
@@ -94,7 +89,8 @@ def _run_teacher(stage: StageRun, work: TeacherWork, missing: Sequence[tuple[ran
     if held < len(wanted):  # on any rank: they build it together
         reference = reference_of(stage, work, wanted) if replica == 0 else None
         engine = checked_engine(stage, head, int(work.lengths.max()), reference)
-    head = parts.teacher_head(stage, device)
+    if device.type != "cpu":
+        head = parts.teacher_head(stage, device)
     mine = missing[replica :: size // teacher.ranks_per_replica]
     total = int(sum(work.lengths[portion].sum() for portion, _ in mine))
     done = 0

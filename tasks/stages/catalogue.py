@@ -22,7 +22,7 @@ KEEP_BUFFERS = MappingProxyType(
     }
 )
 # SGLang's processes warn of kernels that other hardware has.
-QUIET = MappingProxyType(KEEP_BUFFERS | {"PYTHONWARNINGS": "ignore"})
+QUIET = MappingProxyType({"PYTHONWARNINGS": "ignore"})
 
 
 def one(run: RunConfig) -> int:
@@ -115,7 +115,7 @@ _STAGES = (
         name="tokenize",
         kind="tokens",
         output="tokens",
-        code_version=5,
+        code_version=6,
         description="Text to supervised token ids",
         job="tasks.jobs.tokenizing:tokenize_data",
         slice=slices.tokens,
@@ -125,7 +125,7 @@ _STAGES = (
         name="generate",
         kind="answers",
         output="answers",
-        code_version=3,
+        code_version=4,
         description="A model's answers to the training prompts",
         job="tasks.jobs.answering:generate_answers",
         slice=slices.answers,
