@@ -5,7 +5,7 @@ generation, evaluation and export.
 import copy
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date as Date  # noqa: N812 - the field has that name
 from functools import cached_property
@@ -19,6 +19,13 @@ from kdflow_core.data.messages import Message, SampleError
 PROBE = "kdflow"
 SPACE_MARK = "\u2581"  # SentencePiece's space
 PROBE_CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": PROBE}}}
+
+
+def _any_of(texts: Collection[str]) -> re.Pattern[str] | None:
+    """What finds any of some texts, the longest at a place; None where there are none."""
+    if not texts:
+        return None
+    return re.compile("|".join(re.escape(t) for t in sorted(texts, key=len, reverse=True)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +115,7 @@ class ChatFormat:
         tokenizer puts one at the beginning of a text.
         """
         # Behind a special token inside, a tokenizer may put a prefix too, wherever the text stands.
-        first = self._added.search(text)
+        first = None if self._added is None else self._added.search(text)
         begin = text if first is None else text[: first.end()]
         for mark in (self.tokenizer.eos_token, "\n", "x", "."):
             if mark is None:
@@ -125,10 +132,8 @@ class ChatFormat:
         return self.ids(text)
 
     @cached_property
-    def _added(self) -> re.Pattern[str]:
-        """Any added token's text; nothing, where there are none."""
-        texts = {str(token.content) for token in self.tokenizer.added_tokens_decoder.values()}
-        return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
+    def _added(self) -> re.Pattern[str] | None:
+        return _any_of({str(t.content) for t in self.tokenizer.added_tokens_decoder.values()})
 
     def decode(self, ids: Sequence[int], *, special: bool = True) -> str:
         """The text of token ids, with `special` tokens or without."""
@@ -212,10 +217,7 @@ class ChatFormat:
         added = self.tokenizer.added_tokens_decoder.values()
         texts = {str(token.content) for token in added if token.special}
         # A quote or backslash would be escaped in what is searched.
-        texts = {json.dumps(text, ensure_ascii=False)[1:-1] for text in texts if text.strip()}
-        if not texts:
-            return None
-        return re.compile("|".join(re.escape(t) for t in sorted(texts, key=len, reverse=True)))
+        return _any_of({json.dumps(t, ensure_ascii=False)[1:-1] for t in texts if t.strip()})
 
     @cached_property
     def longest_token(self) -> int:

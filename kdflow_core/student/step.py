@@ -215,6 +215,11 @@ def _token_signal(
     examples: Sequence[Example], signals: SignalSource, teacher: Teacher, device: torch.device
 ) -> TokenSignal:
     """What a teacher says of the examples of its data sources."""
+    spans = _spans(examples, signals, teacher, device) if teacher.reads_spans else None
+    if teacher.head is None:
+        count = sum(len(example.student.target_positions_N) for example in examples)
+        all_K = torch.arange(count, device=device)
+        return TokenSignal(index_K=all_K, rest_R=all_K[:0], signal=None, spans=spans)
     nothing = np.zeros(0, np.int64)
     taught, index, rest, first = [], [nothing], [nothing], 0
     for example in examples:
@@ -225,10 +230,6 @@ def _token_signal(
             index.append(first + tokens)
             rest.append(first + np.setdiff1d(np.arange(count), tokens))
         first += count
-    spans = _spans(examples, signals, teacher, device) if teacher.reads_spans else None
-    if teacher.head is None:
-        all_K = torch.arange(first, device=device)
-        return TokenSignal(index_K=all_K, rest_R=all_K[:0], signal=None, spans=spans)
     hidden_KG = select_rows(
         [teacher_rows(example, signals, teacher.view) for example in taught],
         hidden_size=signals.hidden_size,

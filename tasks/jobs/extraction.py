@@ -31,10 +31,10 @@ from tasks.jobs.stored import bfloat16_tensor
 from tasks.jobs.teacher_pass import (
     WINDOW_BATCHES,
     TeacherWork,
-    checked_engine,
     distinct_sequences,
-    reference_of,
+    engine_for,
     rows_of,
+    share_of,
 )
 from tasks.stages.slices import state_splits
 
@@ -158,10 +158,8 @@ def _run_teacher(
     missing: list[int],
     earlier: EarlierStates,
 ) -> None:
-    teacher = stage.run.teacher
-    rank, size = parts.rank_and_size()
-    replica, place_in_replica = divmod(rank, teacher.ranks_per_replica)
-    shards = missing[replica :: size // teacher.ranks_per_replica]
+    rank, _ = parts.rank_and_size()
+    shards, writes = share_of(stage, missing)
     wanted = [number for shard in missing for number in writer.sequences_of(shard)]
     held = int(earlier.held_N[wanted].sum())
     if rank == 0 and held:
@@ -169,18 +167,15 @@ def _run_teacher(
             f"the states of {held} of {len(wanted)} sequences are copied: this teacher has read "
             "them for other runs"
         )
-    engine = None
-    if held < len(wanted):  # on any rank: they build it together
-        first = list(writer.sequences_of(missing[0]))
-        reference = reference_of(stage, work, first) if replica == 0 else None
-        engine = checked_engine(stage, head, int(work.lengths.max()), reference)
+    first = list(writer.sequences_of(missing[0]))
+    engine = engine_for(stage, head, work, earlier, wanted, first)
     numbers = [number for shard in shards for number in writer.sequences_of(shard)]
     total, done = int(work.lengths[numbers].sum()), 0
 
     def measure(exact_NH: np.ndarray, stored_NH: np.ndarray) -> dict[str, float]:
         return compare_states(head, bfloat16_tensor(exact_NH), bfloat16_tensor(stored_NH))
 
-    window = WINDOW_BATCHES * teacher.tokens_per_batch
+    window = WINDOW_BATCHES * stage.run.teacher.tokens_per_batch
     with BoundedWorker(SHARDS_BEHIND) as background:
         for shard in shards:
             # A shard has batches of its own: what they are does not depend on which shards were
@@ -188,16 +183,16 @@ def _run_teacher(
             rows: list[np.ndarray] = []
             targets: list[np.ndarray] = []
             sequences: Sequence[int] = writer.sequences_of(shard)
-            if place_in_replica:  # what is copied is the writer's
+            if not writes:  # what is copied is the writer's
                 sequences = [number for number in sequences if not earlier.held_N[number]]
             made = rows_of(engine, earlier, work, sequences, window)
             for number, (rows_NH, targets_N) in zip(sequences, made, strict=True):
                 rows.append(rows_NH)
                 targets.append(targets_N)
                 done += int(work.lengths[number])
-                if place_in_replica == 0:
+                if writes:
                     stage.reporter.progress(done=done, total=total, unit="tokens")
-            if place_in_replica == 0:
+            if writes:
                 background.submit(partial(writer.write_shard, shard, rows, targets, measure))
     if engine is not None:
         engine.close()

@@ -29,10 +29,10 @@ from tasks.jobs.stored import LOG_PROBS_FILE, bfloat16_tensor
 from tasks.jobs.teacher_pass import (
     WINDOW_BATCHES,
     TeacherWork,
-    checked_engine,
     distinct_sequences,
-    reference_of,
+    engine_for,
     rows_of,
+    share_of,
 )
 
 PART_SEQUENCES = 512
@@ -75,37 +75,34 @@ def _run_teacher(stage: StageRun, work: TeacherWork, missing: Sequence[tuple[ran
     teacher, device = stage.run.teacher, parts.device(stage)
     folder = stage.model_folder("teacher")
     check_lengths(int(work.lengths.max()), longest_allowed(teacher, folder))
-    rank, size = parts.rank_and_size()
-    replica, place_in_replica = divmod(rank, teacher.ranks_per_replica)
+    rank, _ = parts.rank_and_size()
     head = parts.teacher_head(stage, torch.device("cpu"))
-    earlier = earlier_states(stage, head_digest(head), work.sequences.digests)
+    heads_digest = head_digest(head) if rank == 0 else ""  # of gigabytes, asked for by the first
+    earlier = earlier_states(stage, heads_digest, work.sequences.digests)
     wanted = [number for portion, _ in missing for number in portion]
     held = int(earlier.held_N[wanted].sum())
     if rank == 0 and held:
         stage.reporter.message(
             f"{held} of {len(wanted)} sequences are not read again: their states are stored"
         )
-    engine = None
-    if held < len(wanted):  # on any rank: they build it together
-        reference = reference_of(stage, work, wanted) if replica == 0 else None
-        engine = checked_engine(stage, head, int(work.lengths.max()), reference)
+    engine = engine_for(stage, head, work, earlier, wanted, wanted)
     if device.type != "cpu":
         head = parts.teacher_head(stage, device)
-    mine = missing[replica :: size // teacher.ranks_per_replica]
+    mine, writes = share_of(stage, missing)
     total = int(sum(work.lengths[portion].sum() for portion, _ in mine))
     done = 0
     for portion, path in mine:
-        numbers = [n for n in portion if not place_in_replica or not earlier.held_N[n]]
+        numbers = [n for n in portion if writes or not earlier.held_N[n]]
         window = WINDOW_BATCHES * teacher.tokens_per_batch
         found: list[np.ndarray] = []
         for number, (rows_NH, targets_N) in zip(
             numbers, rows_of(engine, earlier, work, numbers, window), strict=True
         ):
-            if place_in_replica == 0:
+            if writes:
                 found.append(_log_probs(stage, head, rows_NH, targets_N))
                 done += int(work.lengths[number])
                 stage.reporter.progress(done=done, total=total, unit="tokens")
-        if place_in_replica == 0:
+        if writes:
             _write(path, np.concatenate([np.zeros(0, np.float32), *found]))
     if engine is not None:
         engine.close()

@@ -7,6 +7,7 @@ sequence, H hidden size.
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from tasks.jobs.stored import TeacherSequences, bfloat16_bits
 
 WINDOW_BATCHES = 8
 REFERENCE_CANDIDATES = 32  # sequences, of which the shortest are compared
+Share = TypeVar("Share")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,27 +86,39 @@ def distinct_sequences(
     )
 
 
-def reference_of(stage: StageRun, work: TeacherWork, numbers: Sequence[int]) -> Reference | None:
-    """What the first states are compared with, of some of these sequences; nothing where
-    transformers itself is the teacher.
+def share_of(stage: StageRun, missing: Sequence[Share]) -> tuple[Sequence[Share], bool]:
+    """What this rank's replica of the teacher does of what is missing; and whether this rank is the
+    one of its replica that writes.
     """
-    if stage.run.teacher.type == "transformers":
+    rank, size = parts.rank_and_size()
+    width = stage.run.teacher.ranks_per_replica
+    return missing[rank // width :: size // width], rank % width == 0
+
+
+def engine_for(
+    stage: StageRun,
+    head: OutputHead,
+    work: TeacherWork,
+    earlier: EarlierStates,
+    wanted: Sequence[int],
+    first: Sequence[int],
+) -> TeacherEngine | None:
+    """The teacher, built by all ranks together, unless all `wanted` sequences are held already; its
+    states of some of the `first` ones compared with those of transformers.
+    """
+    if earlier.held_N[wanted].all():
         return None
-    return Reference(stage, list(work.of(numbers[:REFERENCE_CANDIDATES])))
-
-
-def checked_engine(
-    stage: StageRun, head: OutputHead, longest: int, reference: Reference | None
-) -> TeacherEngine:
-    """The teacher, its first states compared with those of transformers."""
     rank, _ = parts.rank_and_size()
+    teacher, reference = stage.run.teacher, None
+    if rank < teacher.ranks_per_replica and teacher.type != "transformers":
+        reference = Reference(stage, list(work.of(first[:REFERENCE_CANDIDATES])))
     if reference is not None and rank == 0:
         reference.compute()
     engine = build_engine(
-        stage.run.teacher,
+        teacher,
         folder=stage.model_folder("teacher"),
         head=head,
-        longest=longest,
+        longest=int(work.lengths.max()),
         device=parts.device(stage),
     )
     if rank == 0 and engine.remark:
