@@ -1,5 +1,6 @@
 """SGLang on a CPU without AMX kernels: every fused layer takes its plain PyTorch path."""
 
+import sys
 from typing import Any
 
 from sglang.srt.platforms.cpu import CpuDeviceMixin
@@ -11,6 +12,15 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
     """Text models on any CPU that PyTorch runs on."""
 
     _enum = PlatformEnum.OOT
+
+    def init_backend(self) -> None:
+        """SGLang calls it while `model_runner` is loaded, in each process that runs a model.
+
+        On a CPU that module rounds the width of feed-forward layers up to the blocks of Intel's
+        kernels. The plain path has no blocks, and nothing would be written into the rest.
+        """
+        runner = sys.modules["sglang.srt.model_executor.model_runner"]
+        runner.adjust_config_with_unaligned_cpu_tp = _as_it_is  # type: ignore[attr-defined]
 
     def is_pin_memory_available(self, device: Any = None) -> bool:  # noqa: ARG002 - SGLang's signature
         """False: there is no device to pin memory for."""
@@ -37,3 +47,7 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
         )
 
         return PagedTokenToKVPoolAllocator  # type: ignore[no-any-return]
+
+
+def _as_it_is(model_config: Any, load_config: Any, tp_size: int) -> Any:  # noqa: ARG001 - SGLang's signature
+    return model_config

@@ -49,9 +49,6 @@ def test_two_pipeline_stages_give_the_states_of_transformers(
     assert relative_error([stored(given)], [stored(expected)]) < 2**-8
 
 
-# SGLang reads memory there that nobody has written: its states are refused as not numbers now and
-# then, by what the memory held before. An open fault, not one that time has cured.
-@pytest.mark.slow
 @pytest.mark.ranks
 def test_each_expert_over_two_ranks_gives_the_states_of_transformers(
     make_recipe: Callable[..., Path], tmp_path: Path
