@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from storage.digests import DIGEST_BYTES, Digests, digest_column
 from storage.errors import RowsMismatchError, StoreCorruptError
-from storage.states.layout import DIGEST_BYTES
 from storage.store import disk_errors
 
 SCHEMA = pa.schema([("digest", pa.binary(DIGEST_BYTES)), ("log_prob", pa.large_list(pa.float32()))])
@@ -22,10 +22,8 @@ def write_log_probs(
     each, `num_rows` [S]; and float32 [M], in nats.
     """
     offsets = np.concatenate([[0], np.cumsum(num_rows, dtype=np.int64)])
-    packed = pa.py_buffer(np.ascontiguousarray(digests, np.uint8))
-    kind = SCHEMA.field("digest").type
     columns = [
-        pa.FixedSizeBinaryArray.from_buffers(kind, len(digests), [None, packed]),
+        digest_column(digests),
         pa.LargeListArray.from_arrays(offsets, pa.array(log_prob_M, pa.float32())),
     ]
     with (
@@ -48,8 +46,7 @@ class LogProbs:
                 batch = pa.ipc.open_file(source).get_batch(0)
         except pa.ArrowInvalid as error:
             raise StoreCorruptError(f"{path} is no file of log-probabilities: {error}") from error
-        packed = batch.column("digest").buffers()[1]
-        self._digests_S = np.frombuffer(packed, f"S{DIGEST_BYTES}", batch.num_rows)
+        self._digests = Digests(batch.column("digest"))
         self._offsets = batch.column("log_prob").offsets.to_numpy()
         self._log_prob_M = batch.column("log_prob").values.to_numpy()
 
@@ -58,9 +55,8 @@ class LogProbs:
 
         Raises RowsMismatchError: there is no such sequence, or it has not `count` tokens.
         """
-        key = np.bytes_(digest)
-        place = int(np.searchsorted(self._digests_S, key))
-        if place == len(self._digests_S) or self._digests_S[place] != key:
+        place = self._digests.position(digest)
+        if place is None:
             raise RowsMismatchError(
                 f"no log-probabilities for the sequence with digest {digest.hex()}: its ids or its "
                 "supervision mask differ from what the teacher saw; run the score-tokens stage "

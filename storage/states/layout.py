@@ -15,7 +15,6 @@ from storage.errors import StoreError
 CHUNK_BYTES = 512 << 10
 SHARD_BYTES = 64 << 20
 TARGET_BYTES = 4
-DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,7 @@ Dimensions: N rows of a sequence, H hidden size.
 """
 
 import threading
-from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +12,7 @@ import xxhash
 
 from storage.artifact import ArtifactRef, FileRecord
 from storage.codecs import codec_named
+from storage.digests import DIGEST_BYTES, Digests
 from storage.errors import RowsMismatchError, StoreCorruptError
 from storage.read_cache import ReadCache
 from storage.states.files import (
@@ -26,7 +25,7 @@ from storage.states.files import (
     read_targets,
     targets_file,
 )
-from storage.states.layout import DIGEST_BYTES, Layout
+from storage.states.layout import Layout
 from storage.states.shard_file import ShardFile
 from storage.store import ArtifactStore
 
@@ -50,7 +49,7 @@ class HiddenStateReader:
         self._files = {file.path: file for file in manifest.files}
         self._cache = ReadCache(store, ref, cache_bytes)
         batch = self._open_index()
-        self._digests = _Digests(batch.column("digest"))
+        self._digests = Digests(batch.column("digest"))
         self._first = batch.column("first_row").to_numpy()
         self._count = batch.column("num_rows").to_numpy()
         self._hash = batch.column("rows_xxh3").to_numpy()
@@ -102,7 +101,7 @@ class HiddenStateReader:
         """Whether the rows of each sequence are here, by digests uint8 [N, 16]."""
         _, here, half = self._nearest(digests)
         for i in np.flatnonzero(half & ~here):  # two that share their first half
-            here[i] = self._position(digests[i].tobytes()) is not None
+            here[i] = self._digests.position(digests[i].tobytes()) is not None
         return here
 
     def _nearest(self, digests: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -156,18 +155,13 @@ class HiddenStateReader:
         return np.asarray(np.maximum(self._first[entries] - (self._count[entries] == 0), 0))
 
     def _entry(self, digest: bytes) -> int:
-        position = self._position(digest)
+        position = self._digests.position(digest)
         if position is None:
             raise RowsMismatchError(
                 f"no teacher states for the sequence with digest {digest.hex()}: its ids or its "
                 "supervision mask differ from what the teacher saw; run the extract stage again"
             )
         return position
-
-    def _position(self, digest: bytes) -> int | None:
-        position = bisect_left(self._digests, digest)
-        here = position < len(self._digests) and self._digests[position] == digest
-        return position if here else None
 
     def _shard(self, shard: int) -> tuple[ShardFile, ShardFile]:
         """A shard's rows and target ids; those used last stay open."""
@@ -197,23 +191,3 @@ class HiddenStateReader:
 def _first_halves(digests: np.ndarray) -> np.ndarray:
     """The upper 64 bits of digests uint8 [N, 16], in the machine's order."""
     return np.asarray(digests.view(">u8")[:, 0], np.uint64)
-
-
-class _Digests(Sequence[bytes]):
-    """A column of digests without a Python object for each."""
-
-    def __init__(self, column: pa.Array) -> None:
-        self._bytes = memoryview(column.buffers()[1])
-        self._length = len(column)
-
-    def __len__(self) -> int:
-        return self._length
-
-    def as_array(self) -> np.ndarray:
-        """All of them, without a copy: uint8 [N, 16]."""
-        flat = np.frombuffer(self._bytes, np.uint8, DIGEST_BYTES * len(self))
-        return flat.reshape(-1, DIGEST_BYTES)
-
-    def __getitem__(self, index: int) -> bytes:  # type: ignore[override] # no slices
-        begin = index * DIGEST_BYTES
-        return bytes(self._bytes[begin : begin + DIGEST_BYTES])

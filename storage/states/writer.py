@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from storage.artifact import FileRecord
 from storage.codecs import codec_named
+from storage.digests import DIGEST_BYTES, digest_column
 from storage.errors import StoreCorruptError, StoreError
 from storage.states.commit import Commit
 from storage.states.files import (
@@ -25,7 +26,7 @@ from storage.states.files import (
     record,
     targets_file,
 )
-from storage.states.layout import DIGEST_BYTES, Layout, Sequences, assign, first_rows
+from storage.states.layout import Layout, Sequences, assign, first_rows
 from storage.states.metadata import zarr_metadata
 from storage.states.shard_file import encode_shard
 from storage.store import ArtifactStore
@@ -251,13 +252,10 @@ class HiddenStateWriter:
         """
         s = self._sequences
         first = first_rows(s.num_rows, self._bounds, self.layout.shard_rows)
-        digests = pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(DIGEST_BYTES), len(s), [None, pa.py_buffer(s.digests.tobytes())]
-        )
         source = pa.DictionaryArray.from_arrays(
             pa.array(s.source, pa.int16()), pa.array(s.source_names, pa.string())
         )
-        columns = [digests, first, s.num_rows.astype(np.int32), hashes, source]
+        columns = [digest_column(s.digests), first, s.num_rows.astype(np.int32), hashes, source]
         batch = pa.record_batch(
             [c if isinstance(c, pa.Array) else pa.array(c) for c in columns], schema=INDEX_SCHEMA
         )
