@@ -57,12 +57,12 @@ def run(recipe: RecipeArgument, overrides: OverrideArgument = None) -> None:
         # What cannot work is refused before Prefect starts.
         config = checked_run(recipe, settings)
         if not models_are_checked(config):
-            warm_up()  # loads on one core, while Prefect loads on another
+            warm_up(config)  # loads on one core, while Prefect loads on another
             load_prefect()
         planned = PlannedRun(run=config, stages=checked_plan(config, download=True))
         there = all_artifacts(planned)
         if there is None:
-            warm_up()
+            warm_up(config, planned.stages.values())
         if there is None or configured_api() is not None:
             done = _run_flow(planned, recipe, settings, process)
         else:  # nobody could look at what a temporary server says of it

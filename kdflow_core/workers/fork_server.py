@@ -1,6 +1,7 @@
 """`python -m kdflow_core.workers.fork_server FD MODULE...`: bears ranks that have loaded MODULEs.
 
-It loads the modules once, and then forks a rank for each request that comes through the socket FD.
+It loads the modules once, and then forks a rank for each request that comes through the socket FD,
+after it has loaded what the request names beyond them; one without a rank is for that alone.
 It never runs a thread of its own, and ends when the socket's other end is closed and the last of
 its ranks is gone. See `kdflow_core.workers.forking` for the other side.
 """
@@ -51,7 +52,11 @@ def main(connection: socket.socket, modules: list[str]) -> None:
                 poll.unregister(connection)
                 open_for_more = False
             else:
-                words, (stdin, stdout, pipe) = request
+                words, fds = request
+                _load_more(words["modules"])
+                if not fds:
+                    continue
+                stdin, stdout, pipe = fds
                 pid = os.fork()
                 if pid == 0:
                     connection.close()
@@ -64,6 +69,12 @@ def main(connection: socket.socket, modules: list[str]) -> None:
                 process = os.pidfd_open(pid)
                 ranks[process] = pid, pipe
                 poll.register(process, select.POLLIN)
+
+
+def _load_more(modules: list[str]) -> None:
+    for module in modules:
+        with contextlib.suppress(Exception):  # the rank meets it again, and says so
+            import_module(module)
 
 
 @contextlib.contextmanager
@@ -79,12 +90,16 @@ def _ending_with(connection: socket.socket) -> Iterator[None]:
 
 
 def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    """A request and its descriptors; None at the end."""
+    """What was requested, and the descriptors of a rank if there is one; None at the end."""
     data, fds, _, _ = socket.recv_fds(connection, 1 << 16, NUM_FDS)
     while data and not data.endswith(b"\n"):
         more = connection.recv(1 << 16)
         data = data + more if more else b""
-    return (json.loads(data), fds) if data else None
+    if not data:
+        return None
+    requests = [json.loads(line) for line in data.splitlines()]  # the rank's is the last
+    modules = [module for request in requests for module in request["modules"]]
+    return requests[-1] | {"modules": modules}, fds
 
 
 def _tell_end(process: int, pid: int, pipe: int) -> None:

@@ -75,6 +75,7 @@ class _Server:
     """A fork server, which loads `modules`. Raises OSError when it cannot be had."""
 
     def __init__(self, modules: Sequence[str], env: Mapping[str, str]) -> None:
+        self._loaded = set(modules)
         self._requests, theirs = socket.socketpair()
         with theirs:
             words = ["-m", "kdflow_core.workers.fork_server", str(theirs.fileno()), *modules]
@@ -96,11 +97,22 @@ class _Server:
         if not self.was_ready:
             raise ConnectionError("the fork server did not start")
 
-    def fork(self, title: str, env: Mapping[str, str]) -> ForkedProcess:
-        """A process that is a rank. Raises OSError."""
+    def load(self, modules: Sequence[str]) -> None:
+        """Have it load what it lacks of `modules`, and do not wait for it. Raises OSError."""
+        if self.was_ready and (lacking := self._lacking(modules)):  # else its next rank asks for it
+            self._requests.sendall((json.dumps({"modules": lacking}) + "\n").encode())
+
+    def _lacking(self, modules: Sequence[str]) -> list[str]:
+        lacking = [module for module in modules if module not in self._loaded]
+        self._loaded.update(lacking)
+        return lacking
+
+    def fork(self, title: str, modules: Sequence[str], env: Mapping[str, str]) -> ForkedProcess:
+        """A process that is a rank and has loaded `modules`. Raises OSError."""
         if not self.was_ready:
             self._wait_until_it_is_ready()
-        request = json.dumps({"title": title, "env": dict(env)}) + "\n"
+        words = {"title": title, "modules": self._lacking(modules), "env": dict(env)}
+        request = json.dumps(words) + "\n"
         their_stdin, stdin = os.pipe()
         stdout, their_stdout = os.pipe()
         end, their_end = os.pipe()
@@ -132,10 +144,10 @@ def _code_changed() -> int:
     return max(file.stat().st_mtime_ns for file in files)
 
 
-def _key(modules: Sequence[str], env: Mapping[str, str]) -> str:
+def _key(env: Mapping[str, str]) -> str:
     """What tells servers apart: ranks of one key can be forked from one of them."""
     read = {name: value for name, value in env.items() if not name.startswith(NO_MATTER)}
-    return json.dumps([os.getcwd(), list(modules), sorted(read.items()), _code_changed()])
+    return json.dumps([os.getcwd(), sorted(read.items()), _code_changed()])
 
 
 class ForkServers:
@@ -149,11 +161,11 @@ class ForkServers:
 
     def fork(self, title: str, modules: Sequence[str], env: Mapping[str, str]) -> ForkedProcess:
         """A process that is a rank and has loaded `modules`. Raises OSError when there is none."""
-        key = _key(modules, env)
+        key = _key(env)
         with self._lock:
             server = self._taken(key, modules, env)
             try:
-                process = server.fork(title, env)
+                process = server.fork(title, modules, env)
             except BaseException as error:
                 server.close()
                 if isinstance(error, OSError) and not server.was_ready:
@@ -164,9 +176,11 @@ class ForkServers:
 
     def warm(self, modules: Sequence[str], env: Mapping[str, str]) -> None:
         """Have a server begin to load `modules`, and do not wait for it. Raises OSError."""
-        key = _key(modules, env)
+        key = _key(env)
         with self._lock:
-            self._keep(key, self._taken(key, modules, env))
+            server = self._taken(key, modules, env)
+            server.load(modules)
+            self._keep(key, server)
 
     def _taken(self, key: str, modules: Sequence[str], env: Mapping[str, str]) -> _Server:
         if key in self._failed:

@@ -1,7 +1,6 @@
 """Whether the engines that a run needs are there, before any of it runs."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import httpx
 
@@ -12,7 +11,7 @@ from configs.schema.run import RunConfig
 from configs.schema.teacher import SglangServerTeacher, SglangTeacher, Teacher
 from kdflow_core.errors import ModelError
 from kdflow_core.sglang_runtime.versions import check_names, check_sglang
-from tasks.stages.catalogue import CATALOGUE
+from tasks.stages.catalogue import CATALOGUE, engine_of
 from tasks.stages.identity import StageIdentity, find, run_of_teacher
 
 ANSWER_S = 10.0
@@ -28,7 +27,7 @@ def check_engines(
     """
     for identity in plan.values():
         own = run_of_teacher(run, identity.teacher)
-        engines = {field: _engine(own, field) for field in CATALOGUE[identity.stage].engines(own)}
+        engines = {field: engine_of(own, field) for field in CATALOGUE[identity.stage].engines(own)}
         wanted = {f: e for f, e in engines.items() if e.type in ("sglang", "sglang_server")}
         if not wanted or find(run, identity) is not None:
             continue
@@ -38,15 +37,6 @@ def check_engines(
                     _check_server(engine, field)
             else:
                 _check_sglang(engine, field)
-
-
-def _engine(run: RunConfig, field: str) -> Teacher | Engine | Rollout:
-    """The section of the config that says in which engine a stage runs."""
-    section: Any = run
-    for name in field.split("."):
-        section = getattr(section, name)
-    engine: Teacher | Engine | Rollout = section
-    return engine
 
 
 def _check_sglang(engine: Teacher | Engine | Rollout, field: str) -> None:

@@ -1,11 +1,12 @@
 """Run one stage in ranks, unless its artifact is there already."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
 from configs.printable import printable
+from configs.schema.run import RunConfig
 from configs.secrets import public
 from kdflow_core.errors import WorkerError
 from kdflow_core.workers.base import Launcher, Placement
@@ -14,13 +15,14 @@ from storage.artifact import ArtifactRef
 from storage.lease import Pulse, exclusive, lease_name
 from tasks.execution.progress import ProgressLog
 from tasks.execution.termination import saving_before_the_end
-from tasks.stages.catalogue import CATALOGUE, KEEP_BUFFERS
-from tasks.stages.identity import StageSpec, find, open_store
+from tasks.stages.catalogue import CATALOGUE, KEEP_BUFFERS, engine_of
+from tasks.stages.identity import StageIdentity, StageSpec, find, open_store, run_of_teacher
 
 ENDING_S = 300.0  # more than ranks that stand still take to be ended
 
 # What most stages load, and takes its time; not what reads the environment of its stage.
 PRELOAD = sorted({stage.job.partition(":")[0] for stage in CATALOGUE.values()})
+SGLANG = ["kdflow_core.sglang_runtime.engine", "kdflow_core.sglang_runtime.in_process"]
 
 Logger = logging.Logger | logging.LoggerAdapter[Any]
 
@@ -49,13 +51,25 @@ class Listener:
 
 def launcher_of(spec: StageSpec) -> Launcher:
     """What starts the ranks of a run."""
-    del spec  # there is one way so far
-    return LocalLauncher(PRELOAD)
+    return LocalLauncher(_preload(spec.run, [spec.identity]))
 
 
-def warm_up() -> None:
-    """Have what most ranks are forked from begin to load, where they are, and do not wait."""
-    LocalLauncher(PRELOAD).warm(Placement(name="stages", env=KEEP_BUFFERS))
+def warm_up(run: RunConfig, stages: Iterable[StageIdentity] = ()) -> None:
+    """Have what ranks are forked from begin to load, where they are, and do not wait: what most
+    ranks need, and those of the `stages` that are still to be run.
+    """
+    lacking = [identity for identity in stages if find(run, identity) is None]
+    launcher = LocalLauncher(_preload(run, lacking))
+    launcher.warm(Placement(name="stages", env=KEEP_BUFFERS))
+
+
+def _preload(run: RunConfig, stages: Iterable[StageIdentity]) -> list[str]:
+    for identity in stages:
+        own = run_of_teacher(run, identity.teacher)
+        engines = [engine_of(own, field) for field in CATALOGUE[identity.stage].engines(own)]
+        if any(engine.type == "sglang" for engine in engines):
+            return PRELOAD + SGLANG
+    return PRELOAD
 
 
 def ask_rank(name: str, job: str, spec: str, method: str, **arguments: Any) -> Any:

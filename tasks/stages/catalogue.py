@@ -6,8 +6,12 @@ A new stage is a record here, a function in `slices.py` and a job in `tasks/jobs
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
+from configs.schema.engines import Engine
+from configs.schema.rollout import Rollout
 from configs.schema.run import RunConfig
+from configs.schema.teacher import Teacher
 from tasks.stages import slices
 from tasks.stages.slices import Known, Slice
 
@@ -82,6 +86,15 @@ class RoundArtifact:
     kind: str
     code_version: int
     task: str
+
+
+def engine_of(run: RunConfig, field: str) -> Teacher | Engine | Rollout:
+    """A section of the config that says in which engine a stage runs."""
+    section: Any = run
+    for name in field.split("."):
+        section = getattr(section, name)
+    engine: Teacher | Engine | Rollout = section
+    return engine
 
 
 def _training_engines(run: RunConfig) -> tuple[str, ...]:

@@ -426,3 +426,24 @@ def test_a_killed_fork_server_is_replaced(
     parents = {int(file.name.removeprefix("parent-")) for file in tmp_path.glob("parent-*")}
     assert os.getpid() in parents
     assert len(parents) == (1 if os.environ[CHOSEN] == "local" else 3)
+
+
+def test_a_fork_server_learns_what_a_later_rank_needs(
+    rank_module: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One server for ranks of all needs; what it cannot load, it leaves to the rank."""
+    for name in ("first", "second"):
+        (tmp_path / f"needed_{name}.py").write_text(f"import os\nLOADED_BY = os.getpid() # {name}")
+    body = """
+    by = [sys.modules[name].LOADED_BY for name in sys.modules if name.startswith("needed_")]
+    (folder / f"seen-{len(by)}-{set(by) <= {os.getppid()}}").touch()
+    """
+    module = rank_module(textwrap.dedent(body))
+    needs: list[str] = []
+    monkeypatch.setitem(LAUNCHERS, "local, forked", lambda: LocalLauncher(["numpy", *needs]))
+    for names in ([], ["needed_first"], ["needed_second", "no_such_module"], ["needed_first"]):
+        needs[:] = names
+        run(module, tmp_path, 1)
+    seen = {file.name for file in tmp_path.glob("seen-*")}
+    all_of_them = {"seen-0-True", "seen-1-True", "seen-2-True"}
+    assert seen == ({"seen-0-True"} if os.environ[CHOSEN] == "local" else all_of_them)
