@@ -4,7 +4,9 @@ Dimensions: B sequences, T tokens (padded), N supervised tokens, R rows of a tea
 G hidden size of the teacher.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,6 +16,65 @@ from kdflow_core.errors import AlignmentError
 
 # What a pass costs beside its tokens, as a part of the budget: one in so many.
 PASS_SHARE = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Division:
+    """How sequences are divided into batches: of `tokens` positions at most, those above
+    `batched_length`, where there is one, by themselves; padded, or `packed` behind one another. In
+    attention, a sequence of `attention_length` tokens costs as much as in all else.
+    """
+
+    tokens: int
+    batched_length: int | None = None
+    packed: bool = False
+    attention_length: int | None = None
+
+    def costs(self, lengths_N: np.ndarray) -> np.ndarray:
+        """What sequences cost to compute, in tokens of short ones."""
+        if self.attention_length is None:
+            return lengths_N.astype(np.float64)
+        return np.asarray(lengths_N * (1 + lengths_N / self.attention_length))
+
+    def batches(self, lengths_N: np.ndarray, *, least: int = 1) -> list[list[int]]:
+        """Indices; if packed, in at least so many batches where there are sequences for them."""
+        if not self.packed:
+            return batch_by_tokens(lengths_N, self.tokens, self.batched_length)
+        longest = self.tokens if self.batched_length is None else self.batched_length
+        alone = np.flatnonzero(lengths_N > min(longest, self.tokens))
+        rest = np.flatnonzero(lengths_N <= min(longest, self.tokens))
+        least -= len(alone)
+        together = _evenly(lengths_N[rest], self.costs(lengths_N[rest]), self.tokens, least)
+        ordered = sorted(alone.tolist(), key=lambda i: -int(lengths_N[i]))
+        return [[i] for i in ordered] + [rest[batch].tolist() for batch in together]
+
+    def positions(self, batches: Sequence[Sequence[int]], lengths_N: np.ndarray) -> int:
+        """The positions that batches have, padding included."""
+        used = [lengths_N[list(batch)] for batch in batches if batch]
+        return int(sum(own.sum() if self.packed else len(own) * own.max() for own in used))
+
+
+def _evenly(lengths_N: np.ndarray, costs_N: np.ndarray, budget: int, least: int) -> list[list[int]]:
+    """Indices in as few groups as the budget of tokens allows, but `least` at the least, of about
+    equal cost; the dearest sequences first in each. None is longer than the budget.
+    """
+    order = np.argsort(-costs_N, kind="stable")
+    count = min(len(order), max(least, math.ceil(lengths_N.sum() / budget)))
+    while count:
+        groups: list[list[int]] = [[] for _ in range(count)]
+        cost_C, room_C = np.zeros(count), np.full(count, budget)
+        for i in order:
+            open_C = np.where(room_C >= lengths_N[i], cost_C, np.inf)
+            chosen = int(open_C.argmin())
+            if not np.isfinite(open_C[chosen]):
+                break
+            groups[chosen].append(int(i))
+            cost_C[chosen] += costs_N[i]
+            room_C[chosen] -= lengths_N[i]
+        else:
+            return groups
+        count += 1
+    return []
 
 
 def batch_by_tokens(

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from configs.schema.run import RunConfig
+from kdflow_core.batching import Division
 from kdflow_core.student.schedule import BatchSchedule
 from storage.tokens import TokenTable
 from tests.conftest import VOCABULARY
@@ -70,7 +71,7 @@ def curve(
         lengths=rows.lengths("student"),
         supervised_counts=rows.supervised_counts("student"),
         global_batch_size=run.student.global_batch_size,
-        micro_batch_tokens=10**9,
+        division=Division(tokens=10**9),
         num_ranks=1,
         seed=run.seed,
         epochs=None,

@@ -15,6 +15,7 @@ from configs.schema.algorithm import VanillaKDConfig
 from configs.schema.student import StudentConfig
 from kdflow_core.algorithms import build_algorithm
 from kdflow_core.algorithms.base import Ingredients
+from kdflow_core.batching import Division
 from kdflow_core.contracts import Example, HiddenRows, TokenSequence
 from kdflow_core.loops.trainer import Trainer
 from kdflow_core.losses.elementwise import LossSpec
@@ -86,7 +87,7 @@ class SmallTraining:
             lengths=np.full(len(sequences), 20),
             supervised_counts=np.full(len(sequences), 10),
             global_batch_size=per_step,
-            micro_batch_tokens=20,
+            division=Division(tokens=20),
             num_ranks=dist.get_world_size(),
             seed=0,
             epochs=None,

@@ -112,7 +112,12 @@ class StudentConfig(StrictModel):
     memory or remote; by default an epoch is shuffled as a whole.
     """
     micro_batch_tokens: int = Field(default=8192, gt=0, le=MOST)
-    """The padded area of one forward pass of one rank, in tokens; lower it when memory runs out."""
+    """The tokens of one forward pass of one rank, padding included; lower it when memory runs out.
+    """
+    packing: bool | Literal["auto"] = "auto"
+    """Put the sequences of a forward pass behind one another, without padding, each with attention
+    to itself alone: `auto` does it where that is exact (`attention: sdpa`, and the family).
+    """
     num_ranks: int = Field(default=1, gt=0, le=MOST_RANKS)
     """Processes that train together: the number of GPUs."""
     reduce_gradients: Literal["every_micro_batch", "every_step"] = "every_micro_batch"

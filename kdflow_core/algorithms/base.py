@@ -19,21 +19,23 @@ from kdflow_core.losses.folding import Comparison
 from kdflow_core.losses.span_likelihood import Spans
 from kdflow_core.metrics import TAUGHT_TERMS
 from kdflow_core.models.forward import post_norm_states
+from kdflow_core.models.packing import PackedRows
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenBatch:
-    """Padded ids [B, T], and for each supervised token the row and position of the state that
-    predicts it, [N].
+    """Ids [B, T], padded, or of `packed` rows in one; and for each supervised token the row and
+    position of the state that predicts it, [N].
     """
 
     ids_BT: torch.Tensor
     row_N: torch.Tensor
     position_N: torch.Tensor
+    packed: PackedRows | None = None
 
     def states_of(self, model: PreTrainedModel) -> torch.Tensor:
         """The model's last hidden states that predict the supervised tokens, [N, H]."""
-        hidden_BTH = post_norm_states(model.base_model, self.ids_BT)
+        hidden_BTH = post_norm_states(model.base_model, self.ids_BT, self.packed)
         states_NH: torch.Tensor = hidden_BTH[self.row_N, self.position_N]
         return states_NH
 

@@ -19,12 +19,11 @@ from kdflow_core.algorithms.base import (
     whole_batch_loss,
 )
 from kdflow_core.algorithms.vanilla_kd import VanillaKD
-from kdflow_core.batching import batch_by_tokens
+from kdflow_core.batching import Division
 from kdflow_core.contracts import Example, OutputHead, SignalSource
 from kdflow_core.losses.chunked import LossOutput
 from kdflow_core.losses.elementwise import LossSpec
 from kdflow_core.losses.reverse_kl import ReverseKL
-from kdflow_core.models.families.base import batched_length
 from kdflow_core.student.module import DistillationModule
 from kdflow_core.student.step import collate
 
@@ -78,7 +77,7 @@ class Measuring:
     """
 
     module: DistillationModule
-    micro_batch_tokens: int
+    division: Division
     device: torch.device
 
 
@@ -177,9 +176,8 @@ def _outputs(
     module, rank, size = measuring.module, dist.get_rank(), dist.get_world_size()
     training = module.training
     module.eval()
-    lengths = [len(e.student.ids_T) for e in examples]
-    longest = batched_length(module.model.config.get_text_config().to_dict())
-    batches = batch_by_tokens(lengths, measuring.micro_batch_tokens, longest)
+    lengths_N = np.array([len(e.student.ids_T) for e in examples], np.int64)
+    batches = measuring.division.batches(lengths_N)
     for first in range(0, len(batches), size):
         mine = batches[first + rank] if first + rank < len(batches) else []
         chosen = [examples[i] for i in mine]
@@ -190,6 +188,7 @@ def _outputs(
             weight=1.0,
             empty=not chosen,
             device=measuring.device,
+            packed=module.packed,
         )
         output = module(batch, algorithm=algorithm)
         if chosen:

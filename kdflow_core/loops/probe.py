@@ -14,7 +14,7 @@ from kdflow_core.batching import select_rows
 from kdflow_core.contracts import Examples, HiddenRows, TeacherEngine, TokenSequence
 from kdflow_core.student.module import DistillationModule
 from kdflow_core.student.optim import build_optimizer
-from kdflow_core.student.schedule import BatchSchedule, StepBatches, padded_area
+from kdflow_core.student.schedule import BatchSchedule, StepBatches
 from kdflow_core.student.step import training_step
 
 TIMED_BATCHES = 2
@@ -106,5 +106,5 @@ def _shortened(batches: StepBatches, schedule: BatchSchedule) -> StepBatches:
         micro_batches=micro_batches,
         num_tokens=int(schedule.supervised_counts[chosen].sum()),
         num_input_tokens=int(schedule.lengths[chosen].sum()),
-        num_positions=padded_area(micro_batches, schedule.lengths),
+        num_positions=schedule.num_positions(micro_batches),
     )

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
+from kdflow_core.batching import Division
 from kdflow_core.contracts import Example, Examples, SignalSource
 from kdflow_core.errors import TrainingError
 from kdflow_core.loops.measure import (
@@ -56,8 +57,7 @@ class RoundSettings:
 
     steps: int
     global_batch_size: int
-    micro_batch_tokens: int
-    batched_length: int | None
+    division: Division
     seed: int
     temperature: float
 
@@ -197,9 +197,8 @@ class RoundTrainer:
             lengths=examples.lengths("student"),
             supervised_counts=examples.supervised_counts("student"),
             global_batch_size=settings.global_batch_size,
-            micro_batch_tokens=settings.micro_batch_tokens,
+            division=settings.division,
             num_ranks=dist.get_world_size(),
-            batched_length=settings.batched_length,
             seed=(settings.seed << 20) + number,
             epochs=None,
             max_steps=settings.steps,

@@ -5,13 +5,19 @@ Dimensions: B sequences, T tokens (padded), H hidden size.
 
 import torch
 
+from kdflow_core.models.packing import PackedRows
 
-def post_norm_states(base: torch.nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
+
+def post_norm_states(
+    base: torch.nn.Module, ids_BT: torch.Tensor, packed: PackedRows | None = None
+) -> torch.Tensor:
     """The states [B, T, H] that the output head reads: those of the base model, after its last
     norm. Rows are padded on the right; see `batched_length` for where that changes none of them.
+    With `packed` there is one row, of rows behind one another: see `packs`.
     """
     _forget_lengths(base)
-    hidden_BTH: torch.Tensor = base(input_ids=ids_BT, use_cache=False).last_hidden_state
+    told = {} if packed is None else packed.arguments(ids_BT.device)
+    hidden_BTH: torch.Tensor = base(input_ids=ids_BT, use_cache=False, **told).last_hidden_state
     return hidden_BTH
 
 

@@ -21,6 +21,7 @@ from kdflow_core.models.loading import (
     load_config,
     refuse_incomplete,
 )
+from kdflow_core.models.packing import packs
 from kdflow_core.models.structure import adapter_targets, decoder_layers, meta_model, named_groups
 from kdflow_core.models.tokenizers import load_tokenizer, true_vocabulary_size
 
@@ -39,13 +40,15 @@ class Use:
     """What a run wants of a model.
 
     `attentions` are those with which transformers runs it; `in_sglang`: SGLang loads it. `trained`:
-    it is the student, maybe with adapters on `lora_targets` (None: no adapters; empty: on all
-    layers), with some parameters in `parameter_groups`, or with its head spread over ranks.
+    it is the student, maybe with its rows packed by an attention (`packs_with`), with adapters on
+    `lora_targets` (None: no adapters; empty: on all layers), with some parameters in
+    `parameter_groups`, or with its head spread over ranks.
     """
 
     attentions: tuple[str, ...] = ()
     in_sglang: bool = False
     trained: bool = False
+    packs_with: str | None = None
     lora_targets: tuple[str, ...] | None = None
     parameter_groups: tuple[ParameterGroup, ...] = ()
     vocabulary_parallel: bool = False
@@ -131,6 +134,9 @@ def _check_names(folder: Path, config: PretrainedConfig, checkpoint: Checkpoint)
 def check_trainable(model: PreTrainedModel, use: Use) -> None:
     """Whether the student's side knows how to shard and adapt a model. Raises ModelError."""
     decoder_layers(model)
+    if use.packs_with is not None:
+        trusts = use.trust_remote_code
+        packs(model.config, packing=True, attention=use.packs_with, trust_remote_code=trusts)
     if use.lora_targets is not None:
         adapter_targets(model, use.lora_targets or None)
     named_groups(dict(model.named_parameters()), use.parameter_groups)

@@ -23,7 +23,8 @@ from kdflow_core.student.head_part import HeadPart, spread_head_, student_part, 
 class DistillationModule(torch.nn.Module):
     """A causal language model whose forward returns the algorithm's loss.
 
-    With a `head_part`, the output head is spread over the ranks by vocabulary.
+    With a `head_part`, the output head is spread over the ranks by vocabulary. A `packed` one reads
+    the sequences of a micro-batch behind one another, without padding.
     """
 
     def __init__(
@@ -33,11 +34,13 @@ class DistillationModule(torch.nn.Module):
         algorithm: Algorithm,
         vocabulary_size: int,
         head_part: HeadPart | None = None,
+        packed: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self.algorithm = algorithm
         self.head_part = head_part
+        self.packed = packed
         self.vocabulary_size = vocabulary_size
 
     def begin_micro_batch(self, *, reduces: bool, last: bool) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kdflow_core.batching import batch_by_tokens
+from kdflow_core.batching import Division
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,21 +31,19 @@ class StepBatches:
 class BatchSchedule:
     """The steps of a run. Every epoch is a permutation of its own; its last batch may be small.
 
-    Sequences above `batched_length`, where there is one, are micro-batches of their own. With a
-    `window`, an epoch visits the `groups` (one number per sequence: what lies together on
-    disk) in random order, and shuffles the sequences of `window` groups at a time, so that reading
-    stays local.
+    The sequences of a step are divided over the ranks by what they cost. With a `window`, an epoch
+    visits the `groups` (one number per sequence: what lies together on disk) in random order, and
+    shuffles the sequences of `window` groups at a time, so that reading stays local.
     """
 
     lengths: np.ndarray
     supervised_counts: np.ndarray
     global_batch_size: int
-    micro_batch_tokens: int
+    division: Division
     num_ranks: int
     seed: int
     epochs: int | None
     max_steps: int | None
-    batched_length: int | None = None
     groups: np.ndarray | None = None
     window: int | None = None
     _orders: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False)
@@ -86,33 +84,32 @@ class BatchSchedule:
         """How a step (counted from 0) is divided."""
         chosen = self.sequences(step)
         ranks: list[list[int]] = [[] for _ in range(self.num_ranks)]
-        loads = [0] * self.num_ranks
-        for index in sorted(chosen, key=lambda i: (-int(self.lengths[i]), i)):
+        loads = [0.0] * self.num_ranks
+        costs = dict(zip(chosen, self.division.costs(self.lengths[chosen]).tolist(), strict=True))
+        for index in sorted(chosen, key=lambda i: (-costs[i], i)):
             rank = loads.index(min(loads))
             ranks[rank].append(index)
-            loads[rank] += int(self.lengths[index])
-        divided = [
-            [
-                tuple(mine[i] for i in batch)
-                for batch in batch_by_tokens(
-                    self.lengths[mine], self.micro_batch_tokens, self.batched_length
-                )
-            ]
-            for mine in ranks
-        ]
+            loads[rank] += costs[index]
+        most = max(len(self._divided(mine, least=1)) for mine in ranks)
+        # Those that need fewer batches make smaller ones, rather than some without sequences.
+        divided = [self._divided(mine, least=most) for mine in ranks]
         most = max(len(batches) for batches in divided)
         return StepBatches(
             micro_batches=tuple((*batches, *[()] * (most - len(batches))) for batches in divided),
             num_tokens=int(self.supervised_counts[chosen].sum()),
             num_input_tokens=int(self.lengths[chosen].sum()),
-            num_positions=padded_area(divided, self.lengths),
+            num_positions=self.num_positions(divided),
             epoch=(step + 1) / self.steps_per_epoch,
         )
 
+    def _divided(self, mine: list[int], *, least: int) -> list[tuple[int, ...]]:
+        """A rank's micro-batches."""
+        batches = self.division.batches(self.lengths[mine], least=least)
+        return [tuple(mine[i] for i in batch) for batch in batches]
 
-def padded_area(ranks: Sequence[Sequence[Sequence[int]]], lengths: np.ndarray) -> int:
-    """The positions of all ranks' micro-batches, padding included."""
-    return sum(len(b) * int(max(lengths[i] for i in b)) for mine in ranks for b in mine if b)
+    def num_positions(self, ranks: Sequence[Sequence[Sequence[int]]]) -> int:
+        """The positions of all ranks' micro-batches, padding included."""
+        return sum(self.division.positions(mine, self.lengths) for mine in ranks)
 
 
 def windowed_permutation(rng: np.random.Generator, groups: np.ndarray, window: int) -> np.ndarray:

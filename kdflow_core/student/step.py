@@ -32,6 +32,7 @@ from kdflow_core.contracts import (
     TokenSequence,
 )
 from kdflow_core.losses.span_likelihood import Spans
+from kdflow_core.models.packing import PackedRows
 from kdflow_core.student.module import DistillationModule
 from kdflow_core.student.schedule import StepBatches
 
@@ -87,6 +88,7 @@ def training_step(
             weight=weight,
             empty=not indices,
             device=device,
+            packed=module.packed,
         )
         output = module(batch)
         output.loss.backward()
@@ -151,8 +153,9 @@ def collate(
     weight: float,
     empty: bool,
     device: torch.device,
+    packed: bool = False,
 ) -> MicroBatch:
-    """Pad student ids and join them with each teacher's rows of the tokens that it teaches.
+    """Pad or pack student ids and join them with each teacher's rows of the tokens that it teaches.
 
     With `empty`, no token is supervised: the rank only takes part in the collectives.
 
@@ -161,17 +164,19 @@ def collate(
     supervised = [] if empty else list(examples)
     targets = [np.zeros(0, np.int64), *[e.student.target_ids_N for e in supervised]]
     sampled_N, advantage_N = _of_samples(examples, supervised, device)
+
+    def tokens(view: str) -> TokenBatch:
+        return _tokens([e.views[view] for e in examples], empty, device, packed)
+
     return MicroBatch(
-        student=_tokens([e.student for e in examples], empty=empty, device=device),
+        student=tokens("student"),
         target_ids_N=torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(device),
         weight=weight,
         signals=tuple(
             _token_signal(supervised, source, teacher, device)
             for teacher, source in zip(algorithm.teachers, states, strict=True)
         ),
-        teacher_tokens=_tokens([e.teacher for e in examples], empty=empty, device=device)
-        if algorithm.reads_teacher_tokens
-        else None,
+        teacher_tokens=tokens("teacher") if algorithm.reads_teacher_tokens else None,
         sampled_log_prob_N=sampled_N,
         advantage_N=advantage_N,
     )
@@ -198,16 +203,22 @@ def _of_samples(
     return sampled_N, advantage_N if rewarded else None
 
 
-def _tokens(sequences: Sequence[TokenSequence], *, empty: bool, device: torch.device) -> TokenBatch:
+def _tokens(
+    sequences: Sequence[TokenSequence], empty: bool, device: torch.device, packed: bool
+) -> TokenBatch:
+    edges = np.cumsum([0, *(len(s.ids_T) for s in sequences)]).astype(np.int32)
     rows, positions = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for row, sequence in enumerate([] if empty else sequences):
+    for number, sequence in enumerate([] if empty else sequences):
         target_positions_N = sequence.target_positions_N
+        row, begin = (0, edges[number]) if packed else (number, 0)
         rows.append(np.full(len(target_positions_N), row))
-        positions.append(target_positions_N - 1)  # the state before a token predicts it
+        positions.append(begin + target_positions_N - 1)  # the state before a token predicts it
+    ids = [s.ids_T for s in sequences]
     return TokenBatch(
-        ids_BT=pad_right([s.ids_T for s in sequences]).to(device),
+        ids_BT=pad_right([np.concatenate(ids)] if packed else ids).to(device),
         row_N=torch.from_numpy(np.concatenate(rows)).to(device),
         position_N=torch.from_numpy(np.concatenate(positions)).to(device),
+        packed=PackedRows(edges=edges) if packed else None,
     )
 
 

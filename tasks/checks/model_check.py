@@ -38,6 +38,7 @@ def use_of(run: RunConfig, side: str) -> Use:
         attentions=tuple(sorted(attentions)),
         in_sglang=teaches_in_sglang or any(engine.type == "sglang" for engine in engines),
         trained=trained,
+        packs_with=run.student.attention if trained and run.student.packing is True else None,
         lora_targets=None if lora is None else lora.targets or (),
         parameter_groups=run.student.parameter_groups if trained else (),
         vocabulary_parallel=trained and run.student.vocabulary_parallel,

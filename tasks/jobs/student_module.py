@@ -13,6 +13,7 @@ from configs.schema.run import RunConfig
 from kdflow_core.algorithms import build_algorithm
 from kdflow_core.algorithms.base import Ingredients
 from kdflow_core.alignment.tokenizer_pair import TokenizerPair
+from kdflow_core.batching import Division
 from kdflow_core.contracts import OutputHead
 from kdflow_core.losses import build_divergence
 from kdflow_core.losses.elementwise import LossSpec
@@ -20,8 +21,11 @@ from kdflow_core.losses.folding import Comparison, Folding, ranks
 from kdflow_core.losses.surrogate import PolicyGradient
 from kdflow_core.losses.token_weights import build_token_weight
 from kdflow_core.losses.vocabulary import WholeVocabulary
+from kdflow_core.models.families.base import attention_length, batched_length
+from kdflow_core.models.folders import text_config
 from kdflow_core.models.heads import load_head
-from kdflow_core.models.loading import DTYPES, load_causal_lm
+from kdflow_core.models.loading import DTYPES, load_causal_lm, load_config
+from kdflow_core.models.packing import PACKED, packs
 from kdflow_core.models.partial_loading import fill_own_part_, unfilled_causal_lm
 from kdflow_core.models.tokenizers import true_vocabulary_size
 from kdflow_core.student.head_part import HeadPart, part_of, teacher_part
@@ -48,7 +52,8 @@ def build_module(
     """
     config = stage.run.student
     folder = stage.model_folder("student")
-    model, in_parts = _load(stage, folder)
+    packed = division_of(stage).packed
+    model, in_parts = _load(stage, folder, PACKED if packed else config.attention)
     if config.lora is not None:
         # The adapters' first weights are random, on all ranks alike.
         torch.manual_seed(stage.run.seed)
@@ -80,6 +85,7 @@ def build_module(
         algorithm=build_algorithm(stage.run.algorithm, ingredients),
         vocabulary_size=vocabulary_size,
         head_part=part,
+        packed=packed,
     )
     shard(module, mesh=mesh, compute_dtype=compute_dtype)
     if in_parts:
@@ -88,9 +94,27 @@ def build_module(
     return module
 
 
-def _load(stage: StageRun, folder: Path) -> tuple[PreTrainedModel, bool]:
+def division_of(stage: StageRun) -> Division:
+    """How the student's sequences are divided into micro-batches."""
+    config, folder = stage.run.student, stage.model_folder("student")
+    trusts = stage.trusts("student")
+    model, text = load_config(folder, trust_remote_code=trusts), text_config(folder)
+    return Division(
+        tokens=config.micro_batch_tokens,
+        batched_length=batched_length(text),
+        packed=packs(
+            model,
+            packing=config.packing,
+            attention=config.attention,
+            trust_remote_code=trusts,
+        ),
+        attention_length=attention_length(text),
+    )
+
+
+def _load(stage: StageRun, folder: Path, attention: str) -> tuple[PreTrainedModel, bool]:
     """The student, and whether its weights are yet to be read, by each rank its own."""
-    attention, trusts = stage.run.student.attention, stage.trusts("student")
+    trusts = stage.trusts("student")
     if dist.get_world_size() > 1:
         unfilled = unfilled_causal_lm(
             folder, dtype=torch.float32, attention=attention, trust_remote_code=trusts

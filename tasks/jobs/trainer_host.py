@@ -14,8 +14,7 @@ from kdflow_core.alignment.translation import Translated
 from kdflow_core.contracts import Examples, SignalSource, TeacherAtHand
 from kdflow_core.errors import TrainingError
 from kdflow_core.loops.rounds import RoundSettings, RoundTrainer
-from kdflow_core.models.families.base import batched_length
-from kdflow_core.models.folders import context_length, text_config
+from kdflow_core.models.folders import context_length
 from kdflow_core.models.loading import DTYPES
 from kdflow_core.student.publish import WeightPublisher
 from kdflow_core.student.schedule import BatchSchedule
@@ -87,8 +86,7 @@ class TrainerHost:
             settings=RoundSettings(
                 steps=self._steps,
                 global_batch_size=run.student.global_batch_size,
-                micro_batch_tokens=run.student.micro_batch_tokens,
-                batched_length=batched_length(text_config(self._stage.model_folder("student"))),
+                division=session.division,
                 seed=run.seed,
                 temperature=self._config.temperature,
             ),

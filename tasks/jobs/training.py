@@ -7,8 +7,6 @@ import torch.distributed as dist
 
 from configs.schema.teacher import InProcessTeacher
 from kdflow_core.contracts import OutputHead, TeacherAtHand
-from kdflow_core.models.families.base import batched_length
-from kdflow_core.models.folders import text_config
 from kdflow_core.student.prefetch import PrefetchedStates
 from kdflow_core.student.schedule import BatchSchedule
 from kdflow_core.teacher.live import LiveStates
@@ -19,6 +17,7 @@ from storage.tokens import TokenTable
 from tasks.jobs import parts
 from tasks.jobs.stage_run import StageRun, job
 from tasks.jobs.stored import LOG_PROBS_FILE, StoredLogProbs, StoredStates, TokenExamples
+from tasks.jobs.student_module import division_of
 from tasks.jobs.training_session import (
     TrainingSession,
     live_states,
@@ -154,9 +153,8 @@ def batch_schedule(stage: StageRun, table: TokenTable, groups: np.ndarray | None
         lengths=table.lengths("student"),
         supervised_counts=table.supervised_counts("student"),
         global_batch_size=config.global_batch_size,
-        micro_batch_tokens=config.micro_batch_tokens,
+        division=division_of(stage),
         num_ranks=dist.get_world_size(),
-        batched_length=batched_length(text_config(stage.model_folder("student"))),
         seed=stage.run.seed,
         epochs=config.epochs,
         max_steps=config.max_steps,

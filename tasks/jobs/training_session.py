@@ -34,7 +34,7 @@ from storage.tokens import TokenTable
 from tasks.jobs import aligning, chats, parts
 from tasks.jobs.stage_run import StageRun
 from tasks.jobs.stored import StoredStates, TokenExamples, evenly_spread
-from tasks.jobs.student_module import build_comparison, build_module, loss_spec
+from tasks.jobs.student_module import build_comparison, build_module, division_of, loss_spec
 from tasks.presentation.model_card import model_card
 from tasks.presentation.tracking import MetricsLog, NoMetrics
 from tasks.stages.checkpoint_places import checkpoints_folder
@@ -85,11 +85,8 @@ class TrainingSession:
             device=self.device,
             is_asked_to_stop=is_asked_to_stop,
         )
-        self.measuring = Measuring(
-            module=self.module,
-            micro_batch_tokens=run.student.micro_batch_tokens,
-            device=self.device,
-        )
+        self.division = division_of(stage)
+        self.measuring = Measuring(module=self.module, division=self.division, device=self.device)
         self.curve = None if judged_by is None else self._curve(heldout, judged_by)
         self.metrics: MetricsLog | NoMetrics = NoMetrics()
         if dist.get_rank() == 0:

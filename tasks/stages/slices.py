@@ -43,6 +43,7 @@ OPERATIONAL_STUDENT_FIELDS = {
     "chat_template",
     "activation_checkpointing",
     "micro_batch_tokens",
+    "packing",
     "num_ranks",
     "reduce_gradients",
     "vocabulary_parallel",

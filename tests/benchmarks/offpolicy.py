@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from configs.load import validate_run
 from configs.schema.run import RunConfig
+from kdflow_core.batching import Division
 from kdflow_core.student.schedule import BatchSchedule
 from storage.tokens import TokenTable
 from tasks.jobs.stored import TokenExamples
@@ -143,7 +144,7 @@ class Work:
             lengths=table.lengths("student"),
             supervised_counts=table.supervised_counts("student"),
             global_batch_size=args.sequences,
-            micro_batch_tokens=args.micro_batch_tokens,
+            division=Division(tokens=args.micro_batch_tokens),
             num_ranks=1,
             seed=0,
             epochs=None,

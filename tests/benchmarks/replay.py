@@ -25,6 +25,7 @@ from configs.schema.algorithm import VanillaKDConfig
 from configs.schema.student import StudentConfig
 from kdflow_core.algorithms.base import Ingredients
 from kdflow_core.algorithms.vanilla_kd import VanillaKD
+from kdflow_core.batching import Division
 from kdflow_core.contracts import Example, HiddenRows, OutputHead, SignalSource, TokenSequence
 from kdflow_core.losses.chunked import LossSpec
 from kdflow_core.losses.forward_kl import ForwardKL
@@ -123,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
         lengths=rows.lengths + 1,
         supervised_counts=rows.lengths,
         global_batch_size=8,
-        micro_batch_tokens=2048,
+        division=Division(tokens=2048),
         num_ranks=1,
         seed=0,
         epochs=2,

@@ -216,6 +216,13 @@ def test_attention_that_is_not_exact_or_not_there(make: Make) -> None:
     )
 
 
+def test_packing_that_is_not_exact(make: Make) -> None:
+    refused(
+        make({"student.packing": True, "student.attention": "eager"}),
+        r"student\.model: packing=true: attention=eager has no packed form .* student\.packing=auto",
+    )
+
+
 def test_a_head_that_cannot_be_spread(make: Make, student: Path) -> None:
     make_llama(student, hidden=32, layers=1, rows=416, seed=0, tied=True)
     refused(

@@ -1,6 +1,7 @@
 """The training schedule: every sequence once an epoch, however the work is divided."""
 
 import itertools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from configs.schema.student import StudentConfig
-from kdflow_core.batching import PASS_SHARE, batch_by_tokens
+from kdflow_core.batching import PASS_SHARE, Division, batch_by_tokens
 from kdflow_core.student.rates import rate_factor
 from kdflow_core.student.schedule import BatchSchedule
 
@@ -19,13 +20,18 @@ LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=40)
 
 
 def make_schedule(
-    lengths: list[int], *, ranks: int = 1, batch: int = 8, budget: int = 64
+    lengths: list[int],
+    *,
+    ranks: int = 1,
+    batch: int = 8,
+    budget: int = 64,
+    packed: bool = False,
 ) -> BatchSchedule:
     return BatchSchedule(
         lengths=np.array(lengths),
         supervised_counts=np.array(lengths) // 2,
         global_batch_size=batch,
-        micro_batch_tokens=budget,
+        division=Division(tokens=budget, packed=packed, attention_length=100),
         num_ranks=ranks,
         seed=7,
         epochs=2,
@@ -56,11 +62,11 @@ def test_a_windowed_epoch_stays_within_its_groups() -> None:
     assert visits[: bounds[4]] != sorted(visits[: bounds[4]])
 
 
-@given(LENGTHS, st.integers(1, 5), st.integers(1, 9))
+@given(LENGTHS, st.integers(1, 5), st.integers(1, 9), st.booleans())
 def test_an_epoch_sees_every_sequence_once_on_any_number_of_ranks(
-    lengths: list[int], ranks: int, batch: int
+    lengths: list[int], ranks: int, batch: int, packed: bool
 ) -> None:
-    schedule = make_schedule(lengths, ranks=ranks, batch=batch)
+    schedule = make_schedule(lengths, ranks=ranks, batch=batch, packed=packed)
     for epoch in range(2):
         seen: list[int] = []
         for step in range(schedule.steps_per_epoch):
@@ -111,6 +117,43 @@ def test_sequences_above_what_may_be_batched_are_alone(
     batches = batch_by_tokens(lengths, budget, longest)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     assert all(len(b) == 1 for b in batches if max(lengths[i] for i in b) > longest)
+
+
+@given(LENGTHS, st.integers(10, 100), st.integers(1, 60) | st.none(), st.integers(1, 9))
+def test_packed_batches(lengths: list[int], budget: int, longest: int | None, least: int) -> None:
+    """Within the budget, without padding, not more than a sequence each, and hardly more batches
+    than the tokens fill; about as dear as one another.
+    """
+    lengths_N = np.array(lengths)
+    division = Division(tokens=budget, packed=True, batched_length=longest, attention_length=50)
+    batches = division.batches(lengths_N, least=least)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert all(batches)
+    together = [b for b in batches if len(b) > 1]
+    for batch in together:
+        assert sum(lengths[i] for i in batch) <= budget
+        assert longest is None or max(lengths[i] for i in batch) <= longest
+    assert division.positions(batches, lengths_N) == sum(lengths)
+    alone = sum(length > min(budget, longest or budget) for length in lengths)
+    enough = max(2 * math.ceil(sum(lengths) / budget), least)  # half full, at the worst
+    assert len(batches) <= alone + enough
+    assert len(batches) >= min(least, len(lengths))
+
+
+def test_ranks_and_batches_have_equal_costs_not_equal_tokens() -> None:
+    """One long sequence costs as much as more tokens in short ones."""
+    lengths = np.array([1000] + [100] * 20)
+    division = Division(tokens=4000, packed=True, attention_length=1000)
+    schedule = replace(
+        make_schedule(lengths.tolist(), ranks=2, batch=21), division=division, epochs=1
+    )
+    costs = [
+        sum(division.costs(lengths[list(batch)]).sum() for batch in mine)
+        for mine in schedule.step(0).micro_batches
+    ]
+    assert max(costs) - min(costs) <= 110
+    tokens = [lengths[list(mine[0])].sum() for mine in schedule.step(0).micro_batches]
+    assert max(tokens) - min(tokens) >= 500
 
 
 def test_epochs_differ_and_are_repeatable() -> None:

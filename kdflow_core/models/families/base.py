@@ -51,7 +51,9 @@ class Family:
     `layers` is the module of the base model that holds the decoder layers. With
     `capped_attention`, a config field, attention scores are capped, which `sdpa` leaves out. SGLang
     loads the tensors under the names that `head` has, or also without their prefix where it
-    `loads_bare_names`. What no model of the family has is left at its default.
+    `loads_bare_names`. In the `unpacked` architectures a row reads what stands before it in the
+    same row of a batch: a recurrent state, a convolution, distances by place, a window by mask
+    alone. What no model of the family has is left at its default.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Family:
     layers: str = "layers"
     capped_attention: str | None = None
     loads_bare_names: bool = False
+    unpacked: tuple[str, ...] = ()
 
     def inexact_attention(self, config: Any) -> dict[str, str]:
         """The implementations of attention that are not exact for a model, and what they miss."""
@@ -114,6 +117,15 @@ def cached_values(config: Mapping[str, Any]) -> int:
     if not shape.width:
         return 0
     return 2 * layers * shape.kept_heads * shape.head
+
+
+def attention_length(config: Mapping[str, Any]) -> int | None:
+    """The length, in tokens, at which attention costs a decoder as much as its weights; None where
+    a config does not say. Of a layer of width H the weights take about 12 H^2 multiplications a
+    token, and attention 2 H for each token that it reads, which is half of all on average.
+    """
+    width = attention_shape(config).width
+    return 12 * width if width else None
 
 
 def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> int:

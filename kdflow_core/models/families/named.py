@@ -16,6 +16,7 @@ BLOOM = Family(
     architectures=("BloomForCausalLM", "FalconForCausalLM"),
     head=HeadRule(embedding="transformer.word_embeddings.weight"),
     layers="h",
+    unpacked=("BloomForCausalLM", "FalconForCausalLM"),
 )
 GPT2 = Family(
     name="gpt2",
@@ -46,17 +47,20 @@ MAMBA = Family(
     name="mamba",
     architectures=("FalconMambaForCausalLM", "Mamba2ForCausalLM", "MambaForCausalLM"),
     head=HeadRule(embedding="backbone.embeddings.weight"),
+    unpacked=("FalconMambaForCausalLM", "Mamba2ForCausalLM", "MambaForCausalLM"),
 )
 MPT = Family(
     name="mpt",
     architectures=("MptForCausalLM",),
     head=HeadRule(embedding="transformer.wte.weight"),
     layers="blocks",
+    unpacked=("MptForCausalLM",),
 )
 NEMOTRON_H = Family(
     name="nemotron_h",
     architectures=("NemotronHForCausalLM",),
     head=HeadRule(embedding="model.embeddings.weight"),
+    unpacked=("NemotronHForCausalLM",),
 )
 OPT = Family(
     name="opt",

@@ -11,6 +11,7 @@ FALCON_H1 = Family(
     name="falcon_h1",
     architectures=("FalconH1ForCausalLM",),
     head=HeadRule(multiplier="lm_head_multiplier"),
+    unpacked=("FalconH1ForCausalLM",),
 )
 GEMMA = Family(
     name="gemma",
@@ -33,6 +34,7 @@ GRANITE = Family(
         "GraniteMoeSharedForCausalLM",
     ),
     head=HeadRule(divisor="logits_scaling"),
+    unpacked=("GraniteMoeHybridForCausalLM",),
 )
 HYPERCLOVAX = Family(
     name="hyperclovax",
@@ -48,5 +50,6 @@ RECURRENT_GEMMA = Family(
     name="recurrent_gemma",
     architectures=("RecurrentGemmaForCausalLM",),
     head=HeadRule(softcap="logits_soft_cap"),
+    unpacked=("RecurrentGemmaForCausalLM",),
 )
 SCALED = (COHERE, FALCON_H1, GEMMA, GRANITE, HYPERCLOVAX, NANOCHAT, RECURRENT_GEMMA)
