@@ -52,6 +52,25 @@ class ParameterGroup(StrictModel):
         return self
 
 
+class AdamWConfig(StrictModel):
+    """AdamW (arXiv 1711.05101); its betas are `student.adam_betas`."""
+
+    type: Literal["adamw"] = "adamw"
+
+
+class MuonConfig(StrictModel):
+    """Muon on the matrices of the decoder layers, scaled so that learning rate and weight decay are
+    AdamW's (arXiv 2502.16982, equation 4); AdamW on the rest.
+    """
+
+    type: Literal["muon"]
+    momentum: Beta = 0.95
+    """How much of the mean gradient a step keeps."""
+
+
+Optimizer = Annotated[AdamWConfig | MuonConfig, Field(discriminator="type")]
+
+
 class StudentConfig(StrictModel):
     """The student and its optimization."""
 
@@ -73,6 +92,10 @@ class StudentConfig(StrictModel):
     """The implementation of attention."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass: slower, in less memory."""
+    optimizer: Optimizer = Field(default_factory=AdamWConfig)
+    """`{type: adamw}`, or `{type: muon}`: Muon on the matrices of the decoder layers, one moment a
+    weight in place of two, and AdamW on the rest, at the same learning rate.
+    """
     lr: float = Field(default=2e-5, gt=0)
     """The peak learning rate."""
     lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -88,7 +111,7 @@ class StudentConfig(StrictModel):
     decay_fraction: float = Field(default=0.2, gt=0, le=1)
     """For `wsd`, the share of the steps after the rise in which the learning rate falls."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """AdamW's weight decay."""
+    """The optimizer's weight decay, of matrices alone."""
     parameter_groups: tuple[ParameterGroup, ...] = Field(default=(), strict=False)
     """Parameters with a learning rate or a weight decay of their own, or none: `[{names:
     "model.embed_tokens.*", lr: 1e-5}, {names: "*.layers.0.*", frozen: true}]`.

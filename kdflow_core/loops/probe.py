@@ -13,7 +13,7 @@ from configs.schema.student import StudentConfig
 from kdflow_core.batching import select_rows
 from kdflow_core.contracts import Examples, HiddenRows, TeacherEngine, TokenSequence
 from kdflow_core.student.module import DistillationModule
-from kdflow_core.student.optim import build_optimizer
+from kdflow_core.student.optim import build_optimizers
 from kdflow_core.student.schedule import BatchSchedule, StepBatches
 from kdflow_core.student.step import training_step
 
@@ -74,7 +74,7 @@ def probe_training(
     device: torch.device,
 ) -> float:
     """Student tokens per second over all ranks, which call it together. The student is spent."""
-    optimizer = build_optimizer(module, config)
+    optimizers = build_optimizers(module, config)
     module.train()
     states = [RandomStates(t.states_head.weight_VH.shape[1]) for t in module.algorithm.teachers]
     seconds, tokens = 0.0, 0
@@ -83,7 +83,7 @@ def probe_training(
         begin = time.perf_counter()
         training_step(
             module=module,
-            optimizer=optimizer,
+            optimizers=optimizers,
             batches=batches,
             examples=examples,
             states=states,

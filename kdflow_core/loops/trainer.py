@@ -15,7 +15,7 @@ from kdflow_core.errors import StoppedError, TrainingError
 from kdflow_core.sinks import MetricsSink, Reporter
 from kdflow_core.student.checkpoint import CheckpointWriter, load_newest
 from kdflow_core.student.module import DistillationModule
-from kdflow_core.student.optim import build_optimizer
+from kdflow_core.student.optim import build_optimizers
 from kdflow_core.student.rates import rate_factor
 from kdflow_core.student.schedule import StepBatches
 from kdflow_core.student.step import StepMetrics, training_step
@@ -40,10 +40,10 @@ class Trainer:
         is_asked_to_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.module = module
-        self.optimizer = build_optimizer(module, config)
+        self.optimizers = build_optimizers(module, config)
         # A checkpoint brings the rates of its last step.
-        self._peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self.step = load_newest(checkpoints, module, self.optimizer, reporter.message)
+        self._peaks = [group["lr"] for group in self.optimizers.param_groups]
+        self.step = load_newest(checkpoints, module, self.optimizers.parts, reporter.message)
         self._num_steps = num_steps
         self._seed = seed
         self._config = config
@@ -103,7 +103,7 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint of what is done, written while the caller goes on."""
-        self._checkpoints.save(self.step, self.module, self.optimizer)
+        self._checkpoints.save(self.step, self.module, self.optimizers.parts)
         self._saved = time.monotonic()
 
     def wait(self) -> None:
@@ -142,7 +142,7 @@ class Trainer:
             source.begin_step(number)
         result = training_step(
             module=self.module,
-            optimizer=self.optimizer,
+            optimizers=self.optimizers,
             batches=batches,
             examples=examples,
             states=states,
@@ -190,6 +190,6 @@ class Trainer:
     def _set_learning_rates(self) -> float:
         """Every group's by its own peak; the run's own is returned."""
         factor = rate_factor(self._config, step=self.step, num_steps=self._num_steps)
-        for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
+        for group, peak in zip(self.optimizers.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
         return self._config.lr * factor

@@ -13,7 +13,7 @@ import io
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,9 @@ class CheckpointWriter:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
-    def save(self, step: int, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def save(
+        self, step: int, module: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+    ) -> None:
         """Save what is there after `step` optimizer steps. It counts once it is whole on the disk;
         `wait` waits for that. Raises what has gone wrong with the one before, TrainingError where
         the disk is full.
@@ -85,7 +87,7 @@ class CheckpointWriter:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         dist.barrier()
-        weights, optimizer_state = get_state_dict(module, optimizer)
+        weights, optimizer_state = get_state_dict(module, optimizers)
         written = async_save(
             {"model": weights, "optimizer": optimizer_state},
             checkpoint_id=str(temporary),
@@ -123,7 +125,7 @@ class CheckpointWriter:
 def load_newest(
     folder: Path,
     module: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     tell: Callable[[str], None],
 ) -> int:
     """Load the newest complete checkpoint that is whole, if any; the number of steps done (0
@@ -132,12 +134,12 @@ def load_newest(
     step = _newest_whole(folder, tell)
     if step == 0:
         return 0
-    weights, optimizer_state = get_state_dict(module, optimizer)
+    weights, optimizer_state = get_state_dict(module, optimizers)
     state: dict[str, Any] = {"model": weights, "optimizer": optimizer_state}
     load(state, checkpoint_id=str(step_folder(folder, step)), planner=_PlainLoadPlanner())
     set_state_dict(
         module,
-        optimizer,
+        optimizers,
         model_state_dict=state["model"],
         optim_state_dict=state["optimizer"],
     )

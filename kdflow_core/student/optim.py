@@ -1,12 +1,12 @@
-"""The student's optimizer."""
+"""The student's optimizers."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from configs.schema.student import ParameterGroup, StudentConfig
-from kdflow_core.models.structure import named_groups
+from configs.schema.student import MuonConfig, ParameterGroup, StudentConfig
+from kdflow_core.models.structure import decoder_layers, named_groups
 from kdflow_core.student.module import DistillationModule
 
 Named = dict[str, torch.nn.Parameter]
@@ -20,11 +20,68 @@ def freeze_(model: torch.nn.Module, config: StudentConfig) -> None:
                 parameter.requires_grad = False
 
 
-def build_optimizer(module: DistillationModule, config: StudentConfig) -> torch.optim.AdamW:
-    """AdamW on what trains, by its groups; where these say nothing, weight decay acts on matrices
-    only, not on norms and biases. What an algorithm has of its own is in no group, and has
-    the algorithm's rate. The rates of the groups are their peaks.
+class Optimizers:
+    """Optimizers of different parameters, as one."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self.parts = tuple(parts)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all of them."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    def states(self) -> Iterator[dict[str, Any]]:
+        """What they keep of each parameter."""
+        for part in self.parts:
+            yield from part.state.values()
+
+    def step(self) -> None:
+        """A step of all of them."""
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        """Free all gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+
+def build_optimizers(module: DistillationModule, config: StudentConfig) -> Optimizers:
+    """The config's optimizer on what trains, by its groups; where these say nothing, weight decay
+    acts on matrices only, not on norms and biases. What an algorithm has of its own is in no group,
+    and has the algorithm's rate. The rates of the groups are their peaks.
     """
+    groups = _groups(module, config)
+    if not isinstance(config.optimizer, MuonConfig):
+        return Optimizers([_adamw(groups, config)])
+    inner = {id(p) for p in decoder_layers(module.model).parameters() if p.ndim == 2}
+
+    def part(of_muon: bool) -> list[dict[str, Any]]:
+        chosen = [
+            group | {"params": [p for p in group["params"] if (id(p) in inner) == of_muon]}
+            for group in groups
+        ]
+        return [group for group in chosen if group["params"]]
+
+    parts: list[torch.optim.Optimizer] = []
+    if matrices := part(True):
+        momentum = config.optimizer.momentum
+        parts.append(
+            torch.optim.Muon(
+                matrices, lr=config.lr, momentum=momentum, adjust_lr_fn="match_rms_adamw"
+            )
+        )
+    if rest := part(False):
+        parts.append(_adamw(rest, config))
+    return Optimizers(parts)
+
+
+def _adamw(groups: list[dict[str, Any]], config: StudentConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.adam_betas, fused=True)
+
+
+def _groups(module: DistillationModule, config: StudentConfig) -> list[dict[str, Any]]:
     groups: list[dict[str, Any]] = []
 
     def add(
@@ -47,8 +104,7 @@ def build_optimizer(module: DistillationModule, config: StudentConfig) -> torch.
         else:
             add(named.values(), group.lr, group.weight_decay)
     add(module.algorithm.parameters(), module.algorithm.lr)
-    used = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(used, lr=config.lr, betas=config.adam_betas, fused=True)
+    return [group for group in groups if group["params"]]
 
 
 def _grouped(

@@ -2,15 +2,17 @@
 
 import torch
 
+from kdflow_core.student.optim import Optimizers
+
 
 class StudentOffload:
-    """Moves a sharded module and its optimizer to host memory and back to the device."""
+    """Moves a sharded module and its optimizers to host memory and back to the device."""
 
     def __init__(
-        self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+        self, module: torch.nn.Module, optimizers: Optimizers, device: torch.device
     ) -> None:
         self._module = module
-        self._optimizer = optimizer
+        self._optimizers = optimizers
         self._device = device
         self._asleep = False
 
@@ -28,7 +30,7 @@ class StudentOffload:
 
     def _move(self, device: torch.device) -> None:
         self._module.to(device)
-        for state in self._optimizer.state.values():
+        for state in self._optimizers.states():
             for name, value in state.items():
                 # Step counts stay where they are.
                 if isinstance(value, torch.Tensor) and value.ndim:

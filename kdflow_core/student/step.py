@@ -34,6 +34,7 @@ from kdflow_core.contracts import (
 from kdflow_core.losses.span_likelihood import Spans
 from kdflow_core.models.packing import PackedRows
 from kdflow_core.student.module import DistillationModule
+from kdflow_core.student.optim import Optimizers
 from kdflow_core.student.schedule import StepBatches
 
 
@@ -56,7 +57,7 @@ class StepMetrics:
 def training_step(
     *,
     module: DistillationModule,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Optimizers,
     batches: StepBatches,
     examples: Examples,
     states: Sequence[SignalSource],
@@ -103,11 +104,11 @@ def training_step(
         grad_norm = grad_norm.full_tensor()
     metrics = StepMetrics(terms=_means(totals), grad_norm=float(grad_norm))
     if np.isfinite([metrics.terms["loss"], metrics.grad_norm]).all():
-        optimizer.step()
+        optimizers.step()
         module.algorithm.after_step(module.model)
     else:
         metrics = replace(metrics, fault=_fault(metrics, mine, losses))
-    optimizer.zero_grad(set_to_none=True)
+    optimizers.zero_grad()
     return metrics
 
 

@@ -75,7 +75,7 @@ class TrainerHost:
 
     def _round_trainer(self, teacher: TeacherAtHand[StoredStates]) -> RoundTrainer:
         session, run = self._session, self._stage.run
-        self._sleeper = StudentOffload(session.module, session.trainer.optimizer, session.device)
+        self._sleeper = StudentOffload(session.module, session.trainer.optimizers, session.device)
         return RoundTrainer(
             trainer=session.trainer,
             measuring=session.measuring,

@@ -30,7 +30,7 @@ from kdflow_core.contracts import Example, HiddenRows, OutputHead, SignalSource,
 from kdflow_core.losses.chunked import LossSpec
 from kdflow_core.losses.forward_kl import ForwardKL
 from kdflow_core.student.module import DistillationModule, shard
-from kdflow_core.student.optim import build_optimizer
+from kdflow_core.student.optim import build_optimizers
 from kdflow_core.student.prefetch import PrefetchedStates
 from kdflow_core.student.schedule import BatchSchedule
 from kdflow_core.student.step import training_step
@@ -159,7 +159,7 @@ def train(
     sources: dict[str, SignalSource],
 ) -> dict[str, list[float]]:
     """Seconds of the second epoch's steps, by source; every step is made once with each."""
-    optimizer = build_optimizer(module, CONFIG)
+    optimizers = build_optimizers(module, CONFIG)
     examples, seconds = AsExamples(rows), {name: [] for name in sources}
     for step in range(schedule.num_steps):
         for name, states in sources.items():
@@ -167,7 +167,7 @@ def train(
             states.begin_step(step)
             training_step(
                 module=module,
-                optimizer=optimizer,
+                optimizers=optimizers,
                 batches=schedule.step(step),
                 examples=examples,
                 states=[states],

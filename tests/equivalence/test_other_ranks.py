@@ -24,6 +24,7 @@ def rank_main(
     folder: Path,
     models: tuple[Path, Path],
     groups: list[dict[str, object]],
+    optimizer: str,
 ) -> None:
     store = f"file://{folder}/rendezvous-{stop}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
@@ -35,6 +36,7 @@ def rank_main(
         steps=STEPS,
         per_step=SEQUENCES,
         parameter_groups=groups,
+        optimizer={"type": optimizer},
     )
     training.run(stop)
     training.trainer.save()
@@ -47,9 +49,15 @@ def rank_main(
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("groups", [[], GROUPS], ids=["plain", "groups"])
+@pytest.mark.parametrize(
+    ("groups", "optimizer"), [([], "muon"), (GROUPS, "adamw")], ids=["muon", "groups"]
+)
 def test_ranks_may_change_at_every_checkpoint(
-    tmp_path: Path, student_folder: Path, teacher_folder: Path, groups: list[dict[str, object]]
+    tmp_path: Path,
+    student_folder: Path,
+    teacher_folder: Path,
+    groups: list[dict[str, object]],
+    optimizer: str,
 ) -> None:
     """One, two, three and one again end where one alone does."""
     models = (student_folder, teacher_folder)
@@ -58,7 +66,7 @@ def test_ranks_may_change_at_every_checkpoint(
         folder.mkdir()
         first = 0
         for ranks, stop in parts:
-            run_ranks(rank_main, ranks, stop, folder, models, groups, ranks=ranks)
+            run_ranks(rank_main, ranks, stop, folder, models, groups, optimizer, ranks=ranks)
             assert completed_steps(folder / "checkpoints")[-1] == stop
             _, messages = torch.load(folder / f"after-{stop}.pt")
             assert any(re.match(f"training from step {first} of {STEPS}", m) for m in messages)

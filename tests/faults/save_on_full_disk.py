@@ -18,7 +18,7 @@ def main(disk: Path) -> None:
     error = ""
     for step in range(1, 20):
         try:
-            writer.save(step, model, torch.optim.SGD(model.parameters()))
+            writer.save(step, model, [torch.optim.SGD(model.parameters())])
             writer.wait()
         except TrainingError as full:
             error = str(full)

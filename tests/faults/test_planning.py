@@ -219,7 +219,7 @@ def test_attention_that_is_not_exact_or_not_there(make: Make) -> None:
 def test_packing_that_is_not_exact(make: Make) -> None:
     refused(
         make({"student.packing": True, "student.attention": "eager"}),
-        r"student\.model: packing=true: attention=eager has no packed form .* student\.packing=auto",
+        r"student\.model: packing=true: attention=eager has no packed form .* set student\.packing",
     )
 
 

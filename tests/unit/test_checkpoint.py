@@ -45,7 +45,7 @@ def saved(folder: Path, steps: int) -> dict[int, list[torch.Tensor]]:
     for step in range(1, steps + 1):
         training.step()
         states[step] = training.state()
-        writer.save(step, training.model, training.optimizer)
+        writer.save(step, training.model, [training.optimizer])
     writer.wait()
     return states
 
@@ -53,7 +53,7 @@ def saved(folder: Path, steps: int) -> dict[int, list[torch.Tensor]]:
 def resumed(folder: Path) -> tuple[int, list[torch.Tensor], list[str]]:
     told: list[str] = []
     training = Training()
-    step = load_newest(folder, training.model, training.optimizer, told.append)
+    step = load_newest(folder, training.model, [training.optimizer], told.append)
     return step, training.state(), told
 
 

@@ -124,7 +124,7 @@ def test_gradients_are_clipped_only_where_it_is_asked_for(
             adam_betas=(0.5, 0.9),
         )
         training.run(1)
-        moments = [state["exp_avg"] for state in training.trainer.optimizer.state.values()]
+        moments = [state["exp_avg"] for state in training.trainer.optimizers.states()]
         norms.append(2 * float(torch.linalg.vector_norm(torch.stack([m.norm() for m in moments]))))
     assert norms[0] > 0.1
     assert norms[1] == pytest.approx(1e-3, rel=1e-3)
@@ -169,8 +169,50 @@ def test_groups_of_parameters_train_as_they_are_told(
         assert moved.abs().max().item() == pytest.approx(lr, rel=0.02), name
 
 
-def test_groups_of_parameters_are_those_of_a_checkpoint(
+def test_muon_makes_the_gradient_of_inner_matrices_orthogonal(
     tmp_path: Path, student_folder: Path, teacher_folder: Path
+) -> None:
+    """Its step is U V^T of the gradient U S V^T, roughly, times 0.2 sqrt(longer side) of the
+    learning rate (2502.16982, equation 4); the rest is AdamW's, to the last bit.
+    """
+    moved, gradients = {}, {}
+    for kind in ("adamw", "muon"):
+        training = SmallTraining(
+            tmp_path / kind,
+            student=student_folder,
+            teacher=teacher_folder,
+            steps=1,
+            per_step=4,
+            warmup_fraction=0.0,
+            lr_schedule="constant",
+            optimizer={"type": kind},
+            adam_betas=(0.0, 0.9),
+            max_grad_norm=None,
+        )
+        named = dict(training.trainer.module.model.named_parameters())
+        before = {name: parameter.detach().clone() for name, parameter in named.items()}
+        training.run(1)
+        moved[kind] = {name: p.detach() - before[name] for name, p in named.items()}
+        if kind == "adamw":
+            (part,) = training.trainer.optimizers.parts
+            gradients = {name: part.state[p]["exp_avg"] for name, p in named.items()}
+    inner = {name for name, g in gradients.items() if ".layers." in name and g.ndim == 2}
+    assert len(inner) > 6
+    for name, gradient in gradients.items():
+        if name not in inner:
+            assert torch.equal(moved["muon"][name], moved["adamw"][name]), name
+            continue
+        left, sizes, right = torch.linalg.svd(gradient.double(), full_matrices=False)
+        step = -moved["muon"][name].double() / (1e-3 * 0.2 * max(gradient.shape) ** 0.5)
+        along = (left.T @ step @ right.T).diagonal()[sizes > 0.1 * sizes[0]]
+        assert len(along) > 2, name
+        assert along.min() > 0.6, name
+        assert along.max() < 1.3, name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_groups_of_parameters_are_those_of_a_checkpoint(
+    tmp_path: Path, student_folder: Path, teacher_folder: Path, optimizer: str
 ) -> None:
     weights = []
     for number, stops in enumerate(([4], [2, 4])):
@@ -182,6 +224,7 @@ def test_groups_of_parameters_are_those_of_a_checkpoint(
                 steps=4,
                 per_step=2,
                 parameter_groups=GROUPS,
+                optimizer={"type": optimizer},
             )
             training.run(stop)
             training.trainer.save()
