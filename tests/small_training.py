@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from configs.schema.algorithm import VanillaKDConfig
 from configs.schema.student import StudentConfig
@@ -22,7 +21,7 @@ from kdflow_core.losses.elementwise import LossSpec
 from kdflow_core.losses.forward_kl import ForwardKL
 from kdflow_core.models.heads import load_head
 from kdflow_core.models.loading import load_causal_lm, load_config
-from kdflow_core.student.module import DistillationModule, shard
+from kdflow_core.student.module import DistillationModule, shard, student_mesh
 from kdflow_core.student.optim import freeze_
 from kdflow_core.student.schedule import BatchSchedule
 from tests.conftest import VOCABULARY, SilentReporter
@@ -97,7 +96,8 @@ class SmallTraining:
         self.records, self.reporter = Records(), SilentReporter()
         head = load_head(teacher, load_config(teacher), VOCABULARY)
         given = {"model": {"type": "pretrained", "path": "."}, "max_steps": steps, "lr": 1e-3}
-        config = StudentConfig.model_validate(given | fields)
+        ranks = {"num_ranks": dist.get_world_size()}
+        config = StudentConfig.model_validate(given | ranks | fields)
         model = load_causal_lm(student, dtype=torch.float32, attention="sdpa")
         freeze_(model, config)
         spec = LossSpec(divergence=ForwardKL(), kd_ratio=0.9, logits_bytes=10**6)
@@ -109,7 +109,7 @@ class SmallTraining:
             algorithm=build_algorithm(VanillaKDConfig(), ingredients),
             vocabulary_size=VOCABULARY,
         )
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        mesh = student_mesh(torch.device("cpu"), replicas=config.replicas)
         shard(module, mesh=mesh, compute_dtype=torch.float32)
         self.trainer = Trainer(
             module=module,

@@ -143,6 +143,14 @@ class StudentConfig(StrictModel):
     """
     num_ranks: int = Field(default=1, gt=0, le=MOST_RANKS)
     """Processes that train together: the number of GPUs."""
+    replicas: int = Field(default=1, gt=0, le=MOST_RANKS)
+    """How many groups of ranks hold the student whole, each spread over its `num_ranks / replicas`
+    ranks: with one a machine, only gradients travel between machines.
+    """
+    reshard_after_forward: bool = True
+    """Free each layer's gathered weights behind its forward pass, and gather them again for the
+    backward pass: less memory, more to send.
+    """
     reduce_gradients: Literal["every_micro_batch", "every_step"] = "every_micro_batch"
     """When gradients are summed over the ranks: `every_micro_batch` (each rank holds its part of
     them) or `every_step` (less to send, but each rank holds all of them in float32 until then).
@@ -178,6 +186,19 @@ class StudentConfig(StrictModel):
             raise ValueError(
                 "parameter_groups are of the student's own weights, of which lora trains none; "
                 "leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _replicas_share_the_ranks(self) -> "StudentConfig":
+        if self.num_ranks % self.replicas:
+            raise ValueError(
+                f"num_ranks={self.num_ranks} is no multiple of replicas={self.replicas}; each "
+                "replica of the student has as many ranks"
+            )
+        if self.replicas > 1 and self.vocabulary_parallel:
+            raise ValueError(
+                "vocabulary_parallel spreads the head over all ranks, and so needs replicas=1"
             )
         return self
 

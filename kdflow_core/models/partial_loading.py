@@ -54,7 +54,8 @@ def unfilled_causal_lm(
 def fill_own_part_(model: PreTrainedModel, folder: Path) -> None:
     """Read what a rank has of the weights of an `unfilled_causal_lm`, from the same folder.
 
-    Tensors that are sharded are so by rows over one dimension of ranks. Adapters keep their values.
+    Tensors that are sharded are so by rows over the last dimension of ranks. Adapters keep their
+    values.
     """
     tensors = read_checkpoint(folder).tensors
     own = {_saved_name(name): tensor for name, tensor in _stateful(model).items()}
@@ -72,11 +73,13 @@ def _fill_(tensor: torch.Tensor, file: Any, name: str, shape: tuple[int, ...]) -
     if not isinstance(tensor, DTensor):
         tensor.copy_(file.get_tensor(name))
         return
-    if tuple(tensor.placements) != (Shard(0),):
+    *others, last = tensor.placements
+    if last != Shard(0) or not all(placement.is_replicate() for placement in others):
         raise ValueError(f"sharded as {tensor.placements}; known is one dimension of rows")
-    local = tensor.to_local()
+    mesh, local = tensor.device_mesh, tensor.to_local()
+    dimension = mesh.ndim - 1
     # As `torch.chunk` has it: the last ranks may have fewer rows, or none.
-    first = tensor.device_mesh.get_local_rank() * -(-shape[0] // tensor.device_mesh.size())
+    first = mesh.get_local_rank(dimension) * -(-shape[0] // mesh.size(dimension))
     if len(local):
         local.copy_(file.get_slice(name)[first : first + len(local)])
 

@@ -7,7 +7,8 @@ Dimensions: H hidden size, N supervised tokens of the micro-batch.
 """
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
@@ -77,7 +78,22 @@ class DistillationModule(torch.nn.Module):
         return (algorithm or self.algorithm).loss(student, batch)
 
 
-def shard(module: DistillationModule, *, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
+def student_mesh(device: torch.device, *, replicas: int) -> DeviceMesh:
+    """All ranks: one dimension that the student is sharded over, or behind one of `replicas`."""
+    ranks = dist.get_world_size()
+    if replicas == 1:
+        return init_device_mesh(device.type, (ranks,))
+    names = ("replicate", "shard")
+    return init_device_mesh(device.type, (replicas, ranks // replicas), mesh_dim_names=names)
+
+
+def shard(
+    module: DistillationModule,
+    *,
+    mesh: DeviceMesh,
+    compute_dtype: torch.dtype,
+    reshard_after_forward: bool = True,
+) -> None:
     """Shard each decoder layer, then the rest. Parameters stay float32; layers compute in
     `compute_dtype`; gradients are reduced in float32. One rank that computes in float32 has nothing
     to gather or to cast, and stays as it is. Raises ModelError.
@@ -91,7 +107,12 @@ def shard(module: DistillationModule, *, mesh: DeviceMesh, compute_dtype: torch.
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
     for model in (module.model, *module.algorithm.models):
         for layer in decoder_layers(model):
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
+            fully_shard(
+                layer,
+                mesh=mesh,
+                mp_policy=policy,
+                reshard_after_forward=reshard_after_forward,
+            )
     # The root's inputs are token ids, loss weights and teacher states: not to be cast.
     root_policy = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False

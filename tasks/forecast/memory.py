@@ -53,15 +53,16 @@ def memory_phases(spec: StageSpec) -> list[Phase]:
     ranks = run.student.num_ranks
     student = num_parameters(_folder(spec, "student"))
     trained = 0 if run.student.lora else student  # adapters are small
-    shared = ranks if run.student.reduce_gradients == "every_micro_batch" else 1
+    spread = ranks // run.student.replicas
+    shared = spread if run.student.reduce_gradients == "every_micro_batch" else 1
     parts = {
         "student": _Part(
-            size=(student * WEIGHTS + trained * MOMENTS) // ranks,
+            size=(student * WEIGHTS + trained * MOMENTS) // spread,
             needed=frozenset({"swap weights", "train"}),
             leaves=run.student.sleep,
         ),
         "algorithm": _Part(
-            size=_algorithm_bytes(spec, student) // ranks,
+            size=_algorithm_bytes(spec, student) // spread,
             needed=frozenset({"swap weights", "train"}),
             leaves=run.student.sleep,
         ),

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 
 from configs.schema.loss import ComparedBy
@@ -30,7 +29,7 @@ from kdflow_core.models.partial_loading import fill_own_part_, unfilled_causal_l
 from kdflow_core.models.tokenizers import true_vocabulary_size
 from kdflow_core.student.head_part import HeadPart, part_of, teacher_part
 from kdflow_core.student.lora import add_adapters
-from kdflow_core.student.module import DistillationModule, shard
+from kdflow_core.student.module import DistillationModule, shard, student_mesh
 from kdflow_core.student.optim import freeze_
 from tasks.jobs import chats
 from tasks.jobs.stage_run import StageRun
@@ -62,7 +61,7 @@ def build_module(
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     vocabulary_size = true_vocabulary_size(chats.tokenizer(stage, "student"))
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = student_mesh(device, replicas=config.replicas)
     compute_dtype = DTYPES[config.compute_dtype]
     part = None
     if config.vocabulary_parallel:
@@ -87,7 +86,12 @@ def build_module(
         head_part=part,
         packed=packed,
     )
-    shard(module, mesh=mesh, compute_dtype=compute_dtype)
+    shard(
+        module,
+        mesh=mesh,
+        compute_dtype=compute_dtype,
+        reshard_after_forward=config.reshard_after_forward,
+    )
     if in_parts:
         for own in (module.model, *module.algorithm.models):
             fill_own_part_(own, folder)

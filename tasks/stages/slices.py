@@ -45,6 +45,8 @@ OPERATIONAL_STUDENT_FIELDS = {
     "micro_batch_tokens",
     "packing",
     "num_ranks",
+    "replicas",
+    "reshard_after_forward",
     "reduce_gradients",
     "vocabulary_parallel",
     "sleep",

@@ -14,12 +14,13 @@ from tests.small_training import SmallTraining
 
 STEPS, SEQUENCES = 7, 6
 GROUPS = [{"names": "model.layers.0.*", "frozen": True}, {"names": "*embed*", "lr": 3e-3}]
-PARTS = ((1, 2), (2, 4), (3, 5), (1, STEPS))  # ranks, and until which step
+PARTS = ((1, 1, 2), (2, 1, 3), (4, 2, 5), (3, 1, 6), (1, 1, STEPS))  # ranks, replicas, last step
 
 
 def rank_main(
     rank: int,
     ranks: int,
+    replicas: int,
     stop: int,
     folder: Path,
     models: tuple[Path, Path],
@@ -35,6 +36,7 @@ def rank_main(
         teacher=teacher,
         steps=STEPS,
         per_step=SEQUENCES,
+        replicas=replicas,
         parameter_groups=groups,
         optimizer={"type": optimizer},
     )
@@ -59,14 +61,16 @@ def test_ranks_may_change_at_every_checkpoint(
     groups: list[dict[str, object]],
     optimizer: str,
 ) -> None:
-    """One, two, three and one again end where one alone does."""
+    """One, two, two times two, three and one again end where one alone does."""
     models = (student_folder, teacher_folder)
     changing, alone = tmp_path / "changing", tmp_path / "alone"
-    for folder, parts in ((alone, ((1, STEPS),)), (changing, PARTS)):
+    for folder, parts in ((alone, ((1, 1, STEPS),)), (changing, PARTS)):
         folder.mkdir()
         first = 0
-        for ranks, stop in parts:
-            run_ranks(rank_main, ranks, stop, folder, models, groups, optimizer, ranks=ranks)
+        for ranks, replicas, stop in parts:
+            run_ranks(
+                rank_main, ranks, replicas, stop, folder, models, groups, optimizer, ranks=ranks
+            )
             assert completed_steps(folder / "checkpoints")[-1] == stop
             _, messages = torch.load(folder / f"after-{stop}.pt")
             assert any(re.match(f"training from step {first} of {STEPS}", m) for m in messages)

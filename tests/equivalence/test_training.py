@@ -59,13 +59,13 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_division_of_the_work_does_not_matter(variant: Callable[..., Any]) -> None:
-    """One rank or two, one micro-batch or many, packed or padded, recomputed activations or kept
-    ones, output heads gathered or spread.
+    """One rank or several, or replicas of these, one micro-batch or many, packed or padded,
+    recomputed activations or kept ones, output heads gathered or spread.
     """
     settings = (
         {"packing": True},
         {"packing": False},
-        {"num_ranks": 2},
+        {"num_ranks": 4, "replicas": 2, "reshard_after_forward": False},
         {"micro_batch_tokens": 40, "packing": False},
         {"num_ranks": 2, "micro_batch_tokens": 40, "activation_checkpointing": True},
         {"num_ranks": 2, "micro_batch_tokens": 90, "vocabulary_parallel": True},
