@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Two test processes side by side; a file's tests stay together, as they share what they start.
 # Their threads are more than the cores: one that waits must not spin.
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses 2 --dist loadfile
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: install quickstart test test-fast test-all check audit format lock clean
 
@@ -24,7 +24,7 @@ quickstart: install
 	$(BIN)/kdflow run quickstart
 
 # Rules about the code and unit tests first: what fails there fails in two minutes.
-# The files that take longest come first, so that no process is left with one at the end.
+# The folders whose files take longest come first, so that no process is left with one at the end.
 test: test-fast
 	$(PYTEST) tests/integration tests/faults tests/equivalence tests/contracts tests/numerics
 
