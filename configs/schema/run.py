@@ -76,12 +76,28 @@ class EvalConfig(StrictModel):
     """
     curve_sequences: int = Field(default=64, gt=0, le=MOST)
     """How many held-out samples that curve is measured on, at most."""
+    keep_best: Literal["reverse_kl", "forward_kl", "cross_entropy"] | None = None
+    """The result is the student where this figure of the curve is least, in place of the last."""
+    patience: int | None = Field(default=None, gt=0, le=MOST)
+    """Training ends when so many points of the curve in a row are no better than the best one."""
     tokens_per_batch: int = Field(default=8192, gt=0, le=MOST)
     """The padded area of one forward pass of the final evaluation, in tokens."""
     max_generations: int = Field(default=32, ge=0, le=MOST)
     """How many held-out prompts teacher and student answer greedily; 0 turns it off."""
     max_new_tokens: int = Field(default=128, gt=0, le=MOST)
     """The longest of those answers, in tokens."""
+
+    @model_validator(mode="after")
+    def _the_best_is_of_a_curve(self) -> "EvalConfig":
+        if self.keep_best is not None and self.every_steps is None:
+            raise ValueError(
+                f"keep_best={self.keep_best} goes by the held-out curve; set every_steps, too"
+            )
+        if self.patience is not None and self.keep_best is None:
+            raise ValueError(
+                f"patience={self.patience} waits for a better figure; say of which with keep_best"
+            )
+        return self
 
 
 class TrackingConfig(StrictModel):

@@ -13,7 +13,12 @@ from configs.schema.student import StudentConfig
 from kdflow_core.contracts import Examples, SignalSource
 from kdflow_core.errors import StoppedError, TrainingError
 from kdflow_core.sinks import MetricsSink, Reporter
-from kdflow_core.student.checkpoint import CheckpointWriter, load_newest
+from kdflow_core.student.checkpoint import (
+    CheckpointWriter,
+    completed_steps,
+    load_newest,
+    load_weights,
+)
 from kdflow_core.student.module import DistillationModule
 from kdflow_core.student.optim import build_optimizers
 from kdflow_core.student.rates import rate_factor
@@ -52,7 +57,8 @@ class Trainer:
         self._device = device
         self._is_asked_to_stop = is_asked_to_stop
         self._skipped = 0
-        self._saved = time.monotonic()
+        self._saved, self._saved_step = time.monotonic(), self.step
+        self._folder = checkpoints
         reporter.message(
             f"training from step {self.step} of {num_steps}"
             + (" (resumed from a checkpoint)" if self.step else "")
@@ -68,14 +74,15 @@ class Trainer:
         metrics: MetricsSink,
         first: int = 0,
         marks: Mapping[str, Any] | None = None,
-        after_step: Callable[[int], None] | None = None,
+        after_step: Callable[[int], bool] | None = None,
     ) -> None:
-        """Train until `stop` steps are done, and save on the way as the config says; the caller
-        saves at the end. Where a rank is asked to stop, all save after the step that they are at.
-        Raises StoppedError then.
+        """Train until `stop` steps are done, or `after_step`, called with the steps that are
+        done, says that it is enough. Saves on the way as the config says; the caller saves at the
+        end. Where a rank is asked to stop, all save after the step that they are at. Raises
+        StoppedError then.
 
         What `batches_of` and the `states` are asked for is counted from step `first` on. `marks`
-        stand in the record of every step; `after_step` is called with the steps that are done.
+        stand in the record of every step.
         """
         self.module.train()
         while self.step < stop:
@@ -87,9 +94,8 @@ class Trainer:
                 metrics,
                 marks or {},
             )
-            if after_step is not None:
-                after_step(self.step)
-            if self.step == stop:
+            enough = after_step is not None and after_step(self.step)
+            if enough or self.step == stop:
                 break
             asked, due = self._agreed(self._is_asked_to_stop(), self._is_due())
             if asked:
@@ -101,10 +107,30 @@ class Trainer:
             if due:
                 self.save()
 
-    def save(self) -> None:
-        """A checkpoint of what is done, written while the caller goes on."""
+    def save(self, *, hold: bool = False) -> None:
+        """A checkpoint of what is done, written while the caller goes on. With `hold`, it is kept
+        until another one is held.
+        """
+        if hold:
+            self._checkpoints.held = self.step
+        if self.step and self.step == self._saved_step:
+            return
         self._checkpoints.save(self.step, self.module, self.optimizers.parts)
-        self._saved = time.monotonic()
+        self._saved, self._saved_step = time.monotonic(), self.step
+
+    def saved_steps(self) -> list[int]:
+        """The steps whose checkpoints are there, the same on all ranks."""
+        self.wait()
+        dist.barrier()
+        return completed_steps(self._folder)
+
+    def hold(self, step: int) -> None:
+        """Keep the checkpoint of an earlier step until another one is held."""
+        self._checkpoints.held = step
+
+    def go_back_to(self, step: int) -> None:
+        """Have the weights of a step whose checkpoint is there. Training does not go on then."""
+        load_weights(self._folder, step, self.module)
 
     def wait(self) -> None:
         """Wait until the last checkpoint is on disk."""

@@ -23,7 +23,12 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import ReadItem
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
@@ -60,11 +65,14 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 class CheckpointWriter:
-    """Writes checkpoints in the background, one at a time, and keeps the newest `keep`.
+    """Writes checkpoints in the background, one at a time, and keeps the newest `keep` and the one
+    of the step that is `held`.
 
     What is saved is copied to host memory first, so that training may go on. Every rank makes one
     and calls its methods together with the others.
     """
+
+    held: int | None = None
 
     def __init__(self, folder: Path, *, keep: int) -> None:
         self._folder = folder
@@ -93,9 +101,9 @@ class CheckpointWriter:
             checkpoint_id=str(temporary),
             process_group=self._group,
         )
-        self._pending = self._pool.submit(self._finish, written, temporary, step)
+        self._pending = self._pool.submit(self._finish, written, temporary, step, self.held)
 
-    def _finish(self, written: Any, temporary: Path, step: int) -> None:
+    def _finish(self, written: Any, temporary: Path, step: int, held: int | None) -> None:
         """Rank 0's is done when all ranks have written."""
         rank = dist.get_rank()
         written.result()
@@ -104,7 +112,8 @@ class CheckpointWriter:
         if rank == 0:
             temporary.rename(step_folder(self._folder, step))
             for old in completed_steps(self._folder)[: -self._keep]:
-                shutil.rmtree(step_folder(self._folder, old))
+                if old != held:
+                    shutil.rmtree(step_folder(self._folder, old))
 
     def wait(self) -> None:
         """Until what was saved is on the disk. See `save` for what it raises."""
@@ -144,6 +153,15 @@ def load_newest(
         optim_state_dict=state["optimizer"],
     )
     return step
+
+
+def load_weights(folder: Path, step: int, module: torch.nn.Module) -> None:
+    """Load the weights alone of the complete checkpoint of a step, which this training has written
+    or found whole.
+    """
+    state: dict[str, Any] = {"model": get_model_state_dict(module)}
+    load(state, checkpoint_id=str(step_folder(folder, step)), planner=_PlainLoadPlanner())
+    set_model_state_dict(module, state["model"])
 
 
 def _newest_whole(folder: Path, tell: Callable[[str], None]) -> int:

@@ -1,6 +1,7 @@
 """Whether this machine has the devices that a run asks for. Loads torch."""
 
 import os
+import shutil
 
 import torch
 
@@ -28,7 +29,20 @@ def check_devices(run: RunConfig) -> None:
         if ranks > most:
             raise ModelError(f"{field}={ranks}: this machine has {what}; lower it")
     if gpus:
+        _check_compiler("training on a GPU, which compiles its loss,", "CC", ("gcc", "clang"))
         _check_gpus(run, gpus)
+    elif run.student.compile:
+        _check_compiler("student.compile=true", "CXX", ("g++", "clang++"))
+
+
+def _check_compiler(what: str, variable: str, names: tuple[str, ...]) -> None:
+    """Refuse what ends when it is first compiled, after the teacher has run."""
+    given = os.environ.get(variable)
+    if not any(shutil.which(name) for name in ((given,) if given else names)):
+        raise ModelError(
+            f"{what} needs a compiler, and there is none of the name {given or ' or '.join(names)} "
+            f"on the PATH; install {names[0]}, or set {variable} to the compiler that there is"
+        )
 
 
 def _check_gpus(run: RunConfig, gpus: int) -> None:

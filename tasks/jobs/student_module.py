@@ -26,6 +26,7 @@ from kdflow_core.models.heads import load_head
 from kdflow_core.models.loading import DTYPES, load_causal_lm, load_config
 from kdflow_core.models.packing import PACKED, packs
 from kdflow_core.models.partial_loading import fill_own_part_, unfilled_causal_lm
+from kdflow_core.models.structure import decoder_layers
 from kdflow_core.models.tokenizers import true_vocabulary_size
 from kdflow_core.student.head_part import HeadPart, part_of, teacher_part
 from kdflow_core.student.lora import add_adapters
@@ -60,6 +61,9 @@ def build_module(
     freeze_(model, config)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.compile:
+        for layer in decoder_layers(model):
+            layer.compile(dynamic=True)
     vocabulary_size = true_vocabulary_size(chats.tokenizer(stage, "student"))
     mesh = student_mesh(device, replicas=config.replicas)
     compute_dtype = DTYPES[config.compute_dtype]

@@ -46,10 +46,9 @@ def train_student(stage: StageRun) -> ArtifactRef | None:
     _train(session, schedule, table, states)
     for source in states:
         source.close()
-    tokens = int(
-        sum(schedule.lengths[schedule.sequences(s)].sum() for s in range(schedule.num_steps))
-    )
-    return session.finish({"steps": schedule.num_steps, "tokens": tokens}, files={})
+    steps = session.trainer.step
+    tokens = int(sum(schedule.lengths[schedule.sequences(s)].sum() for s in range(steps)))
+    return session.finish({"steps": steps, "tokens": tokens}, files={})
 
 
 def _stored_teachers(stage: StageRun, table: TokenTable) -> dict[str, TeacherAtHand[StoredStates]]:
@@ -70,11 +69,12 @@ def _train(
     if trainer.step == 0:
         session.write_heldout()
 
-    def after_step(step: int) -> None:
+    def after_step(step: int) -> bool:
         if every is not None and (step % every == 0 or step == schedule.num_steps):
             session.write_heldout()
+        return session.is_enough
 
-    if trainer.step < schedule.num_steps:
+    if trainer.step < schedule.num_steps and not session.is_enough:
         with stoppable():
             trainer.run(
                 schedule.num_steps,

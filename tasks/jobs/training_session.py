@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from configs.schema.run import EvalConfig
 from configs.schema.teacher import InProcessTeacher
 from kdflow_core.contracts import (
     Example,
@@ -21,6 +22,7 @@ from kdflow_core.contracts import (
     TeacherEngine,
     TokenSequence,
 )
+from kdflow_core.loops.best import BestPoint, Point
 from kdflow_core.loops.measure import HeldoutCurve, HeldoutScores, Measuring
 from kdflow_core.loops.trainer import Trainer
 from kdflow_core.models.loading import DTYPES
@@ -36,7 +38,7 @@ from tasks.jobs.stage_run import StageRun
 from tasks.jobs.stored import StoredStates, TokenExamples, evenly_spread
 from tasks.jobs.student_module import build_comparison, build_module, division_of, loss_spec
 from tasks.presentation.model_card import model_card
-from tasks.presentation.tracking import MetricsLog, NoMetrics
+from tasks.presentation.tracking import HELDOUT_FILE, MetricsLog, NoMetrics, read_metrics
 from tasks.stages.checkpoint_places import checkpoints_folder
 
 
@@ -93,6 +95,7 @@ class TrainingSession:
             self.metrics = MetricsLog(
                 run=run, folder=self.output, run_id=stage.digest, first_step=self.trainer.step
             )
+        self.best = None if run.eval.keep_best is None else self._best(run.eval)
 
     @property
     def output(self) -> Path:
@@ -104,10 +107,45 @@ class TrainingSession:
         return None if self.curve is None else self.curve.scores()
 
     def write_heldout(self) -> None:
-        """A point of the held-out curve."""
-        scores = self.measure_heldout()
-        if scores is not None:
-            self.metrics.write_heldout(asdict(scores), self.trainer.step)
+        """A point of the held-out curve; the student there is saved if it is the best so far."""
+        scores, step = self.measure_heldout(), self.trainer.step
+        if scores is None:
+            return
+        self.metrics.write_heldout(asdict(scores), step)
+        if self.best is not None and step > 0 and self.best.add(self._point(asdict(scores), step)):
+            self.trainer.save(hold=True)
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether the held-out curve says that training need not go on."""
+        return self.best is not None and self.best.is_enough
+
+    def _point(self, scores: Mapping[str, Any], step: int) -> Point:
+        return Point(step=step, value=float(scores[str(self.stage.run.eval.keep_best)]))
+
+    def _best(self, config: EvalConfig) -> BestPoint:
+        """The best point so far, of those that a resumed training has kept."""
+        best, found = BestPoint(config.patience), list[list[dict[str, Any]]]([[]])
+        if dist.get_rank() == 0:
+            found = [read_metrics(self.output / HELDOUT_FILE)]
+        dist.broadcast_object_list(found)
+        points = [self._point(scores, scores["step"]) for scores in found[0] if scores["step"]]
+        if points:
+            best.restore(points, self.trainer.saved_steps())
+        if best.best is not None:
+            self.trainer.hold(best.best.step)
+        return best
+
+    def _take_the_best(self) -> None:
+        """Have the weights of the best point of the curve."""
+        if self.best is None or self.best.best is None or self.best.best.step == self.trainer.step:
+            return
+        best = self.best.best
+        self.trainer.go_back_to(best.step)
+        self.stage.reporter.message(
+            f"the result is the student of step {best.step}, where the held-out "
+            f"{self.stage.run.eval.keep_best} was least: {best.value:.4f} nats"
+        )
 
     def finish(
         self, counts: Mapping[str, int], files: Mapping[str, Sequence[Mapping[str, Any]]]
@@ -117,6 +155,7 @@ class TrainingSession:
         """
         stage, config = self.stage, self.stage.run.student
         self.trainer.wait()
+        self._take_the_best()
         self.metrics.close()
         export_student(
             self.module,
@@ -132,7 +171,9 @@ class TrainingSession:
             lines = "".join(json.dumps(record) + "\n" for record in records)
             (self.output / name).write_text(lines, encoding="utf-8")
         published = stage.store.publish(stage.kind, stage.digest, self.output)
-        info = {"num_ranks": dist.get_world_size()}
+        info: dict[str, Any] = {"num_ranks": dist.get_world_size()}
+        if self.best is not None and self.best.best is not None:
+            info["kept_step"] = self.best.best.step
         ref = stage.commit(files=published, counts=counts, info=info)
         shutil.rmtree(stage.workdir)  # the checkpoints have served
         return ref

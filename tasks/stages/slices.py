@@ -42,6 +42,7 @@ OPERATIONAL_STUDENT_FIELDS = {
     "model",
     "chat_template",
     "activation_checkpointing",
+    "compile",
     "micro_batch_tokens",
     "packing",
     "num_ranks",
@@ -54,6 +55,8 @@ OPERATIONAL_STUDENT_FIELDS = {
     "checkpoint_minutes",
     "keep_checkpoints",
 }
+
+CURVE_FIELDS = {"every_steps", "curve_sequences", "keep_best", "patience"}
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
@@ -447,9 +450,7 @@ def answers_slice(run: RunConfig) -> dict[str, Any]:
 def evaluation_slice(run: RunConfig) -> dict[str, Any]:
     """The part that identifies the evaluation."""
     return {
-        "eval": run.eval.model_dump(
-            mode="json", exclude={"tokens_per_batch", "every_steps", "curve_sequences"}
-        ),
+        "eval": run.eval.model_dump(mode="json", exclude={"tokens_per_batch", *CURVE_FIELDS}),
         "dtype": run.student.compute_dtype,
         "teacher_dtype": run.teacher.dtype,
     }
@@ -473,8 +474,7 @@ def training_slice(run: RunConfig) -> dict[str, Any]:
     if run.teacher_in_training:
         fields["live_teacher"] = _results_slice(run.teacher)
     if run.eval.every_steps is not None:  # the curve is part of the artifact
-        curve = {"every_steps", "curve_sequences"}
-        fields["curve"] = run.eval.model_dump(mode="json", include=curve)
+        fields["curve"] = run.eval.model_dump(mode="json", include=CURVE_FIELDS)
     if run.on_policy is not None:
         fields["on_policy"] = _on_policy_slice(run, run.on_policy)
     return fields

@@ -60,13 +60,14 @@ def losses(folder: Path) -> list[float]:
 
 def test_division_of_the_work_does_not_matter(variant: Callable[..., Any]) -> None:
     """One rank or several, or replicas of these, one micro-batch or many, packed or padded,
-    recomputed activations or kept ones, output heads gathered or spread.
+    recomputed activations or kept ones, output heads gathered or spread, compiled or not.
     """
     settings = (
         {"packing": True},
         {"packing": False},
         {"num_ranks": 4, "replicas": 2, "reshard_after_forward": False},
         {"micro_batch_tokens": 40, "packing": False},
+        {"micro_batch_tokens": 90, "compile": True, "activation_checkpointing": True},
         {"num_ranks": 2, "micro_batch_tokens": 40, "activation_checkpointing": True},
         {"num_ranks": 2, "micro_batch_tokens": 90, "vocabulary_parallel": True},
     )
@@ -189,6 +190,24 @@ def test_tensorboard_has_the_curves(variant: Callable[..., Any]) -> None:
     board = EventAccumulator(str(folder / "tensorboard")).Reload()
     values = [event.value for event in board.Scalars("train/loss")]
     np.testing.assert_allclose(values, losses(folder), rtol=1e-6)
+
+
+def test_the_best_student_of_the_curve_is_kept_and_training_ends_behind_it(
+    make_recipe: Callable[..., Path],
+) -> None:
+    """What is exported has the scores of the curve's best point, by the evaluation."""
+    recipe = str(make_recipe(num_ranks=2, lr=0.05, lr_schedule="constant", max_steps=40))
+    best = {"eval.every_steps": 2, "eval.keep_best": "reverse_kl", "eval.patience": 3}
+    done = run_inline(load_run(recipe, best), until="evaluate", launched=["train"])
+    folder = Path(done["student"].uri)
+    curve = [p for p in read_metrics(folder / HELDOUT_FILE) if p["step"]]
+    best_point = min(curve, key=lambda point: point["reverse_kl"])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["info"]["kept_step"] == best_point["step"]
+    assert manifest["counts"]["steps"] == best_point["step"] + 6 == curve[-1]["step"] < 40
+    evaluation = json.loads((Path(done["evaluation"].uri) / "evaluation.json").read_text())
+    scores = evaluation["models"]["student after"]["all"]
+    assert scores["reverse_kl"] == pytest.approx(best_point["reverse_kl"], rel=1e-4)
 
 
 @pytest.mark.parametrize("more", [{"delivery": "live"}, {"algorithm": {"type": "sft"}}, {}])

@@ -216,6 +216,14 @@ def test_attention_that_is_not_exact_or_not_there(make: Make) -> None:
     )
 
 
+def test_layers_that_nothing_can_compile(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    refused(
+        make({"student.compile": True}),
+        r"student\.compile=true needs a compiler, and there is none of the name no-such-compiler",
+    )
+
+
 def test_packing_that_is_not_exact(make: Make) -> None:
     refused(
         make({"student.packing": True, "student.attention": "eager"}),
