@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Their threads are more than the cores: one that waits must not spin.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: install quickstart test test-fast test-all check audit format lock clean
+.PHONY: install quickstart test test-fast test-all gpu-smoke check audit format lock clean
 
 install: $(VENV)/.installed
 
@@ -34,6 +34,10 @@ test-fast: install
 # With the slow tests: the whole quick start, as its README says it, and what only a nightly run needs.
 test-all: install
 	$(PYTEST) -m "not gpu"
+
+# Everything once on one GPU, in minutes, without a hub; on a machine without, what a CPU has.
+gpu-smoke: install
+	$(BIN)/python -m tests.gpu.smoke --json gpu-smoke.json
 
 check: install
 	$(BIN)/ruff format --check .

@@ -84,7 +84,7 @@ def curve(
     peaks = [group["lr"] for group in groups]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     losses = []
-    warmup = round(run.student.warmup_fraction * plan.num_steps)
+    warmup = round((run.student.warmup_fraction or 0.03) * plan.num_steps)
     for step in range(plan.num_steps):
         progress = (step - warmup) / max(1, plan.num_steps - 1 - warmup)
         factor = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))

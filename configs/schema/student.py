@@ -106,8 +106,10 @@ class StudentConfig(StrictModel):
     """
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """The last learning rate, as a share of the peak; a `constant` one stays at the peak."""
-    warmup_fraction: float = Field(default=0.03, ge=0, le=1)
-    """The share of the steps in which the learning rate rises."""
+    warmup_fraction: float | None = Field(default=None, ge=0, le=1)
+    """The share of the steps in which the learning rate rises; 0.03, unless `warmup_steps` says how
+    many.
+    """
     warmup_steps: int | None = Field(default=None, ge=0, le=MOST)
     """The same as a number of steps, in place of the share."""
     decay_fraction: float = Field(default=0.2, gt=0, le=1)
@@ -170,10 +172,18 @@ class StudentConfig(StrictModel):
     keep_checkpoints: int = Field(default=2, gt=0, le=MOST)
     """How many checkpoints are kept."""
 
+    def rising_steps(self, num_steps: int) -> int:
+        """In how many of so many steps the learning rate rises."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return round((0.03 if self.warmup_fraction is None else self.warmup_fraction) * num_steps)
+
     @model_validator(mode="after")
     def _rise_fits(self) -> "StudentConfig":
-        if self.warmup_steps is not None and "warmup_fraction" in self.model_fields_set:
-            raise ValueError("give one of warmup_steps and warmup_fraction, not both")
+        if self.warmup_steps is not None and self.warmup_fraction is not None:
+            raise ValueError(
+                "give one of warmup_steps and warmup_fraction, and null for the other one"
+            )
         most = self.max_steps
         if self.warmup_steps is not None and most is not None and self.warmup_steps > most:
             raise ValueError(

@@ -9,9 +9,7 @@ def rate_factor(config: StudentConfig, *, step: int, num_steps: int) -> float:
     """What every rate is multiplied by in a step (counted from 0): it rises linearly, then follows
     the schedule down to `min_lr_ratio` in the last step.
     """
-    warmup = config.warmup_steps
-    if warmup is None:
-        warmup = round(config.warmup_fraction * num_steps)
+    warmup = config.rising_steps(num_steps)
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, num_steps - 1 - warmup)

@@ -12,6 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -81,7 +82,7 @@ def measure(run: RunConfig) -> dict[str, float]:
     seconds["plan"], plan = timed(lambda: plan_stages(run))
     for stage, identity in plan.items():
         spec = stage_spec(identity, run, done)
-        took, ref = timed(lambda spec=spec: launch_stage(spec, logging.getLogger("growth")))
+        took, ref = timed(partial(launch_stage, spec, logging.getLogger("growth")))
         if stage in STAGES:
             seconds[stage] = took
         done = done | {identity.output: ref}

@@ -8,12 +8,39 @@ import pytest
 import yaml
 
 from configs.explain import explain, markdown_rows
-from configs.load import ConfigError, load_run, parse_overrides, recipe_names
+from configs.load import ConfigError, load_run, parse_overrides, recipe_names, validate_run
+from configs.schema.run import RunConfig
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_shipped_recipe_is_valid(name: str) -> None:
     assert load_run(name).name
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_run_that_is_written_out_is_read_as_it_was(name: str) -> None:
+    """As ranks get it, and as `kdflow config` prints it."""
+    common: tuple[dict[str, Any], ...] = (
+        {},
+        {"student.warmup_steps": 2, "student.warmup_fraction": None},
+        {"student.warmup_fraction": 0.5},
+        {"student.max_grad_norm": None, "student.checkpoint_minutes": 0.5},
+        {"student.optimizer": {"type": "muon"}, "student.packing": False},
+        {"student.lora": {"rank": 4, "targets": ["q_proj"]}},
+        {"student.parameter_groups": [{"names": "*", "lr": 1e-3}]},
+        {"student.num_ranks": 4, "student.replicas": 2},
+        {"data.max_samples": 7, "storage.shard_rows": 64, "storage.chunk_rows": 32},
+    )
+    offpolicy: tuple[dict[str, Any], ...] = (
+        {"eval.every_steps": 3, "eval.keep_best": "forward_kl", "eval.patience": 2},
+        {"student.epochs": 2, "student.max_steps": None},
+        {"delivery": "live", "teacher.forward_batches": 2},
+    )
+    on_policy = load_run(name).on_policy is not None
+    for overrides in common + (() if on_policy else offpolicy):
+        run = load_run(name, overrides)
+        assert RunConfig.model_validate_json(run.model_dump_json()) == run
+        assert validate_run(run.model_dump(mode="json")) == run
 
 
 def test_overrides_are_yaml_values() -> None:
