@@ -31,8 +31,26 @@ def check_devices(run: RunConfig) -> None:
     if gpus:
         _check_compiler("training on a GPU, which compiles its loss,", "CC", ("gcc", "clang"))
         _check_gpus(run, gpus)
-    elif run.student.compile:
-        _check_compiler("student.compile=true", "CXX", ("g++", "clang++"))
+    else:
+        _check_cpu(run)
+        if run.student.compile:
+            _check_compiler("student.compile=true", "CXX", ("g++", "clang++"))
+
+
+def _check_cpu(run: RunConfig) -> None:
+    """Refuse what engines do on GPUs alone; they would say so themselves, when others have run."""
+    rollout = None if run.on_policy is None else run.on_policy.rollout
+    if isinstance(rollout, SglangRollout) and rollout.sleep:
+        raise ModelError(
+            "on_policy.rollout.sleep=true gives back the memory of a GPU, and this machine has "
+            "none; leave it out"
+        )
+    if isinstance(run.teacher, SglangTeacher) and run.teacher.expert_parallel > 1:
+        raise ModelError(
+            f"teacher.expert_parallel={run.teacher.expert_parallel}: SGLang computes experts on a "
+            "CPU with all of them in each rank; set it to 1 (teacher.tensor_parallel splits each "
+            "expert)"
+        )
 
 
 def _check_compiler(what: str, variable: str, names: tuple[str, ...]) -> None:

@@ -270,6 +270,20 @@ def test_gpus_that_are_not_there_or_are_taken(
     check_devices(load_run(recipe, ON_POLICY | there))
 
 
+def test_what_engines_do_on_gpus_alone_is_refused_where_there_is_none(
+    make_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the engine would say so, which starts when the teacher has run."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    recipe, model = str(make_recipe()), {"type": "pretrained", "path": "/nowhere"}
+    experts = {"type": "sglang", "model": model, "num_ranks": 2, "tensor_parallel": 2}
+    with pytest.raises(KdflowError, match=r"on_policy\.rollout\.sleep=true gives back"):
+        check_devices(load_run(recipe, ON_POLICY | {"on_policy.rollout.sleep": True}))
+    with pytest.raises(KdflowError, match=r"teacher\.expert_parallel=2: SGLang computes experts"):
+        check_devices(load_run(recipe, {"teacher": experts | {"expert_parallel": 2}}))
+    check_devices(load_run(recipe, {"teacher": experts}))
+
+
 def test_engines_that_answer_side_by_side_have_a_gpu_each(
     make_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,7 +93,7 @@ def rounds(place: Place) -> dict[str, Any]:
             "prompts_per_round": 16,
             "max_new_tokens": 16,
             "heldout_sequences": 8,
-            "rollout": {"type": "sglang", "sleep": True, "memory_fraction": 0.2},
+            "rollout": {"type": "sglang", "sleep": place.on_gpu, "memory_fraction": 0.2},
         },
     )
     done = through(run, until="extract")
