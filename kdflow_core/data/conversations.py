@@ -39,13 +39,15 @@ HASHED_FIELDS = ("role", "content", "reasoning_content", "tool_calls", "name")
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
     """Messages as templates know them, the last one from the assistant unless the answer is still
-    to be written; the tools that they may call; the messages that are not to be learned from.
+    to be written; the tools that they may call; the messages that are not to be learned from; and
+    how texts were rewritten.
     """
 
     messages: tuple[Message, ...]
     label: str | None
     tools: tuple[Message, ...] = ()
     unsupervised: frozenset[int] = frozenset()
+    rewrites: tuple[Callable[[str], str], ...] = ()
 
     @property
     def lacks_answer(self) -> bool:
@@ -53,9 +55,20 @@ class Conversation:
         return str(self.messages[-1]["role"]) != "assistant"
 
     def rewritten(self, rewrite: Callable[[str], str]) -> "Conversation":
-        """The same with every text rewritten: of messages, thoughts, calls and tools."""
+        """The same with every text rewritten: of messages, thoughts, calls and tools; and what a
+        template makes of them is to be, too.
+        """
         messages = tuple(_rewritten(m, rewrite) for m in self.messages)
-        return replace(self, messages=messages, tools=_rewritten(self.tools, rewrite))
+        rewrites = (*self.rewrites, rewrite)
+        return replace(
+            self, messages=messages, tools=_rewritten(self.tools, rewrite), rewrites=rewrites
+        )
+
+    def as_read(self, rendered: str) -> str:
+        """What a template has made of it, rewritten."""
+        for rewrite in self.rewrites:
+            rendered = rewrite(rendered)
+        return rendered
 
     @cached_property
     def text(self) -> str:

@@ -82,6 +82,11 @@ class Renderer:
     def _text(
         self, conversation: Conversation, messages: Sequence[Message], *, prompt: bool = False
     ) -> str:
+        return conversation.as_read(self._rendered(conversation, messages, prompt=prompt))
+
+    def _rendered(
+        self, conversation: Conversation, messages: Sequence[Message], *, prompt: bool
+    ) -> str:
         return self.chat.text(
             messages, prompt=prompt, tools=conversation.tools, answer=conversation.label
         )
@@ -112,12 +117,12 @@ class Renderer:
         failures: list[SampleError] = []
         for messages in _spellings(conversation.messages):
             try:
-                text = self._text(conversation, messages, prompt=conversation.lacks_answer)
-                _check_context(conversation, text)
+                text = self._rendered(conversation, messages, prompt=conversation.lacks_answer)
+                _check_context(conversation, text)  # before what the template writes joins it
             except SampleError as error:
                 failures.append(error)
                 continue
-            return messages, text
+            return messages, conversation.as_read(text)
         # What is left out says more than how a template fails on a form that it does not take.
         raise next((f for f in failures if f.reason == "template_drops"), failures[0])
 

@@ -80,6 +80,16 @@ def row(rng: random.Random) -> dict[str, object]:
     return {"messages": messages, "tools": [tool]}
 
 
+def accent_behind_an_escape() -> dict[str, object]:
+    """The accent composes with a letter that the template alone writes: the `n` of a new line."""
+    function = {"name": "look_up", "arguments": {"what": "x\n\u0301y"}}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
+    last = {"role": "assistant", "content": "Yes."}
+    return {
+        "messages": [{"role": "user", "content": "?"}, call, {"role": "tool", "content": "y"}, last]
+    }
+
+
 @lru_cache
 def bytes_of(name: str) -> list[bytes]:
     """Of every token, by what the tokenizer's own files say of it."""
@@ -160,7 +170,8 @@ def assert_same_text(pair: tuple[str, str], example: Example) -> None:
 def test_samples_of_all_kinds(tmp_path: Path, pair: tuple[str, str], count: int) -> None:
     rng = random.Random(len(pair[0]))
     path = tmp_path / "mixed.jsonl"
-    path.write_text("".join(json.dumps(row(rng)) + "\n" for _ in range(count)))
+    rows = [row(rng) for _ in range(count - 1)] + [accent_behind_an_escape()]
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
     examples, tally = read(path, pair)
     dropped = sum(tally.dropped.values(), Counter[str]())
     assert len(examples) + dropped.total() == count
