@@ -235,9 +235,14 @@ def test_dual_space_compares_at_pairs(other_run: Callable[..., RunConfig]) -> No
 
 
 def test_gold_is_trls(other_run: Callable[..., RunConfig]) -> None:
-    """Losses are those of TRL's merged spans and hybrid loss, from full logits."""
-    run = other_run(algorithm={"type": "gold"}, loss__kd_ratio=0.5, student__max_steps=4)
+    """Losses are those of TRL's merged spans and hybrid loss, from full logits; by a live teacher
+    the same.
+    """
+    gold = {"algorithm": {"type": "gold"}, "loss__kd_ratio": 0.5, "student__max_steps": 4}
+    run = other_run(**gold)
     done = student_of(run)
+    live = losses_of(student_of(other_run(delivery="live", **gold)))
+    np.testing.assert_allclose(live, losses_of(done), rtol=1e-4)
     folders = {name: getattr(run, name).model.path for name in ("student", "teacher")}
     teacher = naive.load(folders["teacher"])
     tokenizers = {name: AutoTokenizer.from_pretrained(folder) for name, folder in folders.items()}
