@@ -11,6 +11,7 @@ import pytest
 from tests.readme import ROOT, commands
 
 BIN = ROOT / ".venv/bin"
+SHORT = ["data.max_samples=30", "student.max_steps=3", "eval.max_generations=2"]
 
 
 def run(words: list[str], cwd: Path, home: Path) -> str:
@@ -52,13 +53,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Path:
 @pytest.mark.prefect
 @pytest.mark.ranks
 def test_commands_for_own_models(folder: Path) -> None:
-    """All of them; the one that trains the real quick start is cut to a few samples and steps."""
-    short = ["data.max_samples=30", "student.max_steps=3", "eval.max_generations=2"]
+    """All but the estimate, which probes the real models; the one that trains the real quick start
+    is cut to a few samples and steps.
+    """
     shown = commands("Your own models")
     expected = {"doctor", "recipes", "config", "plan", "estimate", "run", "store"}
     assert {words[1] for words in shown} == expected
     for words in shown:
-        extra = short if words[1] in {"run", "estimate"} else []
+        if words[1] == "estimate":
+            continue
+        extra = SHORT if words[1] == "run" else []
         output = run([*words, *extra], folder, folder / "prefect")
         if words[1] == "doctor":
             assert "sglang" in output.lower()
@@ -66,14 +70,20 @@ def test_commands_for_own_models(folder: Path) -> None:
             assert "quickstart" in output.split()
         elif words[1] == "config":
             assert "max_grad_norm: 1.0" in output
-        elif words[1] == "estimate":
-            assert "teacher, live" in output
         elif words[1] == "store":
             assert output.count("quickstart-") >= 7
         elif words[1] == "plan":
             assert "prepare-teacher" in output
         else:
             check_scores(output)
+
+
+@pytest.mark.slow  # the same with tiny models: test_estimate
+@pytest.mark.prefect
+@pytest.mark.ranks
+def test_the_estimate_of_the_quick_start(folder: Path) -> None:
+    (words,) = (words for words in commands("Your own models") if words[1] == "estimate")
+    assert "teacher, live" in run([*words, *SHORT], folder, folder / "prefect")
 
 
 @pytest.mark.slow  # the same with tiny models, and SGLang: test_on_policy, test_deployment
