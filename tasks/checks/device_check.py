@@ -1,6 +1,7 @@
 """Whether this machine has the devices that a run asks for. Loads torch."""
 
 import os
+import shlex
 import shutil
 
 import torch
@@ -56,7 +57,8 @@ def _check_cpu(run: RunConfig) -> None:
 def _check_compiler(what: str, variable: str, names: tuple[str, ...]) -> None:
     """Refuse what ends when it is first compiled, after the teacher has run."""
     given = os.environ.get(variable)
-    if not any(shutil.which(name) for name in ((given,) if given else names)):
+    wanted = shlex.split(given)[:1] if given else names  # `ccache g++`, for instance
+    if not any(shutil.which(name) for name in wanted):
         raise ModelError(
             f"{what} needs a compiler, and there is none of the name {given or ' or '.join(names)} "
             f"on the PATH; install {names[0]}, or set {variable} to the compiler that there is"
