@@ -1,5 +1,7 @@
 """What the parts of an on-policy run hold in each phase of a round, before anything is loaded."""
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +10,7 @@ from configs.schema.algorithm import DualSpaceConfig, SelfDistillationConfig
 from configs.schema.models import PretrainedModel
 from configs.schema.on_policy import OnPolicyConfig
 from configs.schema.rollout import Rollout, TransformersRollout
+from configs.schema.student import MuonConfig
 from configs.schema.teacher import InProcessTeacher
 from kdflow_core.models.checkpoints import read_checkpoint
 from kdflow_core.models.families.base import cached_values
@@ -17,6 +20,8 @@ from tasks.stages.identity import StageSpec, open_store
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 WEIGHTS, MOMENTS, GRADIENTS = 4, 8, 4  # bytes of a parameter in training: float32, AdamW
+MUON_MOMENTS = 4  # of a matrix in a numbered layer
+NUMBERED = re.compile(r"\.\d+\.")
 PHASES = ("roll out", "swap weights", "score", "train")
 
 
@@ -53,11 +58,12 @@ def memory_phases(spec: StageSpec) -> list[Phase]:
     ranks = run.student.num_ranks
     student = num_parameters(_folder(spec, "student"))
     trained = 0 if run.student.lora else student  # adapters are small
+    moments = _moment_bytes(spec) if trained else 0
     spread = ranks // run.student.replicas
     shared = spread if run.student.reduce_gradients == "every_micro_batch" else 1
     parts = {
         "student": _Part(
-            size=(student * WEIGHTS + trained * MOMENTS) // spread,
+            size=(student * WEIGHTS + moments) // spread,
             needed=frozenset({"swap weights", "train"}),
             leaves=run.student.sleep,
         ),
@@ -136,6 +142,17 @@ def memory_lines(phases: list[Phase]) -> list[str]:
         + " on top"
     )
     return lines
+
+
+def _moment_bytes(spec: StageSpec) -> int:
+    """The bytes that the optimizer keeps of a student that is trained whole."""
+    tensors = read_checkpoint(_folder(spec, "student")).tensors
+    muon = isinstance(spec.run.student.optimizer, MuonConfig)
+    return sum(
+        math.prod(own.shape)
+        * (MUON_MOMENTS if muon and len(own.shape) == 2 and NUMBERED.search(name) else MOMENTS)
+        for name, own in tensors.items()
+    )
 
 
 def num_parameters(folder: Path) -> int:

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoModelForCausalLM
 
 from configs.load import load_run
 from configs.schema.on_policy import AdaptiveFraction, Fraction, LinearFraction, OnPolicyConfig
 from kdflow_core.errors import DataError
+from kdflow_core.models.structure import decoder_layers
 from kdflow_core.rollout.prompts import round_prompts
 from kdflow_core.rollout.rewards import advantages, load_reward, reward_of
 from tasks.forecast.memory import memory_lines, memory_phases, num_parameters
@@ -139,6 +141,18 @@ def test_the_memory_forecast_of_parts_that_sleep(
     assert training.pop("states") == 2 * 8 * 128 * 48 * 4  # two steps' texts of the full length
     assert training == {"student": 12 * count, "gradients": 4 * count, "logits": 1_000_000}
     assert peak.startswith("peak memory of a device: 0.00 GB, to swap weights; activations and the")
+
+
+def test_the_memory_forecast_of_muon(
+    make_recipe: Callable[..., Path], student_folder: Path
+) -> None:
+    """It keeps one moment of a matrix in a decoder layer."""
+    muon = {"student.optimizer": {"type": "muon"}}
+    phases, _ = planned(make_recipe, {"rollout": {"type": "transformers"}}, **muon)
+    model = AutoModelForCausalLM.from_pretrained(student_folder)
+    inner = sum(p.numel() for p in decoder_layers(model).parameters() if p.ndim == 2)
+    expected = 12 * num_parameters(student_folder) - 4 * inner
+    assert phases["train"]["student"] == expected
 
 
 def test_the_memory_forecast_of_an_engine_whose_cache_is_known(
