@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, nargs="+", default=[1_000, 10_000, 100_000])
     options = parser.parse_args()
     with work_folder(options.folder) as folder:
+        measure(make_run(folder, 100))  # loads what ranks are forked from
         found = {n: measure(make_run(folder, n)) for n in sorted(options.samples)}
     sizes = np.log(list(found))
     packages = ("torch", "transformers", "datasets", "pyarrow")
