@@ -72,11 +72,10 @@ class CheckpointWriter:
     and calls its methods together with the others.
     """
 
-    held: int | None = None
-
     def __init__(self, folder: Path, *, keep: int) -> None:
         self._folder = folder
         self._keep = keep
+        self.held: int | None = None
         # Of its own, as the writing ranks talk while the training ones do.
         self._group = dist.new_group(backend="gloo")
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")

@@ -90,10 +90,14 @@ class BatchSchedule:
             rank = loads.index(min(loads))
             ranks[rank].append(index)
             loads[rank] += costs[index]
-        most = max(len(self._divided(mine, least=1)) for mine in ranks)
-        # Those that need fewer batches make smaller ones, rather than some without sequences.
-        divided = [self._divided(mine, least=most) for mine in ranks]
+        divided = [self._divided(mine) for mine in ranks]
         most = max(len(batches) for batches in divided)
+        if self.division.packed:  # smaller batches, rather than some without sequences
+            divided = [
+                batches if len(batches) == most else self._divided(mine, least=most)
+                for batches, mine in zip(divided, ranks, strict=True)
+            ]
+            most = max(len(batches) for batches in divided)
         return StepBatches(
             micro_batches=tuple((*batches, *[()] * (most - len(batches))) for batches in divided),
             num_tokens=int(self.supervised_counts[chosen].sum()),
@@ -102,7 +106,7 @@ class BatchSchedule:
             epoch=(step + 1) / self.steps_per_epoch,
         )
 
-    def _divided(self, mine: list[int], *, least: int) -> list[tuple[int, ...]]:
+    def _divided(self, mine: list[int], *, least: int = 1) -> list[tuple[int, ...]]:
         """A rank's micro-batches."""
         batches = self.division.batches(self.lengths[mine], least=least)
         return [tuple(mine[i] for i in batch) for batch in batches]

@@ -11,7 +11,7 @@ from configs.schema.run import RunConfig
 from configs.schema.teacher import SglangServerTeacher, SglangTeacher, Teacher
 from kdflow_core.errors import ModelError
 from kdflow_core.sglang_runtime.versions import check_names, check_sglang
-from tasks.stages.catalogue import CATALOGUE, engine_of
+from tasks.stages.catalogue import engines_of
 from tasks.stages.identity import StageIdentity, find, run_of_teacher
 
 ANSWER_S = 10.0
@@ -27,7 +27,7 @@ def check_engines(
     """
     for identity in plan.values():
         own = run_of_teacher(run, identity.teacher)
-        engines = {field: engine_of(own, field) for field in CATALOGUE[identity.stage].engines(own)}
+        engines = engines_of(own, identity.stage)
         wanted = {f: e for f, e in engines.items() if e.type in ("sglang", "sglang_server")}
         if not wanted or find(run, identity) is not None:
             continue

@@ -15,7 +15,7 @@ from storage.artifact import ArtifactRef
 from storage.lease import Pulse, exclusive, lease_name
 from tasks.execution.progress import ProgressLog
 from tasks.execution.termination import saving_before_the_end
-from tasks.stages.catalogue import CATALOGUE, KEEP_BUFFERS, engine_of
+from tasks.stages.catalogue import CATALOGUE, KEEP_BUFFERS, engines_of
 from tasks.stages.identity import StageIdentity, StageSpec, find, open_store, run_of_teacher
 
 ENDING_S = 300.0  # more than ranks that stand still take to be ended
@@ -65,9 +65,8 @@ def warm_up(run: RunConfig, stages: Iterable[StageIdentity] = ()) -> None:
 
 def _preload(run: RunConfig, stages: Iterable[StageIdentity]) -> list[str]:
     for identity in stages:
-        own = run_of_teacher(run, identity.teacher)
-        engines = [engine_of(own, field) for field in CATALOGUE[identity.stage].engines(own)]
-        if any(engine.type == "sglang" for engine in engines):
+        engines = engines_of(run_of_teacher(run, identity.teacher), identity.stage)
+        if any(engine.type == "sglang" for engine in engines.values()):
             return PRELOAD + SGLANG
     return PRELOAD
 

@@ -88,13 +88,15 @@ class RoundArtifact:
     task: str
 
 
-def engine_of(run: RunConfig, field: str) -> Teacher | Engine | Rollout:
-    """A section of the config that says in which engine a stage runs."""
-    section: Any = run
-    for name in field.split("."):
-        section = getattr(section, name)
-    engine: Teacher | Engine | Rollout = section
-    return engine
+def engines_of(run: RunConfig, stage: str) -> dict[str, Teacher | Engine | Rollout]:
+    """The engines in which a stage runs, by the sections of the config that say so."""
+    found: dict[str, Any] = {}
+    for place in CATALOGUE[stage].engines(run):
+        section: Any = run
+        for name in place.split("."):
+            section = getattr(section, name)
+        found[place] = section
+    return found
 
 
 def _training_engines(run: RunConfig) -> tuple[str, ...]:

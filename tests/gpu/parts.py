@@ -19,15 +19,15 @@ from kdflow_core.losses.forward_kl import ForwardKL
 from kdflow_core.models.heads import load_head
 from kdflow_core.models.loading import load_causal_lm, load_config
 from kdflow_core.teacher import build_engine
+from kdflow_core.teacher.streaming import stream_states
 from tasks.forecast.doctor import examine
 from tests.conftest import VOCABULARY
-from tests.contracts.test_teacher import MODELS
+from tests.contracts.test_teacher import LENGTHS, MODELS, relative_error
 from tests.gpu.place import Place
 from tests.readme import ROOT
 from tests.tiny_models import tiny_model
 
 MB = 10**6
-LENGTHS = (2, 17, 64, 3, 40, 17, 9)
 # A relative error of states in bfloat16 against float32; that of transformers' own is near 0.01.
 BFLOAT16 = 0.03
 
@@ -131,13 +131,8 @@ def _sequences(lengths: tuple[int, ...] = LENGTHS) -> list[TokenSequence]:
 
 
 def _states(engine: TeacherEngine, sequences: list[TokenSequence]) -> list[torch.Tensor]:
-    found = []
-    for batch in engine.pack([len(s.ids_T) for s in sequences]):
-        rows = engine.forward([sequences[i] for i in batch])
-        found += [
-            (i, r.buffer_RH[r.index_N].float().cpu()) for i, r in zip(batch, rows, strict=True)
-        ]
-    return [states for _, states in sorted(found, key=lambda pair: pair[0])]
+    found = stream_states(engine, sequences, window_tokens=10_000)
+    return [states_NH.float().cpu() for states_NH in found]
 
 
 def _teacher_models(place: Place) -> dict[str, Path]:
@@ -171,8 +166,7 @@ def teachers(place: Place) -> dict[str, Any]:
         engine = _engine(place, folder)
         given = _states(engine, _sequences())
         engine.close()
-        far = torch.cat([(g - e).flatten() for g, e in zip(given, expected, strict=True)]).norm()
-        errors[name] = float(far / torch.cat([e.flatten() for e in expected]).norm())
+        errors[name] = relative_error(given, expected)
         assert errors[name] < BFLOAT16, errors
     return {name: f"{error:.4f}" for name, error in errors.items()}
 
@@ -217,8 +211,7 @@ def attention_backends(place: Place) -> dict[str, Any]:
         states = _states(engine, _sequences())
         engine.close()
         reference = reference or states
-        far = torch.cat([(s - r).flatten() for s, r in zip(states, reference, strict=True)]).norm()
-        distance = float(far / torch.cat([r.flatten() for r in reference]).norm())
+        distance = relative_error(states, reference)
         assert distance < BFLOAT16, (backend, distance)
         found[backend] = f"{distance:.4f}"
     assert reference, found

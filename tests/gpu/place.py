@@ -3,7 +3,6 @@
 import json
 import logging
 import random
-from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +15,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from configs.load import validate_run
 from configs.schema.run import RunConfig
 from storage.artifact import ArtifactRef
-from tasks.execution.launch import launch_stage
 from tasks.presentation.tracking import read_metrics
-from tasks.stages.identity import stage_spec
-from tasks.stages.planning import plan_stages
-from tests.conftest import make_tokenizer
+from tasks.stages.catalogue import CATALOGUE
+from tests.conftest import make_tokenizer, run_inline
 
 LOG = logging.getLogger("smoke")
 ROWS = 240
@@ -115,19 +112,9 @@ class Place:
 
 def through(run: RunConfig, *, until: str) -> dict[str, ArtifactRef]:
     """The stages before and including `until`, each in ranks of its own."""
-    done: dict[str, ArtifactRef] = {}
-    for stage, identity in plan_stages(run).items():
-        done[identity.output] = launch_stage(stage_spec(identity, run, done), LOG)
-        if stage == until:
-            return done
-    raise AssertionError(f"no stage {until}")
+    return run_inline(run, until=until, launched=CATALOGUE.keys())
 
 
 def losses(done: dict[str, ArtifactRef]) -> list[float]:
     """The loss of every step of a trained student."""
     return [r["loss"] for r in read_metrics(Path(done["student"].uri) / "metrics.jsonl")]
-
-
-def chosen_of(names: Collection[str], only: Collection[str]) -> list[str]:
-    """The names that were asked for; all by default."""
-    return [name for name in names if not only or name in only]

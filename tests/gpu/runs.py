@@ -3,11 +3,9 @@
 import shutil
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,8 +20,9 @@ from tasks.execution.launch import launch_stage
 from tasks.rounds.rounds_at_work import RoundsAtWork
 from tasks.stages.identity import stage_spec
 from tasks.stages.planning import plan_stages
+from tests.contracts.test_workers import Heard
+from tests.faults.test_kill import kill_a_rank_after
 from tests.gpu.place import LOG, Place, losses, through
-from tests.processes import stage_ranks
 
 ENDS_WITHIN_S = 30.0
 
@@ -60,7 +59,7 @@ def kill_and_resume(place: Place) -> dict[str, Any]:
     done = through(run, until="extract")
     spec = stage_spec(plan_stages(run)["train"], run, done)
     checkpoints = place.folder / "killed-scratch/student" / spec.identity.digest / "checkpoints"
-    killer = threading.Thread(target=_kill_after, args=(checkpoints, 5))
+    killer = threading.Thread(target=kill_a_rank_after, args=(checkpoints, 5, 0))
     killer.start()
     with pytest.raises(WorkerError, match="SIGKILL"):
         launch_stage(spec, LOG)
@@ -70,14 +69,6 @@ def kill_and_resume(place: Place) -> dict[str, Any]:
     far = float(np.abs(np.array(losses(done)) / np.array(whole) - 1).max())
     assert far < 0.02, far
     return {"resumed at step": at, "against the whole": f"{far:.1e}"}
-
-
-def _kill_after(checkpoints: Path, step: int) -> None:
-    deadline = time.monotonic() + 300
-    while max(completed_steps(checkpoints), default=0) < step:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    stage_ranks(psutil.Process())[0].kill()
 
 
 def rounds(place: Place) -> dict[str, Any]:
@@ -153,21 +144,13 @@ class FailingHost:
         together.cpu()
 
 
-class _Quiet:
-    def event(self, event: dict[str, Any]) -> None: ...
-
-    def line(self, rank: int, text: str) -> None: ...
-
-    def beat(self) -> None: ...
-
-
 def error_in_mid_step(_: Place) -> dict[str, Any]:
     """An error on one of two ranks ends both, with its own words. On GPUs it takes two."""
     begin = time.perf_counter()
     placement = Placement(name="failing", num_ranks=2)
     with (
         pytest.raises(WorkerError, match="an error in mid-step"),
-        LocalLauncher().start("tests.gpu.runs:FailingHost", "", placement, _Quiet()) as group,
+        LocalLauncher().start("tests.gpu.runs:FailingHost", "", placement, Heard()) as group,
     ):
         group.call("work").replies()
     seconds = time.perf_counter() - begin

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+from kdflow_core.batching import pad_right
 from kdflow_core.errors import ModelError
 from kdflow_core.models.families import BY_ARCHITECTURE
 from kdflow_core.models.forward import post_norm_states
@@ -77,9 +78,7 @@ def test_packed_is_alone_where_we_say_so(architecture: str, tmp_path: Path) -> N
     alone = states_and_gradients(model, rows, None)
     model.set_attn_implementation(PACKED)
     packed = states_and_gradients(model, [torch.cat(rows, 1)], PackedRows(edges=EDGES))
-    padded_BT = torch.zeros(len(rows), max(LENGTHS), dtype=torch.long)
-    for row_T, ids in zip(padded_BT, rows, strict=True):
-        row_T[: ids.shape[1]] = ids[0]
+    padded_BT = pad_right([row[0].numpy() for row in rows])
     padded_BTH = post_norm_states(model.base_model, padded_BT)
     padded_TH = torch.cat([row[:n] for row, n in zip(padded_BTH, LENGTHS, strict=True)])
     torch.testing.assert_close(padded_TH, alone[0], rtol=1e-4, atol=1e-4)
