@@ -173,6 +173,9 @@ def end_in_the_same_weights(
     assert losses[0] == losses[1]
 
 
+# In every run of CI: killed engines and trainers, and rounds that stay done, in test_on_policy; a
+# whole run that is killed in test_interrupt.
+@pytest.mark.slow
 def test_killed_rounds_end_in_the_same_weights(
     server: Server, make_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:

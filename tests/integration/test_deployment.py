@@ -1,6 +1,5 @@
 """A real server and a real worker run the deployment, as the README says."""
 
-import json
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +8,10 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import yaml
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from tests.command import kdflow
 from tests.prefect_server import Server, start_server
 from tests.processes import stage_ranks
 from tests.readme import commands
@@ -62,7 +64,10 @@ def test_the_deployment_runs_to_completion(
         ("tokenize", "extract", "train", "evaluate", "report"), "Cached"
     )
 
-    # A wrong parameter fails with its path and remedy, and exit code 1.
+
+@pytest.mark.slow  # what is said of wrong parameters: test_bad_inputs
+def test_a_wrong_parameter_fails_with_its_path_and_remedy(server: Server) -> None:
+    """With the worker from above."""
     bad = server.command(
         "deployment", "run", "kd/offpolicy", "--param", "recipe=quickstrat", "--watch", code=1
     )
@@ -71,36 +76,46 @@ def test_the_deployment_runs_to_completion(
     assert re.search("did you mean 'quickstart'", str(failed[0]["state"]))
 
 
-def test_on_policy_rounds_are_subflows(server: Server, make_recipe: Callable[..., Path]) -> None:
-    """Each with its three tasks, and its figures and some answers as an artifact. With the worker
-    from above; rounds that are done stay done: `test_on_policy`.
+@pytest.mark.parametrize(
+    "start",
+    [
+        "kdflow run",
+        pytest.param("prefect deployment run", marks=pytest.mark.slow),  # the same flow
+    ],
+)
+def test_on_policy_rounds_are_subflows(
+    server: Server, make_recipe: Callable[..., Path], start: str
+) -> None:
+    """Each with its three tasks, and its figures and some answers as an artifact. With the server
+    and the worker from above; rounds that are done stay done: `test_on_policy`.
     """
-    (run_it,) = (w[1:] for w in commands("As a service") if "kd/onpolicy" in w)
-    overrides = {
-        "mode": "onpolicy",
-        "on_policy": {
-            "rounds": 2,
-            "prompts_per_round": 8,
-            "max_new_tokens": 8,
-            "rollout": {"type": "transformers", "dtype": "float32"},
-        },
+    name = start.replace(" ", "-")
+    recipe = make_recipe(max_steps=None)
+    on_policy = {
+        "rounds": 2,
+        "prompts_per_round": 8,
+        "max_new_tokens": 8,
+        "rollout": {"type": "transformers", "dtype": "float32"},
     }
-    recipe = f"recipe={make_recipe(max_steps=None)}"
-    run_it = [w.replace("recipe=quickstart-onpolicy", recipe) for w in run_it]
-    server.command(*run_it, "--param", f"overrides={json.dumps(overrides)}")
-    done = {
-        "state": {"type": {"any_": ["COMPLETED"]}},
-        "deployment_id": {"any_": [server.deployment("kd/onpolicy")]},
-    }
-    assert len(server.runs(flow_runs=done)) == 1
-    rounds = server.runs(flow_runs={"name": {"like_": "round-"}})
+    overrides = {"name": name, "mode": "onpolicy", "on_policy": on_policy}
+    recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | overrides))
+    earlier = server.runs()
+    if start == "kdflow run":
+        with temporary_settings({PREFECT_API_URL: server.api}):
+            kdflow("run", str(recipe))
+    else:
+        (run_it,) = (w[1:] for w in commands("As a service") if "kd/onpolicy" in w)
+        run_it = [w.replace("recipe=quickstart-onpolicy", f"recipe={recipe}") for w in run_it]
+        server.command(*run_it)
+    new = [run for run in server.runs() if run["id"] not in {run["id"] for run in earlier}]
+    rounds = [run for run in new if str(run["name"]).startswith("round-")]
     assert sorted(str(run["name"]) for run in rounds) == ["round-1-of-2", "round-2-of-2"]
     for run in rounds:
         assert server.task_states(run["id"]) == dict.fromkeys(
             ("rollout", "score", "train"), "Completed"
         )
     artifacts = httpx.post(f"{server.api}/artifacts/filter", json={}).json()
-    shown = [a["data"] for a in artifacts if a["key"] == "tiny-round"]
+    shown = [a["data"] for a in artifacts if a["key"] == f"{name}-round"]
     assert len(shown) == 2
     assert all("held-out reverse kl" in text and "plus" in text for text in shown)
 
@@ -128,6 +143,7 @@ def test_a_failed_run_is_retried(server: Server, make_recipe: Callable[..., Path
     assert ("train", "Failed") in states
 
 
+@pytest.mark.slow  # that nothing of a run is left when it is ended: test_interrupt
 def test_a_cancelled_run_leaves_no_process(
     server: Server, make_recipe: Callable[..., Path]
 ) -> None:

@@ -1,10 +1,8 @@
 """The flow `kd` as users start it: from the command line, again from cache, after a kill."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,16 +18,6 @@ from tests.conftest import run_inline
 from tests.processes import stage_ranks
 
 pytestmark = [pytest.mark.prefect, pytest.mark.ranks]
-
-
-def start(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "flows", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"COLUMNS": "120"},
-    )
 
 
 def cached_stages(output: str) -> set[str]:
@@ -94,46 +82,36 @@ def test_extraction_mapped_over_two_workers(
         assert (states / shard).read_bytes() == (alone / shard).read_bytes()
 
 
-def wait_and_kill(flow: subprocess.Popen[str], checkpoints: Path, *, with_flow: bool) -> None:
-    """SIGKILL the training ranks, or the flow and all its children, once two checkpoints are
-    there.
-    """
+def kill_a_rank(checkpoints: Path) -> None:
+    """SIGKILL one of the ranks that train, once two checkpoints are there."""
     while max(completed_steps(checkpoints), default=0) < 10:
-        assert flow.poll() is None, flow.communicate()[0]
         time.sleep(0.02)
-    parent = psutil.Process(flow.pid)
-    ranks = stage_ranks(parent)
-    assert ranks
-    for victim in [parent, *parent.children()] if with_flow else ranks[:1]:
-        victim.kill()
+    stage_ranks(psutil.Process())[0].kill()
     assert completed_steps(checkpoints)[-1] < 60
 
 
-def test_a_killed_run_goes_on_from_cache_and_checkpoint(
+def test_a_killed_rank_is_started_again_from_its_checkpoint(
     make_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """SIGKILL of everything mid-training, then of a rank alone: both end in the same weights (which
-    test_kill compares with an uninterrupted run's).
+    """By the task's retry. That it ends in the weights of an uninterrupted run: test_kill; of a
+    whole run that is killed: test_interrupt.
     """
     recipe = str(make_recipe(max_steps=60, checkpoint_every=5))
     digest = plan_stages(load_run(recipe))["train"].digest
-    checkpoints = tmp_path / "scratch/student" / digest / "checkpoints"
-    flow = start("run", recipe)
-    wait_and_kill(flow, checkpoints, with_flow=True)
-    flow.communicate()
-
+    killer = threading.Thread(
+        target=kill_a_rank, args=[tmp_path / "scratch/student" / digest / "checkpoints"]
+    )
+    killer.start()
     output = kdflow("run", recipe)
-    assert cached_stages(output) == {"tokenize", "extract"}
+    killer.join()
+    assert "rank 0 of stage train ended by signal SIGKILL" in output
+    assert "training from step 0 of 60" in output
     assert re.search(r"training from step \d+ of 60 \(resumed", output)
     model = tmp_path / "store/artifacts/student" / digest / "model/model.safetensors"
     content = model.read_bytes()
 
     shutil.rmtree(model.parents[1])
-    flow = start("run", recipe)
-    wait_and_kill(flow, checkpoints, with_flow=False)
-    output, _ = flow.communicate()
-    assert flow.returncode == 0, output
-    assert "rank 0 of stage train ended by signal SIGKILL" in output
-    assert "training from step 0 of 60" in output
-    assert re.search(r"training from step \d+ of 60 \(resumed", output)
+    again = kdflow("run", recipe)
+    assert cached_stages(again) == {"tokenize", "extract", "evaluate", "report"}
+    assert "resumed" not in again
     assert model.read_bytes() == content

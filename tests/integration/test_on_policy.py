@@ -38,6 +38,11 @@ pytestmark = pytest.mark.ranks
 LOG = logging.getLogger("test")
 NEW_TOKENS = 24
 SGLANG = {"type": "sglang", "dtype": "float32", "max_running": 16, "bucket_mb": 1}
+# SGLang's log-probabilities are the trainer's of the very ids: the five rounds below.
+ENGINES = [
+    {"type": "transformers", "dtype": "float32"},
+    pytest.param(SGLANG, marks=pytest.mark.slow),
+]
 REVERSE_KL = {"loss.divergence": {"type": "reverse_kl"}, "loss.kd_ratio": 1.0}
 
 
@@ -150,15 +155,7 @@ def test_the_engine_serves_the_trained_weights(
     assert all(is_greedy(before, row) for row in rows_of(work, 1))
 
 
-@pytest.mark.parametrize(
-    "rollout",
-    [
-        {"type": "transformers", "dtype": "float32"},
-        # Its log-probabilities are the trainer's of the very ids: the five rounds above.
-        pytest.param(SGLANG, marks=pytest.mark.slow),
-    ],
-    ids=["transformers", "sglang"],
-)
+@pytest.mark.parametrize("rollout", ENGINES, ids=["transformers", "sglang"])
 def test_what_is_trained_is_what_was_sampled(
     make_recipe: Callable[..., Path],
     teacher_folder: Path,
@@ -361,7 +358,6 @@ def kill(group: WorkerGroup | None) -> None:
     os.kill(group._ranks[0].process.pid, signal.SIGKILL)
 
 
-@pytest.mark.slow  # killed trainers, at every moment: test_kill_on_policy
 def test_what_a_dead_trainer_had_not_saved_is_trained_again(
     make_recipe: Callable[..., Path],
 ) -> None:
@@ -386,10 +382,12 @@ def test_what_a_dead_trainer_had_not_saved_is_trained_again(
     assert steps == list(range(1, 7))
 
 
-@pytest.mark.slow  # a killed engine: test_kill_on_policy, every time
-def test_an_engine_killed_at_work_is_asked_again(make_recipe: Callable[..., Path]) -> None:
-    """Its answers, sampled in SGLang, are then those of a run without an accident."""
-    settings: dict[str, Any] = {"max_staleness": 1, "rollout": SGLANG}
+@pytest.mark.parametrize("rollout", ENGINES, ids=["transformers", "sglang"])
+def test_an_engine_killed_at_work_is_asked_again(
+    make_recipe: Callable[..., Path], rollout: dict[str, Any]
+) -> None:
+    """Its answers are then those of a run without an accident."""
+    settings: dict[str, Any] = {"max_staleness": 1, "rollout": rollout}
     run = load(make_recipe, {"student.num_ranks": 1}, **settings)
     with at_work(run) as work:
         work._begin_rollout(1)

@@ -4,10 +4,12 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.command import kdflow
 from tests.readme import ROOT, commands
 
 BIN = ROOT / ".venv/bin"
@@ -50,6 +52,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Path:
     return folder
 
 
+@pytest.mark.prefect
+@pytest.mark.ranks
+def test_commands_for_own_models_with_tiny_ones(
+    make_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place of the quick start. What the doctor says is in test_doctor."""
+    monkeypatch.chdir(tmp_path)
+    recipe = make_recipe()
+    recipe.write_text(recipe.read_text().replace(str(tmp_path / "store"), ".kdflow/store"))
+    said = {}
+    for words in commands("Your own models"):
+        if words[1] != "doctor":
+            own = [str(recipe) if word == "quickstart" else word for word in words[1:]]
+            said[words[1]] = kdflow(*own)
+    assert set(said) == {"recipes", "config", "plan", "estimate", "run", "store"}
+    assert "quickstart" in said["recipes"].split()
+    assert "max_grad_norm: 1.0" in said["config"]
+    assert "be served from cache" not in said["plan"]
+    assert "teacher, live" in said["estimate"]
+    assert "student after" in said["run"]
+    assert said["store"].count("tiny-") >= 5
+
+
+@pytest.mark.slow  # the same with tiny models: above
 @pytest.mark.prefect
 @pytest.mark.ranks
 def test_commands_for_own_models(folder: Path) -> None:
