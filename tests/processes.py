@@ -42,12 +42,13 @@ def orphaned_ranks() -> list[psutil.Process]:
 
 def stage_ranks(parent: psutil.Process) -> list[psutil.Process]:
     """The ranks that work for a stage below a process, by id."""
-    ranks = [
-        child
+    named = {
+        child.pid: child
         for child in parent.children(recursive=True)
         if is_rank(child, "tasks.jobs.stage_host:StageHost")
-    ]
-    return sorted(ranks, key=lambda rank: rank.pid)
+    }
+    # What a rank starts has its name until it runs a program of its own.
+    return [named[pid] for pid in sorted(named) if named[pid].ppid() not in named]
 
 
 def alive(pid: int) -> bool:

@@ -43,6 +43,10 @@ class Checkpoint:
         """Values in all tensors."""
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
+    def only_in(self, dtype: str) -> bool:
+        """Whether all tensors have a dtype, as safetensors names it."""
+        return {tensor.dtype for tensor in self.tensors.values()} == {dtype}
+
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """The headers of a folder's weights. Raises ModelError, which names what is wrong with them."""

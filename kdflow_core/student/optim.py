@@ -20,6 +20,16 @@ def freeze_(model: torch.nn.Module, config: StudentConfig) -> None:
                 parameter.requires_grad = False
 
 
+def narrow_frozen_(model: torch.nn.Module, dtype: torch.dtype, *, filled: bool) -> None:
+    """Hold what does not train in `dtype`, which must hold its values without loss. What is not yet
+    `filled` has no values, and takes no memory here either.
+    """
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            wide = parameter.data
+            parameter.data = wide.to(dtype) if filled else torch.empty_like(wide, dtype=dtype)
+
+
 class Optimizers:
     """Optimizers of different parameters, as one."""
 

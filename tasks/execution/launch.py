@@ -15,7 +15,7 @@ from storage.artifact import ArtifactRef
 from storage.lease import Pulse, exclusive, lease_name
 from tasks.execution.progress import ProgressLog
 from tasks.execution.termination import saving_before_the_end
-from tasks.stages.catalogue import CATALOGUE, KEEP_BUFFERS, engines_of
+from tasks.stages.catalogue import CATALOGUE, engines_of
 from tasks.stages.identity import StageIdentity, StageSpec, find, open_store, run_of_teacher
 
 ENDING_S = 300.0  # more than ranks that stand still take to be ended
@@ -60,7 +60,7 @@ def warm_up(run: RunConfig, stages: Iterable[StageIdentity] = ()) -> None:
     """
     lacking = [identity for identity in stages if find(run, identity) is None]
     launcher = LocalLauncher(_preload(run, lacking))
-    launcher.warm(Placement(name="stages", env=KEEP_BUFFERS))
+    launcher.warm(Placement(name="stages"))
 
 
 def _preload(run: RunConfig, stages: Iterable[StageIdentity]) -> list[str]:
@@ -75,7 +75,7 @@ def ask_rank(name: str, job: str, spec: str, method: str, **arguments: Any) -> A
     """What a rank that serves no stage says to one call. Raises WorkerError."""
     logger = logging.getLogger("kdflow")
     listener = Listener(logger, name, lambda: None)
-    placement = Placement(name=name, env=KEEP_BUFFERS)
+    placement = Placement(name=name)
     try:
         with LocalLauncher(PRELOAD).start(job, spec, placement, listener) as group:
             return group.call(method, **arguments).replies()[0]

@@ -20,6 +20,7 @@ from tasks.stages.identity import StageSpec, open_store
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 WEIGHTS, MOMENTS, GRADIENTS = 4, 8, 4  # bytes of a parameter in training: float32, AdamW
+FROZEN = 2  # of one beside adapters, where the checkpoint and the computation are in bfloat16
 MUON_MOMENTS = 4  # of a matrix in a numbered layer
 NUMBERED = re.compile(r"\.\d+\.")
 PHASES = ("roll out", "swap weights", "score", "train")
@@ -63,7 +64,7 @@ def memory_phases(spec: StageSpec) -> list[Phase]:
     shared = spread if run.student.reduce_gradients == "every_micro_batch" else 1
     parts = {
         "student": _Part(
-            size=(student * WEIGHTS + moments) // spread,
+            size=(student * _weight_bytes(spec) + moments) // spread,
             needed=frozenset({"swap weights", "train"}),
             leaves=run.student.sleep,
         ),
@@ -142,6 +143,15 @@ def memory_lines(phases: list[Phase]) -> list[str]:
         + " on top"
     )
     return lines
+
+
+def _weight_bytes(spec: StageSpec) -> int:
+    """The bytes of a weight of the student."""
+    student = spec.run.student
+    narrow = student.lora is not None and student.compute_dtype == "bfloat16"
+    return (
+        FROZEN if narrow and read_checkpoint(_folder(spec, "student")).only_in("BF16") else WEIGHTS
+    )
 
 
 def _moment_bytes(spec: StageSpec) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pkgutil import resolve_name
 
 from configs.secrets import public
+from kdflow_core.allocator import keep_large_blocks
 from kdflow_core.workers.base import RankContext, offered
 from kdflow_core.workers.rank_side import emit, made_progress
 from storage.artifact import ArtifactRef
@@ -49,6 +50,8 @@ class StageHost:
     """A rank of a stage."""
 
     def __init__(self, context: RankContext, spec: str) -> None:
+        if context.num_ranks == 1:
+            keep_large_blocks()
         self._stage = open_stage(context, spec)
 
     @offered

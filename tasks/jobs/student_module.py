@@ -20,6 +20,7 @@ from kdflow_core.losses.folding import Comparison, Folding, ranks
 from kdflow_core.losses.surrogate import PolicyGradient
 from kdflow_core.losses.token_weights import build_token_weight
 from kdflow_core.losses.vocabulary import WholeVocabulary
+from kdflow_core.models.checkpoints import read_checkpoint
 from kdflow_core.models.families.base import attention_length, batched_length
 from kdflow_core.models.folders import text_config
 from kdflow_core.models.heads import load_head
@@ -31,7 +32,7 @@ from kdflow_core.models.tokenizers import true_vocabulary_size
 from kdflow_core.student.head_part import HeadPart, part_of, teacher_part
 from kdflow_core.student.lora import add_adapters
 from kdflow_core.student.module import DistillationModule, shard, student_mesh
-from kdflow_core.student.optim import freeze_
+from kdflow_core.student.optim import freeze_, narrow_frozen_
 from tasks.jobs import chats
 from tasks.jobs.stage_run import StageRun
 
@@ -59,6 +60,9 @@ def build_module(
         torch.manual_seed(stage.run.seed)
         add_adapters(model, config.lora)
     freeze_(model, config)
+    compute_dtype = DTYPES[config.compute_dtype]
+    if config.compute_dtype == "bfloat16" and read_checkpoint(folder).only_in("BF16"):
+        narrow_frozen_(model, compute_dtype, filled=not in_parts)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.compile:
@@ -66,7 +70,6 @@ def build_module(
             layer.compile(dynamic=True)
     vocabulary_size = true_vocabulary_size(chats.tokenizer(stage, "student"))
     mesh = student_mesh(device, replicas=config.replicas)
-    compute_dtype = DTYPES[config.compute_dtype]
     part = None
     if config.vocabulary_parallel:
         part = part_of(
@@ -122,8 +125,8 @@ def division_of(stage: StageRun) -> Division:
 
 def _load(stage: StageRun, folder: Path, attention: str) -> tuple[PreTrainedModel, bool]:
     """The student, and whether its weights are yet to be read, by each rank its own."""
-    trusts = stage.trusts("student")
-    if dist.get_world_size() > 1:
+    config, trusts = stage.run.student, stage.trusts("student")
+    if dist.get_world_size() > 1 or config.compute_dtype != "float32":  # else it is not sharded
         unfilled = unfilled_causal_lm(
             folder, dtype=torch.float32, attention=attention, trust_remote_code=trusts
         )

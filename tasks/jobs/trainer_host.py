@@ -11,6 +11,7 @@ import torch.distributed as dist
 from configs.schema.on_policy import OnPolicyConfig
 from configs.schema.teacher import InProcessTeacher
 from kdflow_core.alignment.translation import Translated
+from kdflow_core.allocator import keep_large_blocks
 from kdflow_core.contracts import Examples, SignalSource, TeacherAtHand
 from kdflow_core.errors import TrainingError
 from kdflow_core.loops.rounds import RoundSettings, RoundTrainer
@@ -43,6 +44,8 @@ class TrainerHost:
     """Scores and trains rounds, and hands over weights, as every rank is asked to."""
 
     def __init__(self, context: RankContext, spec: str) -> None:
+        if context.num_ranks == 1:
+            keep_large_blocks()
         stage = open_stage(context, spec)
         run = stage.run
         assert run.on_policy is not None

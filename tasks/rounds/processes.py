@@ -11,7 +11,7 @@ from typing import Any
 from kdflow_core.errors import WorkerError
 from kdflow_core.workers.base import Launcher, Pending, Placement, WorkerGroup
 from tasks.execution.launch import Listener, Logger, saving_ranks, tell_failure
-from tasks.stages.catalogue import KEEP_BUFFERS, QUIET
+from tasks.stages.catalogue import QUIET
 from tasks.stages.identity import StageSpec
 
 
@@ -53,9 +53,7 @@ class RoundProcesses:
     def trainer(self) -> "TrainerRanks":
         """The ranks that train."""
         if self._trainer is None:
-            placement = Placement(
-                name="trainer", num_ranks=self._spec.run.student.num_ranks, env=KEEP_BUFFERS
-            )
+            placement = Placement(name="trainer", num_ranks=self._spec.run.student.num_ranks)
             self._trainer = self._start("tasks.jobs.trainer_host:TrainerHost", placement)
             self._wait_until_ready(self._trainer)
         return TrainerRanks(self, self._trainer)

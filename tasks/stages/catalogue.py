@@ -15,16 +15,6 @@ from configs.schema.teacher import Teacher
 from tasks.stages import slices
 from tasks.stages.slices import Known, Slice
 
-# By default glibc gives every large buffer back to the kernel, and the page faults of taking it
-# again cost a good part of a training step on a CPU, where the loss takes chunks of logits. All
-# stages have it, so that their ranks can be forked from one process.
-KEEP_BUFFERS = MappingProxyType(
-    {
-        "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TRIM_THRESHOLD_": str(10**11),
-        "MALLOC_TOP_PAD_": str(2**29),
-    }
-)
 # SGLang's processes warn of kernels that other hardware has.
 QUIET = MappingProxyType({"PYTHONWARNINGS": "ignore"})
 
@@ -71,7 +61,7 @@ class Stage:
     slice: Callable[[Known], Iterator[Slice]]
     behind_delivery: bool = True
     ranks: Callable[[RunConfig], int] = one
-    env: Mapping[str, str] = field(default_factory=lambda: KEEP_BUFFERS)
+    env: Mapping[str, str] = field(default_factory=dict)
     portions: Callable[[RunConfig], int] = one
     engines: Callable[[RunConfig], tuple[str, ...]] = no_engine
     in_rounds: Callable[[RunConfig], bool] = never

@@ -23,12 +23,12 @@ from pathlib import Path
 import psutil
 import torch
 
+from kdflow_core.allocator import keep_large_blocks
 from kdflow_core.contracts import HiddenSignal, OutputHead
 from kdflow_core.losses import LOSSES
 from kdflow_core.losses.chunked import chunk_rows, distillation_loss
 from kdflow_core.losses.elementwise import LossSpec
 from kdflow_core.losses.folding import Folding
-from tasks.stages.catalogue import KEEP_BUFFERS
 
 ROOT = Path(__file__).parents[2]
 # How many tensors of full logits a subject holds at a time, roughly; others hold chunks.
@@ -201,7 +201,6 @@ def peak_bytes(problem: Problem, name: str) -> int:
 def peaks(args: argparse.Namespace) -> dict[str, float]:
     """Megabytes of each subject, in a process of its own, which gives back what it has freed."""
     found = {}
-    env = {name: value for name, value in os.environ.items() if name not in KEEP_BUFFERS}
     for name in Problem.subjects(Problem.__new__(Problem)):
         if fits(name, args):
             command = [sys.executable, "-m", "tests.benchmarks.loss", *sys.argv[1:]]
@@ -211,7 +210,6 @@ def peaks(args: argparse.Namespace) -> dict[str, float]:
                 capture_output=True,
                 text=True,
                 cwd=ROOT,
-                env=env,
             )
             found[name] = int(output.stdout.split()[-1]) / 1e6
     return found
@@ -229,16 +227,11 @@ def main() -> None:
     parser.add_argument("--peak-of", help="measure one subject's memory alone")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    if not args.peak_of and not KEEP_BUFFERS.items() <= os.environ.items():  # as training runs
-        os.execve(
-            sys.executable,
-            [sys.executable, "-m", "tests.benchmarks.loss", *sys.argv[1:]],
-            os.environ | KEEP_BUFFERS,
-        )
     if args.peak_of:
         print(peak_bytes(Problem(args), args.peak_of))  # noqa: T201 - the result
         return
     memory = peaks(args)
+    keep_large_blocks()  # as training runs
     problem = Problem(args)
     taken = seconds(problem, args.rounds)
     logits = 2 * args.vocabulary * 4

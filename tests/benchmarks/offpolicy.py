@@ -12,10 +12,8 @@ Prints medians over steps without the first, which allocates, and times relative
 
 import argparse
 import json
-import os
 import platform
 import random
-import resource
 import statistics
 import sys
 import tempfile
@@ -36,14 +34,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from configs.load import validate_run
 from configs.schema.run import RunConfig
+from kdflow_core.allocator import keep_large_blocks
 from kdflow_core.batching import Division
 from kdflow_core.student.schedule import BatchSchedule
 from storage.tokens import TokenTable
 from tasks.jobs.stored import TokenExamples
 from tasks.presentation.tracking import METRICS_FILE, read_metrics
-from tasks.stages.catalogue import KEEP_BUFFERS
 from tasks.stages.identity import open_store
 from tasks.stages.planning import plan_stages
+from tests.benchmarks.peaks import PeakOfProcesses
 from tests.benchmarks.subjects import quickstart_model
 from tests.conftest import run_inline
 from tests.real_tokenizers import real_tokenizer
@@ -334,19 +333,20 @@ def measured(target: Callable[..., None], *args: Any) -> dict[str, Any]:
     """What a new process, with the environment that ours gives its ranks, sends back."""
     context = get_context("spawn")
     here, there = context.Pipe(duplex=False)
-    os.environ.update(KEEP_BUFFERS)  # for the tuned loop and ours; it helps the others too
     process = context.Process(target=target, args=(there, *args))
     process.start()
     there.close()
-    found: dict[str, Any] = here.recv()
-    process.join()
-    return found
+    with PeakOfProcesses() as peak:
+        found: dict[str, Any] = here.recv()
+        process.join()
+    return found | {"peak_mb": peak.bytes / 1e6}
 
 
 def run_loop(answer: Connection, name: str, args: argparse.Namespace, *places: Path) -> None:
+    keep_large_blocks()  # as ours does; it helps the plain loops and TRL, too
     work = Work(args, *places)
     losses = LOOPS[name](work)
-    answer.send({"losses": losses, "seconds": work.times, "peak_mb": peak_mb()})
+    answer.send({"losses": losses, "seconds": work.times})
 
 
 def run_ours(answer: Connection, run: RunConfig) -> None:
@@ -359,7 +359,6 @@ def run_ours(answer: Connection, run: RunConfig) -> None:
         {
             "losses": [record["loss"] for record in records],
             "seconds": [record["seconds"] for record in records],
-            "peak_mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1000,
         }
     )
 
@@ -432,11 +431,6 @@ def summary(turns: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             "counts": difference < TOLERANCE,
         }
     return found
-
-
-def peak_mb() -> float:
-    """The most that this process has held, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
 
 if __name__ == "__main__":

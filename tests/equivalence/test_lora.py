@@ -2,13 +2,14 @@
 them merged.
 """
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from configs.load import load_run
@@ -98,3 +99,50 @@ def test_targets_that_are_not_there(make_recipe: Callable[..., Path]) -> None:
     run = load_run(str(make_recipe()), overrides)
     with pytest.raises((ModelError, WorkerError), match=r"student\.lora\.targets=.*no_proj"):
         run_inline(run, until="train", launched={"train"})
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        {"student.lora": {"rank": RANK}},
+        {"student.parameter_groups": [{"names": "*.layers.0.*", "frozen": True}]},
+        {"student.parameter_groups": [{"names": "*embed_tokens*", "frozen": True}]},
+    ],
+    ids=["adapters", "a layer", "embedding"],
+)
+def test_frozen_weights_are_held_as_they_are_stored(
+    make_recipe: Callable[..., Path],
+    student_folder: Path,
+    tmp_path: Path,
+    frozen: dict[str, object],
+    num_ranks: int,
+) -> None:
+    """In half the memory, where that is bfloat16 and so is the computation: the training is that of
+    a student whose file has the same weights in float32, bit for bit.
+    """
+    narrow, wide = (shutil.copytree(student_folder, tmp_path / name) for name in ("16", "32"))
+    weights = {
+        name: weight.bfloat16()
+        for name, weight in load_file(student_folder / "model.safetensors").items()
+    }
+    save_file(weights, narrow / "model.safetensors", {"format": "pt"})
+    save_file(
+        {n: w.float() for n, w in weights.items()}, wide / "model.safetensors", {"format": "pt"}
+    )
+    found = []
+    for folder in (narrow, wide):
+        overrides = {
+            "student.model.path": str(folder),
+            "student.compute_dtype": "bfloat16",
+            "student.max_steps": 3,
+        }
+        run = load_run(str(make_recipe(num_ranks=num_ranks, lr=0.02)), overrides | frozen)
+        ref = run_inline(run, until="train", launched={"train"})["student"]
+        losses = [r["loss"] for r in read_metrics(Path(ref.uri) / "metrics.jsonl")]
+        found.append((losses, load_file(Path(ref.uri) / "model/model.safetensors")))
+    (losses, exported), (expected_losses, expected) = found
+    assert losses == expected_losses
+    assert len(set(losses)) == 3
+    for name, weight in expected.items():
+        assert torch.equal(exported[name], weight), name
