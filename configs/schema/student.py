@@ -85,7 +85,9 @@ class StudentConfig(StrictModel):
     chat_template: ChatTemplate = Field(default_factory=ChatTemplate)
     """How the student's conversations are rendered; the student is exported with it."""
     compute_dtype: Dtype = "bfloat16"
-    """The dtype that layers compute in; weights and optimizer states are float32."""
+    """The dtype that layers compute in. Weights that train, and optimizer states, are float32;
+    frozen ones (beside adapters, say) are bfloat16 where they are so in the student's files.
+    """
     save_dtype: Dtype = "bfloat16"
     """The dtype of the exported weights."""
     attention: Attention = "sdpa"

@@ -36,6 +36,7 @@ from kdflow_core.errors import TrainingError
 from kdflow_core.student.seal import METADATA, damage_of, write_seal
 
 NAME = re.compile(r"^step-(\d{8})$")
+STUDENT = "model."  # of a DistillationModule
 LITTLE_ROOM = 1 << 26  # bytes; a disk with less is taken for full when writing fails
 # What the metadata of a checkpoint may be made of.
 METADATA_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner")
@@ -96,7 +97,7 @@ class CheckpointWriter:
         dist.barrier()
         weights, optimizer_state = get_state_dict(module, optimizers)
         written = async_save(
-            {"model": weights, "optimizer": optimizer_state},
+            {"model": _moving(weights, module), "optimizer": optimizer_state},
             checkpoint_id=str(temporary),
             process_group=self._group,
         )
@@ -143,12 +144,12 @@ def load_newest(
     if step == 0:
         return 0
     weights, optimizer_state = get_state_dict(module, optimizers)
-    state: dict[str, Any] = {"model": weights, "optimizer": optimizer_state}
+    state: dict[str, Any] = {"model": _moving(weights, module), "optimizer": optimizer_state}
     load(state, checkpoint_id=str(step_folder(folder, step)), planner=_PlainLoadPlanner())
     set_state_dict(
         module,
         optimizers,
-        model_state_dict=state["model"],
+        model_state_dict=weights | state["model"],
         optim_state_dict=state["optimizer"],
     )
     return step
@@ -158,9 +159,20 @@ def load_weights(folder: Path, step: int, module: torch.nn.Module) -> None:
     """Load the weights alone of the complete checkpoint of a step, which this training has written
     or found whole.
     """
-    state: dict[str, Any] = {"model": get_model_state_dict(module)}
+    weights = get_model_state_dict(module)
+    state: dict[str, Any] = {"model": _moving(weights, module)}
     load(state, checkpoint_id=str(step_folder(folder, step)), planner=_PlainLoadPlanner())
-    set_model_state_dict(module, state["model"])
+    set_model_state_dict(module, weights | state["model"])
+
+
+def _moving(weights: dict[str, Any], module: torch.nn.Module) -> dict[str, Any]:
+    """Of a module's weights those that training changes: all but the student's frozen ones.
+
+    What an algorithm averages has no gradient either, and moves.
+    """
+    named = module.named_parameters(remove_duplicate=False)
+    frozen = {n for n, p in named if n.startswith(STUDENT) and not p.requires_grad}
+    return {name: weight for name, weight in weights.items() if name not in frozen}
 
 
 def _newest_whole(folder: Path, tell: Callable[[str], None]) -> int:

@@ -13,7 +13,7 @@ from kdflow_core.student.lora import save_adapter
 from kdflow_core.student.module import DistillationModule
 from kdflow_core.student.publish import WeightPublisher, gathered
 
-FILE_BYTES = 2 * 10**9
+FILE_BYTES = 10**9
 
 
 def export_student(

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from torch.distributed.checkpoint import FileSystemReader
 
 from configs.load import load_run
 from kdflow_core.errors import WorkerError
-from kdflow_core.student.checkpoint import completed_steps
+from kdflow_core.student.checkpoint import completed_steps, step_folder
 from tasks.execution.launch import launch_stage
 from tasks.presentation.tracking import HELDOUT_FILE, read_metrics
 from tasks.stages.identity import StageSpec
@@ -44,8 +45,8 @@ def test_killed_training_ends_in_the_same_weights(
     algorithm: str,
 ) -> None:
     """Also of what an algorithm has of its own, which a checkpoint must hold: projectors, which
-    learn, and a moving average of the student. And where the result is an early student, the best
-    of the held-out curve, whose checkpoint has to outlive newer ones.
+    learn, and a moving average of the student, of which a part is frozen. And where the result is
+    an early student, the best of the held-out curve, whose checkpoint has to outlive newer ones.
     """
     recipe = make_recipe(num_ranks=num_ranks, max_steps=40, checkpoint_every=5)
     overrides = {"algorithm.type": algorithm}
@@ -55,6 +56,7 @@ def test_killed_training_ends_in_the_same_weights(
         overrides |= {"eval.every_steps": 2, "eval.keep_best": "forward_kl"}
     if algorithm == "self_distillation":
         overrides |= {"teacher.model.path": str(student_folder), "algorithm.decay": 0.9}
+        overrides |= {"student.parameter_groups": [{"names": "*embed_tokens*", "frozen": True}]}
     run = load_run(str(recipe), overrides)
     refs = run_inline(run, until="extract")
     other = {"storage.root": str(tmp_path / "whole"), "storage.scratch": str(tmp_path / "s")}
@@ -75,6 +77,11 @@ def test_killed_training_ends_in_the_same_weights(
     ).exists()
     done = completed_steps(checkpoints)[-1]
     assert 10 <= done < 40
+    saved = FileSystemReader(step_folder(checkpoints, done)).read_metadata().state_dict_metadata
+    embedding = "model.embed_tokens.weight"
+    # Frozen weights are in the student's folder; their average is nowhere else.
+    assert (f"model.model.{embedding}" in saved) == keeps_best
+    assert any(name.endswith(embedding) for name in saved)
 
     resumed = Path(launch_stage(spec, log).uri)
     whole = Path(launch_stage(whole_spec, log).uri)
