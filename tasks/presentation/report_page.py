@@ -37,12 +37,14 @@ def write_report(*, spec: StageSpec, store: ArtifactStore, target: Path) -> None
     metrics, rounds = read_metrics(student / METRICS_FILE), read_rounds(student)
     path = store.local_copy(spec.inputs["evaluation"]) / "evaluation.json"
     evaluation = json.loads(path.read_text(encoding="utf-8"))
-    tokens = manifests["tokens"]
+    tokens, kept = manifests["tokens"], manifests["student"].info.get("kept_step")
     sources = [*tokens.info["read"]]
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         name=spec.run.name,
-        figures=_step_curves(metrics, read_metrics(student / HELDOUT_FILE)),
+        figures=_step_curves(metrics, read_metrics(student / HELDOUT_FILE), kept),
+        kept_step=kept,
+        kept_by=spec.run.eval.keep_best,
         rounds=rounds,
         round_figures=_round_curves(rounds),
         models=[m for m in MODELS if m in evaluation["models"]],
@@ -62,15 +64,19 @@ def write_report(*, spec: StageSpec, store: ArtifactStore, target: Path) -> None
     target.write_text(page, encoding="utf-8")
 
 
-def _step_curves(metrics: list[dict[str, Any]], heldout: list[dict[str, Any]]) -> list[str]:
-    """Figures over the optimizer steps, and of the held-out loss where it was measured."""
+def _step_curves(
+    metrics: list[dict[str, Any]], heldout: list[dict[str, Any]], kept: int | None
+) -> list[str]:
+    """Figures over the optimizer steps, and of the held-out loss where it was measured, with the
+    step whose student was `kept` if that was not the last.
+    """
     figures: dict[str, tuple[tuple[str, str], ...]] = {}
     present = set().union(*metrics)
     for metric in (m for m in STEP_METRICS if m.name in present):
         own = figures.get(metric.figure, ())
         figures[metric.figure] = (*own, (metric.name, metric.legend))
     curves = [_curve(title, series, metrics) for title, series in figures.items()]
-    return curves + ([_curve(HELDOUT_CURVE, HELDOUT_SERIES, heldout)] if heldout else [])
+    return curves + ([_curve(HELDOUT_CURVE, HELDOUT_SERIES, heldout, kept)] if heldout else [])
 
 
 def _round_curves(rounds: list[RoundRecord]) -> list[str]:
@@ -105,20 +111,24 @@ def _curve(
     title: str,
     series: tuple[tuple[str, str], ...],
     metrics: list[dict[str, Any]],
+    marked: int | None = None,
+    *,
     over: str = "optimizer step",
 ) -> str:
-    """An SVG of some metrics over the steps."""
+    """An SVG of some metrics over the steps, one of which may be marked."""
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9}):
         figure = Figure(figsize=(5.2, 2.8), layout="constrained")
         axes = figure.subplots()
         steps = [record["step"] for record in metrics]
         for key, label in series:
             axes.plot(steps, [record[key] for record in metrics], label=label, linewidth=1.5)
+        if marked is not None:
+            axes.axvline(marked, color="#57606a", linestyle=":", label=f"kept: step {marked}")
         axes.set_title(title, loc="left")
         axes.set_xlabel(over)
         axes.grid(visible=True, alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        if len(series) > 1:
+        if len(series) > 1 or marked is not None:
             axes.legend(frameon=False)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})

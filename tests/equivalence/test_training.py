@@ -204,10 +204,12 @@ def test_tensorboard_has_the_curves(variant: Callable[..., Any]) -> None:
 def test_the_best_student_of_the_curve_is_kept_and_training_ends_behind_it(
     make_recipe: Callable[..., Path],
 ) -> None:
-    """What is exported has the scores of the curve's best point, by the evaluation."""
+    """What is exported has the scores of the curve's best point, by the evaluation; and the report
+    says which it is.
+    """
     recipe = str(make_recipe(num_ranks=2, lr=0.3, lr_schedule="constant", max_steps=40))
     best = {"eval.every_steps": 2, "eval.keep_best": "reverse_kl", "eval.patience": 3}
-    done = run_inline(load_run(recipe, best), until="evaluate", launched=["train"])
+    done = run_inline(load_run(recipe, best), until="report", launched=["train"])
     folder = Path(done["student"].uri)
     curve = [p for p in read_metrics(folder / HELDOUT_FILE) if p["step"]]
     best_point = min(curve, key=lambda point: point["reverse_kl"])
@@ -217,6 +219,9 @@ def test_the_best_student_of_the_curve_is_kept_and_training_ends_behind_it(
     evaluation = json.loads((Path(done["evaluation"].uri) / "evaluation.json").read_text())
     scores = evaluation["models"]["student after"]["all"]
     assert scores["reverse_kl"] == pytest.approx(best_point["reverse_kl"], rel=1e-4)
+    report = (Path(done["report"].uri) / "report.html").read_text()
+    assert f"that of step {best_point['step']}, the best of the held-out curve" in report
+    assert f"kept: step {best_point['step']}" in report
 
 
 @pytest.mark.parametrize("more", [{"delivery": "live"}, {"algorithm": {"type": "sft"}}, {}])
