@@ -1,6 +1,7 @@
 """The command `kdflow`."""
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,6 +90,25 @@ def _run_flow(
         with given_run(planned):
             done: dict[str, ArtifactRef] = kd(recipe=recipe, overrides=public(settings))
     return done
+
+
+@app.command()
+def worker(
+    recipe: RecipeArgument,
+    stage: Annotated[str, typer.Argument(help="A stage's name, as `kdflow plan` has it.")],
+    overrides: OverrideArgument = None,
+) -> None:
+    """Be one rank of a stage, where torchrun or another scheduler starts the ranks.
+
+    Its place is in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. What the stage needs
+    is in the store already. A SIGTERM has training save first; the exit code is 75 then.
+    """
+    with foreground(["kdflow", "worker", recipe, stage, *(overrides or [])]):
+        from tasks.execution.scheduled_rank import run_scheduled_rank  # noqa: PLC0415 - loads torch
+
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        planned = planned_run(recipe, parse_overrides(overrides or []), download=True)
+        run_scheduled_rank(planned, stage, os.environ)
 
 
 @app.command()

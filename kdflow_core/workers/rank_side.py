@@ -28,6 +28,8 @@ _requests: "queue.Queue[str]" = queue.Queue()
 _progress = threading.Event()
 _busy = threading.Event()
 _stop = threading.Event()
+_stoppable = threading.Event()
+_launched = threading.Event()
 _writing = threading.Lock()
 
 
@@ -37,6 +39,7 @@ def begin() -> None:
     Nothing else can be read from standard input: a library that asks a question there finds its
     end, and does not wait for ever.
     """
+    _launched.set()
     _busy.set()
     stdin = os.fdopen(os.dup(STDIN), encoding="utf-8")
     with open(os.devnull, encoding="utf-8") as nothing:
@@ -78,11 +81,22 @@ def made_progress() -> None:
 @contextmanager
 def stoppable() -> Iterator[None]:
     """Within, this rank asks `is_asked_to_stop` again and again, and the launcher knows it."""
+    _stoppable.set()
     emit({"event": "stoppable", "value": True})
     try:
         yield
     finally:
+        _stoppable.clear()
         emit({"event": "stoppable", "value": False})
+
+
+def ask_to_stop() -> bool:
+    """Ask this process, where it is a rank without a launcher, to save what is done and to end;
+    False where it cannot now.
+    """
+    if _stoppable.is_set():
+        _stop.set()
+    return _stoppable.is_set()
 
 
 def is_asked_to_stop() -> bool:
@@ -91,7 +105,11 @@ def is_asked_to_stop() -> bool:
 
 
 def emit(event: dict[str, Any]) -> None:
-    """Send an event to the launcher, on a line of its own whatever else is being printed."""
+    """Send an event to the launcher, on a line of its own whatever else is being printed. Without
+    a launcher there is nobody to send it to.
+    """
+    if not _launched.is_set():
+        return
     sys.stdout.flush()
     rest = f"\n{EVENT_PREFIX}{json.dumps(event)}\n".encode()
     with _writing:

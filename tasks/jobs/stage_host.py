@@ -6,6 +6,7 @@ from pkgutil import resolve_name
 
 from configs.secrets import public
 from kdflow_core.allocator import keep_large_blocks
+from kdflow_core.sinks import Reporter
 from kdflow_core.workers.base import RankContext, offered
 from kdflow_core.workers.rank_side import emit, made_progress
 from storage.artifact import ArtifactRef
@@ -50,17 +51,26 @@ class StageHost:
     """A rank of a stage."""
 
     def __init__(self, context: RankContext, spec: str) -> None:
-        if context.num_ranks == 1:
-            keep_large_blocks()
         self._stage = open_stage(context, spec)
 
     @offered
     def work(self) -> None:
         """Do the job. What it has made is in the store."""
-        job_of(self._stage.spec.identity.stage)(self._stage)
+        _do(self._stage)
 
     def close(self) -> None:
         """Nothing is left to be done."""
+
+
+def do_job(spec: StageSpec, reporter: Reporter, context: RankContext) -> None:
+    """Do this process's part of a stage, where no launcher has started it."""
+    _do(StageRun(spec, reporter, context))
+
+
+def _do(stage: StageRun) -> None:
+    if stage.context.num_ranks == 1:
+        keep_large_blocks()
+    job_of(stage.spec.identity.stage)(stage)
 
 
 def job_of(stage: str) -> Callable[[StageRun], ArtifactRef | None]:
