@@ -12,7 +12,8 @@ import resource, sys, torch
 from kdflow_core.allocator import keep_large_blocks
 if sys.argv[1] == "kept":
     keep_large_blocks()
-torch.ones(1 << 24)  # 64 MiB
+for _ in range(20):
+    torch.ones(1 << 24)  # 64 MiB
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
     torch.ones(1 << 24)
