@@ -74,11 +74,6 @@ class Server:
     def task_states(self, flow_run_id: object) -> dict[str, str]:
         return dict(self.all_task_states(flow_run_id))
 
-    def deployment(self, name: str) -> str:
-        """A deployment's id."""
-        found = httpx.get(f"{self.api}/deployments/name/{name}").json()
-        return str(found["id"])
-
     def stop(self) -> None:
         for process in reversed(self.processes):
             process.terminate()

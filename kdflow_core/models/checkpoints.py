@@ -43,9 +43,11 @@ class Checkpoint:
         """Values in all tensors."""
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
-    def only_in(self, dtype: str) -> bool:
-        """Whether all tensors have a dtype, as safetensors names it."""
-        return {tensor.dtype for tensor in self.tensors.values()} == {dtype}
+    def exact_in(self, dtype: str) -> bool:
+        """Whether weights that do not train are held in `dtype`, which a student computes in:
+        narrower than float32, and what all tensors are in.
+        """
+        return dtype == "bfloat16" and {t.dtype for t in self.tensors.values()} == {"BF16"}
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

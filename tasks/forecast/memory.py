@@ -20,7 +20,6 @@ from tasks.stages.identity import StageSpec, open_store
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 WEIGHTS, MOMENTS, GRADIENTS = 4, 8, 4  # bytes of a parameter in training: float32, AdamW
-FROZEN = 2  # of one beside adapters, where the checkpoint and the computation are in bfloat16
 MUON_MOMENTS = 4  # of a matrix in a numbered layer
 NUMBERED = re.compile(r"\.\d+\.")
 PHASES = ("roll out", "swap weights", "score", "train")
@@ -148,10 +147,10 @@ def memory_lines(phases: list[Phase]) -> list[str]:
 def _weight_bytes(spec: StageSpec) -> int:
     """The bytes of a weight of the student."""
     student = spec.run.student
-    narrow = student.lora is not None and student.compute_dtype == "bfloat16"
-    return (
-        FROZEN if narrow and read_checkpoint(_folder(spec, "student")).only_in("BF16") else WEIGHTS
-    )
+    if student.lora is None:
+        return WEIGHTS
+    held = read_checkpoint(_folder(spec, "student")).exact_in(student.compute_dtype)
+    return DTYPE_BYTES[student.compute_dtype] if held else WEIGHTS
 
 
 def _moment_bytes(spec: StageSpec) -> int:

@@ -61,7 +61,7 @@ def build_module(
         add_adapters(model, config.lora)
     freeze_(model, config)
     compute_dtype = DTYPES[config.compute_dtype]
-    if config.compute_dtype == "bfloat16" and read_checkpoint(folder).only_in("BF16"):
+    if read_checkpoint(folder).exact_in(config.compute_dtype):
         narrow_frozen_(model, compute_dtype, filled=not in_parts)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

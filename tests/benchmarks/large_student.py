@@ -19,9 +19,9 @@ from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from configs.load import load_run
+from configs.load import validate_run
 from kdflow_core.models.checkpoints import read_checkpoint
-from tests.benchmarks.peaks import PeakOfProcesses
+from tests.benchmarks.peaks import watched_peaks
 from tests.conftest import make_llama, make_tokenizer, run_inline
 from tests.processes import RANK
 
@@ -89,28 +89,27 @@ def measure(folder: Path, ranks: int, layers: int) -> dict[str, object]:
     make_large(student, layers)
     rows = [{"prompt": f"{n} plus {n}?", "completion": f"It is {2 * n}."} for n in range(40)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = {
-        "name": "large",
-        "data": {"sources": [{"type": "files", "path": str(folder / "data.jsonl")}]},
-        "teacher": {
-            "type": "transformers",
-            "model": {"type": "pretrained", "path": str(teacher)},
-        },
-        "student": {
-            "model": {"type": "pretrained", "path": str(student)},
-            "lora": {"rank": 8},
-            "num_ranks": ranks,
-            "max_steps": 1,
-            "global_batch_size": 4,
-        },
-        "storage": {"root": str(folder / "store"), "scratch": str(folder / "scratch")},
-    }
-    path = folder / "large.yaml"
-    path.write_text(json.dumps(recipe))  # which is YAML
-    run = load_run(str(path))
+    run = validate_run(
+        {
+            "name": "large",
+            "data": {"sources": [{"type": "files", "path": str(folder / "data.jsonl")}]},
+            "teacher": {
+                "type": "transformers",
+                "model": {"type": "pretrained", "path": str(teacher)},
+            },
+            "student": {
+                "model": {"type": "pretrained", "path": str(student)},
+                "lora": {"rank": 8},
+                "num_ranks": ranks,
+                "max_steps": 1,
+                "global_batch_size": 4,
+            },
+            "storage": {"root": str(folder / "store"), "scratch": str(folder / "scratch")},
+        }
+    )
     run_inline(run, until="extract")
     start = time.perf_counter()
-    with PeakOfProcesses(title=RANK) as peak:
+    with watched_peaks(RANK) as peaks:
         ref = run_inline(run, until="train", launched={"train"})["student"]
     seconds = time.perf_counter() - start
     parameters = read_checkpoint(student).num_parameters
@@ -120,7 +119,7 @@ def measure(folder: Path, ranks: int, layers: int) -> dict[str, object]:
         "parameters": parameters,
         "model_gb": 2 * parameters / 1e9,
         "ranks": ranks,
-        "peak_gb_of_ranks": sorted(size / 1e9 for size in peak.by_process.values()),
+        "peak_gb_of_ranks": sorted(size / 1e9 for size in peaks.values()),
         "seconds": seconds,
     }
 

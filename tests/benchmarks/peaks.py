@@ -3,9 +3,8 @@
 import contextlib
 import re
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import psutil
 
@@ -13,48 +12,31 @@ EVERY_S = 0.05
 ANONYMOUS = re.compile(r"^Pss_Anon:\s+(\d+) kB", re.MULTILINE)
 
 
-class PeakOfProcesses:
-    """While it is entered, watches the processes below one (this one): the most anonymous memory
-    that any of them had, in bytes. What processes share counts in parts; files that are mapped, as
-    those of weights and states, do not count.
+@contextlib.contextmanager
+def watched_peaks(title: str = "") -> Iterator[dict[int, int]]:
+    """Within, the processes below this one are watched, those with `title` in their command: the
+    most anonymous memory that each of them has had, in bytes, by its id. What processes share
+    counts in parts; files that are mapped, as those of weights and states, do not count.
     """
+    root, peaks, done = psutil.Process(), dict[int, int](), threading.Event()
 
-    def __init__(self, pid: int | None = None, *, title: str = "") -> None:
-        self._root = psutil.Process(pid)
-        self._title = title  # only processes with it in their command count
-        self.by_process: dict[int, int] = {}
-        self._done = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, daemon=True)
+    def watch() -> None:
+        while not done.wait(EVERY_S):
+            for process in root.children(recursive=True):
+                with contextlib.suppress(psutil.Error, OSError):  # it may be gone
+                    if title in " ".join(process.cmdline()):
+                        now = _anonymous_bytes(process.pid)
+                        peaks[process.pid] = max(now, peaks.get(process.pid, 0))
 
-    @property
-    def bytes(self) -> int:
-        """That of the process with the most."""
-        return max(self.by_process.values(), default=0)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peaks
+    finally:
+        done.set()
+        watcher.join()
 
-    def _watch(self) -> None:
-        while not self._done.wait(EVERY_S):
-            with contextlib.suppress(psutil.Error):
-                for process in self._root.children(recursive=True):
-                    self._look_at(process)
 
-    def _look_at(self, process: psutil.Process) -> None:
-        with contextlib.suppress(psutil.Error, OSError):  # it may be gone
-            if self._title not in " ".join(process.cmdline()):
-                return
-            rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-            if found := ANONYMOUS.search(rollup):
-                now = 1024 * int(found[1])
-                self.by_process[process.pid] = max(now, self.by_process.get(process.pid, 0))
-
-    def __enter__(self) -> Self:
-        self._watcher.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._done.set()
-        self._watcher.join()
+def _anonymous_bytes(pid: int) -> int:
+    found = ANONYMOUS.search(Path(f"/proc/{pid}/smaps_rollup").read_text())
+    return 1024 * int(found[1]) if found else 0  # a process that has ended has no memory

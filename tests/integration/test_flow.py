@@ -3,19 +3,16 @@
 import re
 import shutil
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 from configs.load import load_run
-from kdflow_core.student.checkpoint import completed_steps
 from tasks.stages.planning import plan_stages
 from tests.command import kdflow
 from tests.conftest import run_inline
-from tests.processes import stage_ranks
+from tests.faults.test_kill import kill_a_rank_after
 
 pytestmark = [pytest.mark.prefect, pytest.mark.ranks]
 
@@ -82,14 +79,6 @@ def test_extraction_mapped_over_two_workers(
         assert (states / shard).read_bytes() == (alone / shard).read_bytes()
 
 
-def kill_a_rank(checkpoints: Path) -> None:
-    """SIGKILL one of the ranks that train, once two checkpoints are there."""
-    while max(completed_steps(checkpoints), default=0) < 10:
-        time.sleep(0.02)
-    stage_ranks(psutil.Process())[0].kill()
-    assert completed_steps(checkpoints)[-1] < 60
-
-
 def test_a_killed_rank_is_started_again_from_its_checkpoint(
     make_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -98,15 +87,15 @@ def test_a_killed_rank_is_started_again_from_its_checkpoint(
     """
     recipe = str(make_recipe(max_steps=60, checkpoint_every=5))
     digest = plan_stages(load_run(recipe))["train"].digest
-    killer = threading.Thread(
-        target=kill_a_rank, args=[tmp_path / "scratch/student" / digest / "checkpoints"]
-    )
+    checkpoints = tmp_path / "scratch/student" / digest / "checkpoints"
+    killer = threading.Thread(target=kill_a_rank_after, args=(checkpoints, 10, 0))
     killer.start()
     output = kdflow("run", recipe)
     killer.join()
     assert "rank 0 of stage train ended by signal SIGKILL" in output
     assert "training from step 0 of 60" in output
-    assert re.search(r"training from step \d+ of 60 \(resumed", output)
+    (resumed,) = re.findall(r"training from step (\d+) of 60 \(resumed", output)
+    assert 10 <= int(resumed) < 60
     model = tmp_path / "store/artifacts/student" / digest / "model/model.safetensors"
     content = model.read_bytes()
 

@@ -31,20 +31,13 @@ PLACE = {
 }
 
 
-def by_torchrun(recipe: Path) -> list[str]:
-    """The README's command, for a recipe."""
+def finish(recipe: Path) -> str:
+    """What is said of a training that ends well, by the README's command for a recipe."""
     (command,) = (words for words in commands("Schedulers") if words[0] == "torchrun")
     words = [TORCHRUN, *(str(recipe) if word == "own-models" else word for word in command[1:])]
     words[words.index("kdflow")] = KDFLOW
-    return words
-
-
-def finish(recipe: Path) -> str:
-    """What is said of a training that ends well."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        by_torchrun(recipe), cwd=ROOT, env=env, capture_output=True, text=True, check=False
-    )
+    result = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     said = result.stdout + result.stderr
     assert result.returncode == 0, said
     assert "KDFLOW-EVENT" not in said
@@ -62,11 +55,10 @@ def test_a_student_trained_by_them_is_that_of_a_run(
     assert said.count("training from step 0 of 6") == 1
     assert "6 of 6 steps" in said
 
-    for name, value in PLACE.items():  # that of one of two ranks, of which the other is not there
-        monkeypatch.setenv(name, value)
-    kdflow("worker", str(recipe), "train")
-    for name in PLACE:
-        monkeypatch.delenv(name)
+    with monkeypatch.context() as patch:
+        for name, value in PLACE.items():  # one of two ranks, of which the other is not there
+            patch.setenv(name, value)
+        kdflow("worker", str(recipe), "train")
 
     elsewhere = {f"storage.{name}": str(tmp_path / f"run-{name}") for name in ("root", "scratch")}
     expected = run_inline(load_run(str(recipe), elsewhere), until="train", launched=["train"])
