@@ -2,9 +2,9 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-# Two test processes side by side; a file's tests stay together, as they share what they start.
-# Their threads are more than the cores: one that waits must not spin.
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Three test processes side by side, for two cores, as tests wait, too; a file's tests stay together,
+# as they share what they start. Their threads are more than the cores: one that waits must not spin.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: install quickstart test test-fast test-all gpu-smoke check audit format lock clean
 

@@ -1,7 +1,7 @@
 """SGLang's engine for generation: ids in, ids out, new weights in.
 
-The engine runs in processes of its own (scheduler and detokenizer); here are its front and what of
-its private API that takes. `scheduler.py` is our part inside its process.
+The engine runs in processes of its own, one scheduler a rank; here are its front and what of its
+private API that takes. `scheduler.py` is our part inside its process.
 """
 
 import multiprocessing
@@ -55,6 +55,11 @@ class GenerationEngine:
     def __init__(self, options: EngineOptions, device: torch.device) -> None:
         class MaskedEngine(Engine):
             run_scheduler_process_func = staticmethod(scheduler_for(options.vocabulary_size))
+
+            @classmethod
+            def _launch_detokenizer_subprocesses(cls, **_: Any) -> tuple[list[Any], list[str]]:
+                """None: without a tokenizer, the scheduler's answers come here directly."""
+                return [], []
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

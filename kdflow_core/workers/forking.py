@@ -27,9 +27,9 @@ SOURCES = ("configs", "kdflow_core", "storage", "tasks")
 MOST_SERVERS = 3  # of one launcher; each holds the libraries once
 # Where drivers put their devices: NVIDIA, AMD, NVIDIA under Windows.
 DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-# Variables that change within a process that launches, and that nothing reads while it is loaded,
-# or that a forked rank has set for itself (`fork_server`).
-NO_MATTER = ("PREFECT_", "PYTEST_CURRENT_TEST", "OMP_NUM_THREADS")
+# Variables that change within a process that launches, or from rank to rank, and that nothing reads
+# while it is loaded; or that a forked rank has set for itself (`fork_server`).
+NO_MATTER = ("AWS_", "PREFECT_", "PYTEST_CURRENT_TEST", "OMP_NUM_THREADS", "PYTHONWARNINGS")
 
 
 def can_fork() -> bool:

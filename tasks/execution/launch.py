@@ -21,7 +21,12 @@ from tasks.stages.identity import StageIdentity, StageSpec, find, open_store, ru
 ENDING_S = 300.0  # more than ranks that stand still take to be ended
 
 # What most stages load, and takes its time; not what reads the environment of its stage.
-PRELOAD = sorted({stage.job.partition(":")[0] for stage in CATALOGUE.values()})
+PRELOAD = [
+    *sorted({stage.job.partition(":")[0] for stage in CATALOGUE.values()}),
+    "tasks.jobs.stage_host",
+    "pandas",  # pyarrow loads it when it makes its first array
+    "torch.utils.tensorboard",
+]
 SGLANG = ["kdflow_core.sglang_runtime.engine", "kdflow_core.sglang_runtime.in_process"]
 
 Logger = logging.Logger | logging.LoggerAdapter[Any]

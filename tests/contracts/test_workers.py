@@ -51,6 +51,14 @@ CLOSE = """
 """
 
 
+# What watches ranks is one thing for both, and such tests wait.
+WATCHED = pytest.mark.parametrize(
+    "_launcher",
+    [pytest.param("local", marks=pytest.mark.slow), "local, forked"],
+    indirect=True,
+)
+
+
 @pytest.fixture(autouse=True, params=sorted(LAUNCHERS))
 def _launcher(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CHOSEN, request.param)
@@ -213,6 +221,7 @@ time.sleep(120)
     wait_until_gone(pids_in(tmp_path, 2))
 
 
+@WATCHED
 def test_a_stuck_rank_is_named_with_its_place(
     rank_module: Callable[[str], str], tmp_path: Path
 ) -> None:
@@ -232,6 +241,7 @@ threading.Event().wait()
     wait_until_gone(pids_in(tmp_path, 2))
 
 
+@WATCHED
 def test_a_rank_may_wait_for_one_that_moves(
     rank_module: Callable[[str], str], tmp_path: Path
 ) -> None:
@@ -250,6 +260,7 @@ while not (folder / "done-0").exists():
     assert (tmp_path / "done-0").exists()
 
 
+@WATCHED
 def test_a_rank_that_tells_of_progress_may_stand(
     rank_module: Callable[[str], str], tmp_path: Path
 ) -> None:

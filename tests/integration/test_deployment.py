@@ -26,10 +26,12 @@ def server(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Iterator
     running.stop()
 
 
-def test_the_deployment_runs_to_completion(
+def test_a_deployment_fails_is_retried_and_runs_to_completion(
     server: Server, make_recipe: Callable[..., Path]
 ) -> None:
-    # The README's commands, but for the port and the recipe.
+    """What the failed run had finished comes from cache, in its retry and in the next run, and the
+    UI says so. The README's commands, but for the port and the recipe.
+    """
     _, pool, deploy, start_worker, run_it, _ = (
         w[1:] for w in commands("As a service") if w[0] == "prefect"
     )
@@ -47,22 +49,35 @@ def test_the_deployment_runs_to_completion(
         assert time.monotonic() < deadline, "the nightly schedule created no run"
         time.sleep(1)
 
+    bad_recipe = ("--param", f"recipe={make_recipe(lr=1e30)}")
+    server.command("deployment", "run", "kd/offpolicy", *bad_recipe, "--watch", code=1)
+    (failed,) = server.runs(flow_runs={"state": {"type": {"any_": ["FAILED"]}}})
+    assert "not both finite" in str(failed["state"])
+    server.command("flow-run", "retry", str(failed["name"]))
+    deadline = time.monotonic() + 120
+    while True:
+        (now,) = server.runs(flow_runs={"id": {"any_": [failed["id"]]}})
+        if now["run_count"] == 2 and now["state_type"] == "FAILED":
+            break
+        assert time.monotonic() < deadline, now["state"]
+        time.sleep(0.5)
+    states = server.all_task_states(failed["id"])
+    for stage in ("tokenize", "extract"):
+        # Computed once, by the first attempt.
+        assert states.count((stage, "Completed")) == 1, states
+        assert {state for name, state in states if name == stage} <= {"Completed", "Cached"}
+    assert ("train", "Failed") in states
+
     run_it = [w.replace("recipe=quickstart", f"recipe={make_recipe()}") for w in run_it]
     server.command(*run_it)
-    completed = {"flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
-    (first,) = server.runs(**completed)
-    assert set(server.task_states(first["id"]).values()) == {"Completed"}
+    (completed,) = server.runs(flow_runs={"state": {"type": {"any_": ["COMPLETED"]}}})
+    done = dict.fromkeys(("tokenize", "extract"), "Cached")
+    done |= dict.fromkeys(("train", "evaluate", "report"), "Completed")
+    assert server.task_states(completed["id"]) == done
     artifacts = httpx.post(f"{server.api}/artifacts/filter", json={}).json()
     tables = [a for a in artifacts if a["type"] == "table"]
     assert [a["key"] for a in tables] == ["tiny-evaluation"]
     assert "student after" in str(tables[0]["data"])
-
-    # The same again is served from cache, and says so in the UI.
-    server.command(*run_it)
-    second = next(r for r in server.runs(**completed) if r["id"] != first["id"])
-    assert server.task_states(second["id"]) == dict.fromkeys(
-        ("tokenize", "extract", "train", "evaluate", "report"), "Cached"
-    )
 
 
 @pytest.mark.slow  # what is said of wrong parameters: test_bad_inputs
@@ -118,29 +133,6 @@ def test_on_policy_rounds_are_subflows(
     shown = [a["data"] for a in artifacts if a["key"] == f"{name}-round"]
     assert len(shown) == 2
     assert all("held-out reverse kl" in text and "plus" in text for text in shown)
-
-
-def test_a_failed_run_is_retried(server: Server, make_recipe: Callable[..., Path]) -> None:
-    """Training fails; the retry serves what was finished from cache. With the worker from above."""
-    recipe = ("--param", f"recipe={make_recipe(lr=1e30)}")
-    server.command("deployment", "run", "kd/offpolicy", *recipe, "--watch", code=1)
-    failed = server.runs(flow_runs={"state": {"type": {"any_": ["FAILED"]}}})
-    run = next(r for r in failed if "not both finite" in str(r["state"]))
-    server.command("flow-run", "retry", str(run["name"]))
-    deadline = time.monotonic() + 120
-    while True:
-        (now,) = server.runs(flow_runs={"id": {"any_": [run["id"]]}})
-        if now["run_count"] == 2 and now["state_type"] == "FAILED":
-            break
-        assert time.monotonic() < deadline, now["state"]
-        time.sleep(0.5)
-    states = server.all_task_states(run["id"])
-    for stage in ("tokenize", "extract"):
-        assert states.count((stage, "Completed")) == 1, (
-            states
-        )  # computed once, by the first attempt
-        assert {state for name, state in states if name == stage} <= {"Completed", "Cached"}
-    assert ("train", "Failed") in states
 
 
 @pytest.mark.slow  # that nothing of a run is left when it is ended: test_interrupt

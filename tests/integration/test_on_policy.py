@@ -38,7 +38,7 @@ pytestmark = pytest.mark.ranks
 LOG = logging.getLogger("test")
 NEW_TOKENS = 24
 SGLANG = {"type": "sglang", "dtype": "float32", "max_running": 16, "bucket_mb": 1}
-# SGLang's log-probabilities are the trainer's of the very ids: the five rounds below.
+# SGLang's log-probabilities are the trainer's of the very ids: the rounds below.
 ENGINES = [
     {"type": "transformers", "dtype": "float32"},
     pytest.param(SGLANG, marks=pytest.mark.slow),
@@ -91,22 +91,33 @@ def is_greedy(model: PreTrainedModel, row: dict[str, Any]) -> bool:
     )
 
 
-def test_five_rounds_with_sglang(make_recipe: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(
+    ("rounds", "weights", "lora"),
+    [
+        pytest.param(5, "tensor", None, marks=pytest.mark.slow),  # the way in: test_rollout
+        (3, "broadcast", {"rank": 8}),
+    ],
+)
+def test_rounds_with_sglang(
+    make_recipe: Callable[..., Path], rounds: int, weights: str, lora: dict[str, int] | None
+) -> None:
     """The held-out reverse KL falls from round to round, and engine and trainer agree on the
-    log-probabilities of what was sampled.
+    log-probabilities of what was sampled: with adapters, which the engine has merged, too.
     """
-    run = load(make_recipe, {}, rounds=5, rollout=SGLANG, samples_per_prompt=2)
+    more = {"student.lora": lora, "student.lr": 0.02 if lora else 0.002}
+    rollout = SGLANG | {"weights": weights}
+    run = load(make_recipe, more, rounds=rounds, rollout=rollout, samples_per_prompt=2)
     with at_work(run) as work:
-        records = train(work, 5)
+        records = train(work, rounds)
         steps = [r["step"] for r in read_metrics(metrics_of(work))]
         student = work.export()
     assert records[0].heldout_before is not None
     falling = [records[0].heldout_before, *(r.heldout for r in records)]
     losses = [scores["reverse_kl"] for scores in falling if scores is not None]
-    assert len(losses) == 6
+    assert len(losses) == 1 + rounds
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.95 * losses[0]
-    assert steps == list(range(1, 21))  # 4 steps of 8 answers a round
+    assert steps == list(range(1, 4 * rounds + 1))  # 4 steps of 8 answers a round
     for number, record in enumerate(records, 1):
         assert record.version == number - 1
         assert record.staleness == 0
@@ -114,7 +125,7 @@ def test_five_rounds_with_sglang(make_recipe: Callable[..., Path]) -> None:
         assert record.log_prob_difference is not None
         assert record.log_prob_difference["largest"] < 1e-4
         assert {row["version"] for row in rows_of(work, number)} == {number - 1}
-    assert student.counts == {"steps": 20, "rounds": 5}
+    assert student.counts == {"steps": 4 * rounds, "rounds": rounds}
 
 
 def metrics_of(work: RoundsAtWork) -> Path:
@@ -122,14 +133,8 @@ def metrics_of(work: RoundsAtWork) -> Path:
     return scratch / "student" / work.spec.identity.digest / "artifact/metrics.jsonl"
 
 
-@pytest.mark.parametrize(
-    ("weights", "lora"),
-    [
-        # As in the five rounds above, whose log-probabilities tell of wrong weights.
-        pytest.param("tensor", None, marks=pytest.mark.slow),
-        ("broadcast", {"rank": 4}),
-    ],
-)
+@pytest.mark.slow  # the log-probabilities above tell of wrong weights
+@pytest.mark.parametrize(("weights", "lora"), [("tensor", None), ("broadcast", {"rank": 4})])
 def test_the_engine_serves_the_trained_weights(
     make_recipe: Callable[..., Path], student_folder: Path, weights: str, lora: dict[str, int]
 ) -> None:
