@@ -6,6 +6,10 @@ BIN := $(VENV)/bin
 # as they share what they start. Their threads are more than the cores: one that waits must not spin.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
+# A module is compiled by the first process that loads it, for all that follow, even where the
+# environment would have each compile it anew: that is half of the time that tests take.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install quickstart test test-fast test-all gpu-smoke check audit format lock clean
 
 install: $(VENV)/.installed

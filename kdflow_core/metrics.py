@@ -33,6 +33,8 @@ WITHIN_TERM = Metric("within_classes", "reverse KL within classes (nats/span)", 
 # Beside them where each model is compared in the other's space.
 PROJECTED_TERM = Metric("projected_cross_entropy", LOSS, "cross-entropy, teacher projected")
 TEACHER_SPACE_TERM = Metric("teacher_space", LOSS, "divergence in the teacher's space")
+# Of a student with experts: 1 for each expert that a token goes to, where all have as much to do.
+BALANCE_TERM = Metric("router_balance", "load of the experts (even: experts per token)", "balance")
 TERM_NAMES = tuple(term.name for term in TOKEN_TERMS)
 STEP_METRICS = (
     *TOKEN_TERMS,
@@ -40,6 +42,7 @@ STEP_METRICS = (
     WITHIN_TERM,
     PROJECTED_TERM,
     TEACHER_SPACE_TERM,
+    BALANCE_TERM,
     Metric("grad_norm", "gradient norm (before clipping)", "gradient norm"),
     Metric("lr", "learning rate", "lr"),
     Metric("tokens_per_s", "throughput (tokens/s)", "tokens/s"),

@@ -161,6 +161,10 @@ class StudentConfig(StrictModel):
     """When gradients are summed over the ranks: `every_micro_batch` (each rank holds its part of
     them) or `every_step` (less to send, but each rank holds all of them in float32 until then).
     """
+    router_aux_loss_coef: float | None = Field(default=None, ge=0)
+    """Of a student with experts, the weight of their even load in the loss (arXiv 2101.03961,
+    equation 4); by default what its own config says, 0 leaves it out.
+    """
     vocabulary_parallel: bool = False
     """Spread large output heads over the ranks, each with a part of the vocabulary, where they are
     not tied to the embedding.

@@ -18,26 +18,38 @@ from kdflow_core.losses.elementwise import LossSpec
 from kdflow_core.losses.folding import Comparison
 from kdflow_core.losses.span_likelihood import Spans
 from kdflow_core.metrics import TAUGHT_TERMS
-from kdflow_core.models.forward import post_norm_states
+from kdflow_core.models.forward import post_norm_states, routed_states
 from kdflow_core.models.packing import PackedRows
+from kdflow_core.models.routing import Routing, balance
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenBatch:
-    """Ids [B, T], padded, or of `packed` rows in one; and for each supervised token the row and
-    position of the state that predicts it, [N].
+    """Ids [B, T], padded, or of `packed` rows in one; for each supervised token the row and
+    position of the state that predicts it, [N]; and where padding stands, `is_token_BT` (None:
+    nowhere).
     """
 
     ids_BT: torch.Tensor
     row_N: torch.Tensor
     position_N: torch.Tensor
     packed: PackedRows | None = None
+    is_token_BT: torch.Tensor | None = None
 
     def states_of(self, model: PreTrainedModel) -> torch.Tensor:
         """The model's last hidden states that predict the supervised tokens, [N, H]."""
         hidden_BTH = post_norm_states(model.base_model, self.ids_BT, self.packed)
         states_NH: torch.Tensor = hidden_BTH[self.row_N, self.position_N]
         return states_NH
+
+    def balanced_states_of(
+        self, model: PreTrainedModel, routing: Routing
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those states of a mixture of experts, and how even its routing of all tokens is."""
+        hidden_BTH, logits = routed_states(model.base_model, self.ids_BT, self.packed)
+        if self.is_token_BT is not None:
+            logits = tuple(layer_SE[self.is_token_BT.flatten()] for layer_SE in logits)
+        return hidden_BTH[self.row_N, self.position_N], balance(logits, routing)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,9 @@
 """The one forward pass that all parts share: token ids in, post-norm hidden states out.
 
-Dimensions: B sequences, T tokens (padded), H hidden size.
+Dimensions: B sequences, T tokens (padded), H hidden size, E experts.
 """
+
+from typing import Any
 
 import torch
 
@@ -15,10 +17,24 @@ def post_norm_states(
     norm. Rows are padded on the right; see `batched_length` for where that changes none of them.
     With `packed` there is one row, of rows behind one another: see `packs`.
     """
+    hidden_BTH: torch.Tensor = _outputs(base, ids_BT, packed).last_hidden_state
+    return hidden_BTH
+
+
+def routed_states(
+    base: torch.nn.Module, ids_BT: torch.Tensor, packed: PackedRows | None = None
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Those states, and of each layer with experts the logits [B * T, E] of its router."""
+    outputs = _outputs(base, ids_BT, packed, output_router_logits=True)
+    return outputs.last_hidden_state, outputs.router_logits
+
+
+def _outputs(
+    base: torch.nn.Module, ids_BT: torch.Tensor, packed: PackedRows | None, **asked: bool
+) -> Any:
     _forget_lengths(base)
     told = {} if packed is None else packed.arguments(ids_BT.device)
-    hidden_BTH: torch.Tensor = base(input_ids=ids_BT, use_cache=False, **told).last_hidden_state
-    return hidden_BTH
+    return base(input_ids=ids_BT, use_cache=False, **told, **asked)
 
 
 def _forget_lengths(base: torch.nn.Module) -> None:

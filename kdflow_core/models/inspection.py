@@ -22,6 +22,7 @@ from kdflow_core.models.loading import (
     refuse_incomplete,
 )
 from kdflow_core.models.packing import packs
+from kdflow_core.models.routing import routing_of
 from kdflow_core.models.structure import adapter_targets, decoder_layers, meta_model, named_groups
 from kdflow_core.models.tokenizers import load_tokenizer, true_vocabulary_size
 
@@ -42,7 +43,8 @@ class Use:
     `attentions` are those with which transformers runs it; `in_sglang`: SGLang loads it. `trained`:
     it is the student, maybe with its rows packed by an attention (`packs_with`), with adapters on
     `lora_targets` (None: no adapters; empty: on all layers), with some parameters in
-    `parameter_groups`, or with its head spread over ranks.
+    `parameter_groups`, with a weight of its routers' balance, with compiled layers, or with its
+    head spread over ranks.
     """
 
     attentions: tuple[str, ...] = ()
@@ -51,6 +53,8 @@ class Use:
     packs_with: str | None = None
     lora_targets: tuple[str, ...] | None = None
     parameter_groups: tuple[ParameterGroup, ...] = ()
+    router_weight: float | None = None
+    compiled: bool = False
     vocabulary_parallel: bool = False
     trust_remote_code: bool = False
 
@@ -140,6 +144,7 @@ def check_trainable(model: PreTrainedModel, use: Use) -> None:
     if use.lora_targets is not None:
         adapter_targets(model, use.lora_targets or None)
     named_groups(dict(model.named_parameters()), use.parameter_groups)
+    routing_of(model, use.router_weight, compiled=use.compiled)
     if use.vocabulary_parallel and model.config.get_text_config().tie_word_embeddings:
         raise ModelError(
             f"student.vocabulary_parallel: the output head of {type(model).__name__} is its "

@@ -16,7 +16,10 @@ from kdflow_core.algorithms.base import Algorithm, MicroBatch, Student
 from kdflow_core.contracts import OutputHead
 from kdflow_core.errors import ModelError
 from kdflow_core.losses.chunked import LossOutput
+from kdflow_core.metrics import BALANCE_TERM
+from kdflow_core.models.families.base import BUFFERS_OF_STATES
 from kdflow_core.models.heads import live_head
+from kdflow_core.models.routing import Routing, routers
 from kdflow_core.models.structure import decoder_layers
 from kdflow_core.student.head_part import HeadPart, spread_head_, student_part, teacher_part
 
@@ -25,7 +28,8 @@ class DistillationModule(torch.nn.Module):
     """A causal language model whose forward returns the algorithm's loss.
 
     With a `head_part`, the output head is spread over the ranks by vocabulary. A `packed` one reads
-    the sequences of a micro-batch behind one another, without padding.
+    the sequences of a micro-batch behind one another, without padding. With a `routing`, how even
+    that is has its weight in the loss.
     """
 
     def __init__(
@@ -36,12 +40,14 @@ class DistillationModule(torch.nn.Module):
         vocabulary_size: int,
         head_part: HeadPart | None = None,
         packed: bool = False,
+        routing: Routing | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.algorithm = algorithm
         self.head_part = head_part
         self.packed = packed
+        self.routing = routing
         self.vocabulary_size = vocabulary_size
 
     def begin_micro_batch(self, *, reduces: bool, last: bool) -> None:
@@ -68,14 +74,34 @@ class DistillationModule(torch.nn.Module):
         """The weighted loss of a micro-batch and its per-token terms, by another algorithm than the
         module's own where one is given: to measure.
         """
-        hidden_NH = batch.student.states_of(self.model)
+        routing = self.routing if algorithm is None else None
+        even = None
+        if routing is None:
+            hidden_NH = batch.student.states_of(self.model)
+        else:
+            hidden_NH, even = batch.student.balanced_states_of(self.model, routing)
         head = (
             live_head(self.model, self.vocabulary_size)
             if self.head_part is None
             else student_part(self.model, self.head_part)
         )
         student = Student(model=self.model, hidden_NH=hidden_NH, head=head)
-        return (algorithm or self.algorithm).loss(student, batch)
+        output = (algorithm or self.algorithm).loss(student, batch)
+        if routing is None or even is None:
+            return output
+        return _balanced(output, even, routing.weight, batch)
+
+
+def _balanced(
+    output: LossOutput, even: torch.Tensor, weight: float, batch: MicroBatch
+) -> LossOutput:
+    """A loss with that of the routing: as if every supervised token of the micro-batch had it."""
+    count = len(batch.target_ids_N)
+    terms = output.terms | {
+        "loss": output.terms["loss"] + weight * even.detach(),
+        BALANCE_TERM.name: even.detach().expand(count),
+    }
+    return LossOutput(output.loss + batch.weight * count * weight * even, terms)
 
 
 def student_mesh(device: torch.device, *, replicas: int) -> DeviceMesh:
@@ -106,6 +132,9 @@ def shard(
     param_dtype = None if compute_dtype == torch.float32 else compute_dtype
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
     for model in (module.model, *module.algorithm.models):
+        if param_dtype is not None:
+            _cast_buffers(model, param_dtype)
+            _shard_routers(model, mesh, param_dtype)
         for layer in decoder_layers(model):
             fully_shard(
                 layer,
@@ -121,6 +150,26 @@ def shard(
     fully_shard(module, mesh=mesh, mp_policy=root_policy, ignored_params=spread)
     if not isinstance(module, FSDPModule):
         raise ModelError("FSDP2 did not take the student module")
+
+
+def _cast_buffers(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """FSDP casts what trains, and leaves buffers as they are."""
+    for buffer_name, buffer in model.named_buffers():
+        owner, _, name = buffer_name.rpartition(".")
+        if name in BUFFERS_OF_STATES:
+            setattr(model.get_submodule(owner), name, buffer.to(dtype))
+
+
+def _shard_routers(model: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    """Have the routers among experts choose in float32, whatever the layers around them compute
+    in: Switch Transformer, arXiv 2101.03961, section 2.4.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.float32, reduce_dtype=torch.float32, output_dtype=dtype
+    )
+    for router in routers(model):
+        # Small, and so kept until the backward pass.
+        fully_shard(router, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
 def _spare_embedding_gradient(model: PreTrainedModel) -> None:

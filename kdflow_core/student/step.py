@@ -215,11 +215,15 @@ def _tokens(
         rows.append(np.full(len(target_positions_N), row))
         positions.append(begin + target_positions_N - 1)  # the state before a token predicts it
     ids = [s.ids_T for s in sequences]
+    ids_BT = pad_right([np.concatenate(ids)] if packed else ids)
+    lengths_B = torch.from_numpy(np.diff(edges))
+    is_token_BT = torch.arange(ids_BT.shape[1]) < lengths_B[:, None]
     return TokenBatch(
-        ids_BT=pad_right([np.concatenate(ids)] if packed else ids).to(device),
+        ids_BT=ids_BT.to(device),
         row_N=torch.from_numpy(np.concatenate(rows)).to(device),
         position_N=torch.from_numpy(np.concatenate(positions)).to(device),
         packed=PackedRows(edges=edges) if packed else None,
+        is_token_BT=None if packed else is_token_BT.to(device),
     )
 
 

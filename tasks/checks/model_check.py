@@ -41,6 +41,8 @@ def use_of(run: RunConfig, side: str) -> Use:
         packs_with=run.student.attention if trained and run.student.packing is True else None,
         lora_targets=None if lora is None else lora.targets or (),
         parameter_groups=run.student.parameter_groups if trained else (),
+        router_weight=run.student.router_aux_loss_coef if trained else None,
+        compiled=trained and run.student.compile,
         vocabulary_parallel=trained and run.student.vocabulary_parallel,
         trust_remote_code=made_of(run, side).trust_remote_code,
     )

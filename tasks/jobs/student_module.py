@@ -27,6 +27,7 @@ from kdflow_core.models.heads import load_head
 from kdflow_core.models.loading import DTYPES, load_causal_lm, load_config
 from kdflow_core.models.packing import PACKED, packs
 from kdflow_core.models.partial_loading import fill_own_part_, unfilled_causal_lm
+from kdflow_core.models.routing import routing_of
 from kdflow_core.models.structure import decoder_layers
 from kdflow_core.models.tokenizers import true_vocabulary_size
 from kdflow_core.student.head_part import HeadPart, part_of, teacher_part
@@ -92,6 +93,7 @@ def build_module(
         vocabulary_size=vocabulary_size,
         head_part=part,
         packed=packed,
+        routing=routing_of(model, config.router_aux_loss_coef, compiled=config.compile),
     )
     shard(
         module,

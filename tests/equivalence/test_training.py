@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from configs.load import load_run
 from configs.schema.run import RunConfig
@@ -147,6 +153,52 @@ def test_curve_is_that_of_a_naive_training_loop(variant: Callable[..., Any]) -> 
     assert actual[-1] < 0.5 * actual[0]
     np.testing.assert_allclose(actual[:20], expected[:20], rtol=RTOL)
     np.testing.assert_allclose(actual, expected, rtol=0.02)
+
+
+def test_experts_are_balanced_as_in_a_naive_training_loop(
+    variant: Callable[..., Any], student_folder: Path, tmp_path: Path
+) -> None:
+    """A student with experts, whose own config weighs their balance: the loss of transformers for
+    each sequence by itself, on one rank or two; and none of it where that is asked for.
+    """
+    folder = shutil.copytree(student_folder, tmp_path / "experts")
+    torch.manual_seed(4)
+    config = Qwen3MoeConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=416,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        router_aux_loss_coef=0.2,
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    shared = {"model": {"type": "pretrained", "path": str(folder)}, "micro_batch_tokens": 1}
+    run, refs, first = variant(0, **shared)
+    _, _, other = variant(1, **shared, num_ranks=2, packing=False)
+    _, _, without = variant(2, **shared, router_aux_loss_coef=0)
+    teacher = naive.load(run.teacher.model.path)
+
+    def example_loss(student: PreTrainedModel, row: naive.Row) -> torch.Tensor:
+        told = student(torch.tensor(row["student_ids"]).long()[None], output_router_logits=True)
+        student_NV = naive.logits_of(student, row, "student")
+        ce = naive.cross_entropy(student_NV, row)
+        kl = naive.forward_kl(student_NV, naive.stored_logits(teacher, row))
+        return 0.1 * ce + 0.9 * kl + 0.2 * len(student_NV) * told.aux_loss
+
+    table = TokenTable(Path(refs["tokens"].uri) / "train.arrow")
+    expected = naive.curve(run, table, example_loss)
+    for trained in (first, other):
+        np.testing.assert_allclose(losses(trained), expected, rtol=RTOL)
+    assert all(2 <= r["router_balance"] < 4 for r in read_metrics(first / "metrics.jsonl"))
+    assert losses(without)[0] < expected[0] - 0.3
+    assert all("router_balance" not in r for r in read_metrics(without / "metrics.jsonl"))
 
 
 def test_the_result_is_a_plain_hugging_face_folder(variant: Callable[..., Any]) -> None:

@@ -31,6 +31,11 @@ LEADING_COUNTS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_
 # the model was first trained for: a short row then depends on the rows beside it.
 BATCH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
+# Buffers that layers multiply states with, and that have to have the dtype of these.
+BUFFERS_OF_STATES = frozenset(
+    {"mup_vector", "slope_rate", "query_decay", "key_decay", "diagonal_decay"}
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeadRule:
