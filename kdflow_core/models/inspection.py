@@ -43,8 +43,8 @@ class Use:
     `attentions` are those with which transformers runs it; `in_sglang`: SGLang loads it. `trained`:
     it is the student, maybe with its rows packed by an attention (`packs_with`), with adapters on
     `lora_targets` (None: no adapters; empty: on all layers), with some parameters in
-    `parameter_groups`, with a weight of its routers' balance, with compiled layers, or with its
-    head spread over ranks.
+    `parameter_groups`, with a weight of its routers' balance, with compiled layers or activations
+    computed again (`checkpointing`), or with its head spread over ranks.
     """
 
     attentions: tuple[str, ...] = ()
@@ -55,6 +55,7 @@ class Use:
     parameter_groups: tuple[ParameterGroup, ...] = ()
     router_weight: float | None = None
     compiled: bool = False
+    checkpointing: bool = False
     vocabulary_parallel: bool = False
     trust_remote_code: bool = False
 
@@ -145,6 +146,11 @@ def check_trainable(model: PreTrainedModel, use: Use) -> None:
         adapter_targets(model, use.lora_targets or None)
     named_groups(dict(model.named_parameters()), use.parameter_groups)
     routing_of(model, use.router_weight, compiled=use.compiled)
+    if use.checkpointing and not model.supports_gradient_checkpointing:
+        raise ModelError(
+            f"student.activation_checkpointing: {type(model).__name__} does not have it in "
+            "transformers; leave it out, and lower student.micro_batch_tokens where memory is short"
+        )
     if use.vocabulary_parallel and model.config.get_text_config().tie_word_embeddings:
         raise ModelError(
             f"student.vocabulary_parallel: the output head of {type(model).__name__} is its "

@@ -43,6 +43,7 @@ def use_of(run: RunConfig, side: str) -> Use:
         parameter_groups=run.student.parameter_groups if trained else (),
         router_weight=run.student.router_aux_loss_coef if trained else None,
         compiled=trained and run.student.compile,
+        checkpointing=trained and run.student.activation_checkpointing,
         vocabulary_parallel=trained and run.student.vocabulary_parallel,
         trust_remote_code=made_of(run, side).trust_remote_code,
     )

@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    JetMoeConfig,
+    JetMoeForCausalLM,
+    LlamaConfig,
+)
 
 from configs.load import load_run
 from configs.schema.run import RunConfig
@@ -228,6 +235,31 @@ def test_packing_that_is_not_exact(make: Make) -> None:
     refused(
         make({"student.packing": True, "student.attention": "eager"}),
         r"student\.model: packing=true: attention=eager has no packed form .* set student\.packing",
+    )
+
+
+def test_experts_where_there_are_none(make: Make) -> None:
+    refused(
+        make({"student.router_aux_loss_coef": 0.01}),
+        r"student\.model: student\.router_aux_loss_coef=0\.01: LlamaForCausalLM has no routers",
+    )
+
+
+def test_activations_that_are_not_computed_again(make: Make, student: Path) -> None:
+    (student / "model.safetensors").unlink()
+    config = JetMoeConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        kv_channels=8,
+        num_local_experts=4,
+        vocab_size=416,
+    )
+    JetMoeForCausalLM(config).save_pretrained(student)
+    refused(
+        make({"student.activation_checkpointing": True}),
+        r"student\.activation_checkpointing: JetMoeForCausalLM does not have it",
     )
 
 
