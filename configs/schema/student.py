@@ -80,7 +80,7 @@ class StudentConfig(StrictModel):
     """
     lora: LoraConfig | None = None
     """`{rank: 16}`: train low-rank adapters, which the result has merged (and by themselves, in
-    `adapter/`).
+    `adapter/`, where PEFT reads them right).
     """
     chat_template: ChatTemplate = Field(default_factory=ChatTemplate)
     """How the student's conversations are rendered; the student is exported with it."""

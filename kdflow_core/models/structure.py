@@ -78,7 +78,10 @@ def adapter_targets(model: PreTrainedModel, targets: tuple[str, ...] | None) -> 
         if not name or (targets is not None and not _ends_in(name, targets)):
             continue
         if type(module) is torch.nn.Linear and name.startswith(prefix):
-            linear.append(name)
+            if not _is_passed_over(model, name):
+                linear.append(name)
+            elif targets is not None:
+                other.append(f"{name} (past which its weight is read)")
         elif targets is not None or type(module).__name__ == "Conv1D":
             other.append(f"{name} ({type(module).__name__})")
     if other:
@@ -94,6 +97,17 @@ def adapter_targets(model: PreTrainedModel, targets: tuple[str, ...] | None) -> 
             f"it has {_examples(model)}"
         )
     return linear
+
+
+def _is_passed_over(model: PreTrainedModel, name: str) -> bool:
+    """Whether an adapter on a linear layer would not learn: a state-space mixer hands the layer's
+    weight to a fused kernel (not on a CPU, and not in all models), DeepSeek-V2 reads the one of its
+    router, and the index of sparse attention has no gradient.
+    """
+    parent, _, own = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    is_fused = hasattr(owner, "A_log") and hasattr(owner, "D") and own != "in_proj"
+    return is_fused or (own == "gate" and hasattr(owner, "experts")) or ".indexer." in name
 
 
 def _ends_in(name: str, targets: tuple[str, ...]) -> bool:

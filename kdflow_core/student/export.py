@@ -43,7 +43,7 @@ def export_student(
     if lora is not None:
         adapters = _adapters(model)
         if first:
-            save_adapter(adapters, lora, target.parent / "adapter")
+            save_adapter(adapters, lora, target.parent / "adapter", model)
     if first:
         config, generation = model.config, model.generation_config
         ends: int | list[int] = list(chat.end_ids)

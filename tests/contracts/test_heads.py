@@ -9,9 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from peft import PeftModel
+from torch.func import functional_call
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from configs.schema.student import LoraConfig
 from kdflow_core.algorithms.base import TokenBatch
 from kdflow_core.contracts import OutputHead
 from kdflow_core.errors import ModelError
@@ -24,8 +27,27 @@ from kdflow_core.models.heads import (
     load_head,
     verify_head,
 )
-from kdflow_core.models.structure import decoder_layers
+from kdflow_core.models.structure import adapter_targets, decoder_layers
+from kdflow_core.student.lora import add_adapters, save_adapter, served_weights
 from tests.tiny_models import TRUE_VOCABULARY, tiny_model
+
+# With layers beside the experts, whose adapters PEFT takes for those of the experts.
+READ_AMISS = {
+    "AfmoeForCausalLM",
+    "DeepseekV2ForCausalLM",
+    "DeepseekV32ForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "Dots1ForCausalLM",
+    "Ernie4_5_MoeForCausalLM",
+    "ExaoneMoeForCausalLM",
+    "Glm4MoeForCausalLM",
+    "Glm4MoeLiteForCausalLM",
+    "GlmMoeDsaForCausalLM",
+    "HunYuanMoEV1ForCausalLM",
+    "LagunaForCausalLM",
+    "Qwen3NextForCausalLM",
+    "SolarOpenForCausalLM",
+}
 
 
 @dataclass(frozen=True)
@@ -103,6 +125,64 @@ def test_a_padded_training_step_is_that_of_the_sequences_alone(saved: Saved) -> 
         torch.testing.assert_close(
             gradient, wanted[name], rtol=1e-3, atol=1e-4 * scale + 1e-6, msg=lambda m, n=name: n + m
         )
+
+
+def test_adapters_learn_wherever_they_are_put(saved: Saved, tmp_path: Path) -> None:
+    """By default: on all linear layers of the decoder, each with a gradient, and what is served has
+    them merged. Falcon's and GPT-2's layers are no linear ones.
+    """
+    architecture = type(saved.model).__name__
+    model = tiny_model(architecture, tmp_path)
+    if architecture in {"FalconForCausalLM", "GPT2LMHeadModel"}:
+        with pytest.raises(ModelError, match=r"student\.lora"):
+            add_adapters(model, LoraConfig())
+        return
+    targets = adapter_targets(model, None)
+    add_adapters(model, LoraConfig())
+    named = dict(model.named_parameters())
+    assert {name.partition(".lora_A")[0] for name in named if ".lora_A" in name} == set(targets)
+    with torch.no_grad():
+        for name, parameter in named.items():
+            if ".lora_B" in name:
+                parameter.normal_(std=0.1)
+    ids_BT = torch.arange(3, 15).unsqueeze(0)
+    logits_TV = model(input_ids=ids_BT, use_cache=False).logits[0]
+    logits_TV.square().sum().backward()
+    for name, parameter in named.items():
+        assert parameter.requires_grad == (".lora_" in name)
+        assert not parameter.requires_grad or parameter.grad is not None, name
+    merged = {
+        name: served.value(named.__getitem__).detach()
+        for name, served in served_weights(named, LoraConfig().scale).items()
+        if served.a is not None
+    }
+    with torch.no_grad():
+        own_TV = functional_call(saved.model, merged, (ids_BT,), {"use_cache": False}).logits[0]
+    torch.testing.assert_close(own_TV, logits_TV, rtol=1e-3, atol=1e-3)
+    # By themselves: as PEFT reads them, or not at all.
+    adapters = {name: parameter.detach() for name, parameter in named.items()}
+    save_adapter(adapters, LoraConfig(), tmp_path / "adapter", model)
+    files = {path.name for path in (tmp_path / "adapter").iterdir()}
+    if architecture in READ_AMISS:
+        assert files == {"README.md"}
+        return
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    read = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    with torch.no_grad():
+        read_TV = read(input_ids=ids_BT, use_cache=False).logits[0]
+    torch.testing.assert_close(read_TV, logits_TV, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["MambaForCausalLM", "BambaForCausalLM"])
+def test_no_adapter_where_a_fused_kernel_reads_the_weight(
+    architecture: str, tmp_path: Path
+) -> None:
+    model = tiny_model(architecture, tmp_path)
+    found = adapter_targets(model, None)
+    assert any(name.endswith("in_proj") for name in found)
+    assert not any(name.endswith("out_proj") for name in found)
+    with pytest.raises(ModelError, match=r"out_proj \(past which its weight is read\)"):
+        adapter_targets(model, ("in_proj", "out_proj"))
 
 
 def test_a_tied_head_keeps_its_bias(tmp_path: Path) -> None:
