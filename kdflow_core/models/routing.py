@@ -34,7 +34,7 @@ def routing_of(
     """
     routed: Any = model
     own = getattr(model, "router_aux_loss_coef", None)
-    if own is None or _recorder(model) is None:
+    if own is None or next(routers(model), None) is None:
         if weight:
             raise ModelError(
                 f"student.router_aux_loss_coef={weight}: {type(model).__name__} has no routers "

@@ -147,6 +147,15 @@ def test_even_routing_has_the_number_of_experts_per_token(tmp_path: Path) -> Non
     assert balance([uneven_SE], routing).item() == pytest.approx(4.0, rel=1e-3)
 
 
+def test_experts_in_no_layer(tmp_path: Path) -> None:
+    """As where the layers that have them were dropped."""
+    model = tiny_model("Qwen3MoeForCausalLM", tmp_path, mlp_only_layers=[0, 1])
+    assert model.router_aux_loss_coef
+    assert routing_of(model, None) is None
+    with pytest.raises(ModelError, match="has no routers"):
+        routing_of(model, 0.1)
+
+
 def test_what_cannot_be_had_is_refused_by_name() -> None:
     llama = meta_model(transformers.LlamaConfig(num_hidden_layers=1, hidden_size=32))
     assert routing_of(llama, None) is None
