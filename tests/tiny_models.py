@@ -187,7 +187,7 @@ EXTRA: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_model(architecture: str, folder: Path, **sizes: int) -> torch.nn.Module:
+def tiny_model(architecture: str, folder: Path, **sizes: Any) -> torch.nn.Module:
     """A random model with a padded vocabulary, saved and loaded as a user's would be."""
     torch.manual_seed(0)
     with warnings.catch_warnings():

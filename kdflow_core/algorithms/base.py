@@ -26,8 +26,7 @@ from kdflow_core.models.routing import Routing, balance
 @dataclass(frozen=True, kw_only=True)
 class TokenBatch:
     """Ids [B, T], padded, or of `packed` rows in one; for each supervised token the row and
-    position of the state that predicts it, [N]; and where padding stands, `is_token_BT` (None:
-    nowhere).
+    position of the state that predicts it, [N]; and what is no padding (None: all), in host memory.
     """
 
     ids_BT: torch.Tensor
@@ -48,7 +47,8 @@ class TokenBatch:
         """Those states of a mixture of experts, and how even its routing of all tokens is."""
         hidden_BTH, logits = routed_states(model.base_model, self.ids_BT, self.packed)
         if self.is_token_BT is not None:
-            logits = tuple(layer_SE[self.is_token_BT.flatten()] for layer_SE in logits)
+            is_token_S = self.is_token_BT.flatten().to(hidden_BTH.device)
+            logits = tuple(layer_SE[is_token_S] for layer_SE in logits)
         return hidden_BTH[self.row_N, self.position_N], balance(logits, routing)
 
 

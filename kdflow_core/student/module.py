@@ -74,22 +74,21 @@ class DistillationModule(torch.nn.Module):
         """The weighted loss of a micro-batch and its per-token terms, by another algorithm than the
         module's own where one is given: to measure.
         """
-        routing = self.routing if algorithm is None else None
-        even = None
-        if routing is None:
+        if self.routing is None or algorithm is not None:
             hidden_NH = batch.student.states_of(self.model)
-        else:
-            hidden_NH, even = batch.student.balanced_states_of(self.model, routing)
+            return self._loss(hidden_NH, batch, algorithm or self.algorithm)
+        hidden_NH, even = batch.student.balanced_states_of(self.model, self.routing)
+        output = self._loss(hidden_NH, batch, self.algorithm)
+        return _balanced(output, even, self.routing.weight, batch)
+
+    def _loss(self, hidden_NH: torch.Tensor, batch: MicroBatch, algorithm: Algorithm) -> LossOutput:
         head = (
             live_head(self.model, self.vocabulary_size)
             if self.head_part is None
             else student_part(self.model, self.head_part)
         )
         student = Student(model=self.model, hidden_NH=hidden_NH, head=head)
-        output = (algorithm or self.algorithm).loss(student, batch)
-        if routing is None or even is None:
-            return output
-        return _balanced(output, even, routing.weight, batch)
+        return algorithm.loss(student, batch)
 
 
 def _balanced(

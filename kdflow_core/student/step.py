@@ -223,7 +223,7 @@ def _tokens(
         row_N=torch.from_numpy(np.concatenate(rows)).to(device),
         position_N=torch.from_numpy(np.concatenate(positions)).to(device),
         packed=PackedRows(edges=edges) if packed else None,
-        is_token_BT=None if packed else is_token_BT.to(device),
+        is_token_BT=None if packed else is_token_BT,
     )
 
 

@@ -5,6 +5,7 @@ that has such a loss.
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,13 +15,15 @@ from transformers import PreTrainedModel
 
 from configs.schema.algorithm import SFTConfig
 from kdflow_core.algorithms import build_algorithm
-from kdflow_core.algorithms.base import Ingredients, MicroBatch, TokenBatch
+from kdflow_core.algorithms.base import Ingredients, MicroBatch
+from kdflow_core.contracts import Example, TokenSequence
 from kdflow_core.errors import ModelError
 from kdflow_core.losses.elementwise import LossSpec
 from kdflow_core.models.families import BY_ARCHITECTURE
 from kdflow_core.models.routing import balance, routers, routing_of
 from kdflow_core.models.structure import meta_model
 from kdflow_core.student.module import DistillationModule, shard, student_mesh
+from kdflow_core.student.step import collate
 from tests.processes import run_ranks
 from tests.tiny_models import TRUE_VOCABULARY, tiny_model
 
@@ -68,21 +71,19 @@ def module_of(model: PreTrainedModel, weight: float | None) -> DistillationModul
     return module
 
 
-def batch_of(ids: list[int]) -> MicroBatch:
-    """One sequence, of which all is learned."""
-    ids_BT, count = torch.tensor([ids]), len(ids) - 1
-    return MicroBatch(
-        student=TokenBatch(
-            ids_BT=ids_BT,
-            row_N=torch.zeros(count, dtype=torch.int64),
-            position_N=torch.arange(count),
-        ),
-        target_ids_N=ids_BT[0, 1:],
-        weight=1 / count,
-        signals=(),
-        teacher_tokens=None,
-        sampled_log_prob_N=None,
-        advantage_N=None,
+def batch_of(module: DistillationModule, *sequences: list[int]) -> MicroBatch:
+    """All of the sequences is learned, each token the same."""
+    tokens = [
+        TokenSequence(ids_T=np.array(ids, np.int32), supervised_T=np.arange(len(ids)) > 0)
+        for ids in sequences
+    ]
+    return collate(
+        [Example(source="x", views={"student": sequence}) for sequence in tokens],
+        module.algorithm,
+        (),
+        weight=1 / sum(len(ids) - 1 for ids in sequences),
+        empty=False,
+        device=torch.device("cpu"),
     )
 
 
@@ -93,12 +94,8 @@ def test_it_is_that_of_transformers(architecture: str, tmp_path: Path) -> None:
     assert routing is not None
     ids_BT, mask_BT = padded()
     told = model(input_ids=ids_BT, attention_mask=mask_BT, output_router_logits=True)
-    batch = TokenBatch(
-        ids_BT=ids_BT,
-        row_N=torch.tensor([0, 1]),
-        position_N=torch.tensor([2, 1]),
-        is_token_BT=mask_BT.bool(),
-    )
+    module = module_of(model, None).eval()  # some have noise in training
+    batch = batch_of(module, *SEQUENCES).student
     states_NH, even = batch.balanced_states_of(model, routing)
     torch.testing.assert_close(even, told.aux_loss, rtol=1e-5, atol=0)
     assert torch.equal(states_NH, batch.states_of(model))
@@ -126,7 +123,7 @@ def test_loss_and_gradient_are_those_of_transformers(tmp_path: Path, checkpointi
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     module = module_of(model, 0.3)
-    batch = batch_of(SEQUENCES[0])
+    batch = batch_of(module, SEQUENCES[0])
     output = module(batch)
     torch.testing.assert_close(output.loss, own, rtol=1e-5, atol=0)
     torch.testing.assert_close(output.terms["loss"].mean(), own, rtol=1e-5, atol=0)
@@ -182,7 +179,7 @@ def step_in_bfloat16(rank: int, folder: str) -> None:
         assert (module.routing is not None) == (architecture in BALANCED), architecture
         mesh = student_mesh(torch.device("cpu"), replicas=1)
         shard(module, mesh=mesh, compute_dtype=torch.bfloat16)
-        output = module(batch_of(SEQUENCES[0]))
+        output = module(batch_of(module, SEQUENCES[0]))
         output.loss.backward()
         assert module.routing is None or output.terms["router_balance"].isfinite().all()
         for name, parameter in module.named_parameters():

@@ -11,13 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from configs.load import load_run
 from configs.schema.run import RunConfig
@@ -30,6 +24,7 @@ from tasks.stages.identity import StageSpec
 from tasks.stages.planning import plan_stages
 from tests import naive
 from tests.conftest import make_llama, run_inline
+from tests.tiny_models import tiny_model
 
 pytestmark = pytest.mark.ranks
 
@@ -162,23 +157,8 @@ def test_experts_are_balanced_as_in_a_naive_training_loop(
     each sequence by itself, on one rank or two; and none of it where that is asked for.
     """
     folder = shutil.copytree(student_folder, tmp_path / "experts")
-    torch.manual_seed(4)
-    config = Qwen3MoeConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        moe_intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-        vocab_size=416,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-        router_aux_loss_coef=0.2,
-    )
-    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    sizes = {"vocab_size": 416, "max_position_embeddings": 256, "router_aux_loss_coef": 0.2}
+    tiny_model("Qwen3MoeForCausalLM", folder, **sizes)
     shared = {"model": {"type": "pretrained", "path": str(folder)}, "micro_batch_tokens": 1}
     run, refs, first = variant(0, **shared)
     _, _, other = variant(1, **shared, num_ranks=2, packing=False)

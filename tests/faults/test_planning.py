@@ -10,14 +10,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    JetMoeConfig,
-    JetMoeForCausalLM,
-    LlamaConfig,
-)
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from configs.load import load_run
 from configs.schema.run import RunConfig
@@ -29,6 +22,7 @@ from tasks.checks.run_check import checked_plan
 from tasks.stages.slices import tokens_slice
 from tests.command import kdflow
 from tests.conftest import CHATML, VOCABULARY, make_llama, make_tokenizer, run_inline
+from tests.tiny_models import tiny_model
 
 Make = Callable[..., RunConfig]
 
@@ -246,17 +240,7 @@ def test_experts_where_there_are_none(make: Make) -> None:
 
 
 def test_activations_that_are_not_computed_again(make: Make, student: Path) -> None:
-    (student / "model.safetensors").unlink()
-    config = JetMoeConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_key_value_heads=2,
-        kv_channels=8,
-        num_local_experts=4,
-        vocab_size=416,
-    )
-    JetMoeForCausalLM(config).save_pretrained(student)
+    tiny_model("JetMoeForCausalLM", student, vocab_size=416)
     refused(
         make({"student.activation_checkpointing": True}),
         r"student\.activation_checkpointing: JetMoeForCausalLM does not have it",
