@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +13,7 @@ import xxhash
 from storage.artifact import FileRecord, Manifest
 from storage.digest import BLOCK_BYTES
 from storage.errors import ArtifactMissingError, StoreCorruptError, StoreError
+from storage.kept_checkpoints import FOLDER
 from storage.lease import forget_leases, held_leases, is_held, lease_name
 from storage.runs import list_runs
 from storage.store import MANIFEST, ArtifactStore
@@ -47,16 +48,24 @@ def entries(store: ArtifactStore) -> list[Entry]:
         for name in run.artifacts.values():
             users.setdefault(name, []).append(run.id)
     root = f"{store.root}/artifacts"
+    found = [
+        _entry(store, name, files, users.get(name, []))
+        for name, files in _named(store, root).items()
+    ]
+    return sorted(found, key=lambda entry: (-entry.modified, entry.name))
+
+
+def _named(store: ArtifactStore, root: str) -> dict[str, dict[str, dict[str, object]]]:
+    """What the file system says of each file in `<root>/<kind>/<digest>/`, by both names."""
+    folders: dict[str, dict[str, dict[str, object]]] = {}
     store.fs.invalidate_cache(root)
     if not store.fs.exists(root):
-        return []
-    folders: dict[str, dict[str, dict[str, object]]] = {}
+        return folders
     for path, info in store.fs.find(root, detail=True).items():
         parts = path[len(root) + 1 :].split("/", 2)
         if len(parts) == 3:
             folders.setdefault(f"{parts[0]}/{parts[1]}", {})[parts[2]] = info
-    found = [_entry(store, name, files, users.get(name, [])) for name, files in folders.items()]
-    return sorted(found, key=lambda entry: (-entry.modified, entry.name))
+    return folders
 
 
 def _entry(
@@ -152,7 +161,9 @@ def remove_artifact(store: ArtifactStore, entry: Entry) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Garbage:
-    """Something that can be removed. `path` is one of the store's, or local in its scratch."""
+    """Something that can be removed: an artifact's `entry`, or a file or folder at `path`, which is
+    one of the store's, or local in its scratch.
+    """
 
     what: str
     why: str
@@ -160,6 +171,7 @@ class Garbage:
     path: str
     entry: Entry | None = None
     in_scratch: bool = False
+    is_folder: bool = False
 
 
 def find_garbage(store: ArtifactStore, *, older_than_s: float) -> list[Garbage]:
@@ -183,7 +195,26 @@ def find_garbage(store: ArtifactStore, *, older_than_s: float) -> list[Garbage]:
         garbage.append(
             Garbage(what=entry.name, why=why, num_bytes=entry.num_bytes, path=folder, entry=entry)
         )
+    garbage += _kept_checkpoints(store, held, now - older_than_s)
     return [*garbage, *_scratch_garbage(store, known, now - older_than_s)]
+
+
+def _kept_checkpoints(
+    store: ArtifactStore, held: Collection[str], before: float
+) -> Iterator[Garbage]:
+    """Checkpoints of trainings that nobody goes on with, or that have ended."""
+    root = f"{store.root}/{FOLDER}"
+    for name, files in _named(store, root).items():
+        lease = lease_name(*name.split("/"))
+        if max(map(_modified, files.values())) > before or any(n.startswith(lease) for n in held):
+            continue
+        yield Garbage(
+            what=f"{FOLDER}/{name}",
+            why="checkpoints of a training that nobody goes on with",
+            num_bytes=sum(int(str(info["size"])) for info in files.values()),
+            path=f"{root}/{name}",
+            is_folder=True,
+        )
 
 
 def _strays(store: ArtifactStore, entry: Entry) -> Iterator[Garbage]:
@@ -228,6 +259,8 @@ def remove_garbage(store: ArtifactStore, garbage: Garbage) -> None:
         shutil.rmtree(garbage.path)
     elif garbage.entry is not None:
         remove_artifact(store, garbage.entry)
+    elif garbage.is_folder:
+        store.remove_tree(garbage.path)
     else:
         store.remove(garbage.path)
 

@@ -32,6 +32,10 @@ class StorageConfig(StrictModel):
     """
     scratch: PathText = ".kdflow/scratch"
     """A folder of this machine for checkpoints and for copies of remote artifacts."""
+    checkpoints: Literal["scratch", "store"] = "scratch"
+    """Where checkpoints are kept: in `scratch` alone, or also in the `store`, so that another
+    machine goes on where the one that wrote them is lost.
+    """
     shard_rows: int | None = Field(default=None, gt=0, le=MOST)
     """Rows of states in a shard; by default derived from the width of a row. Give it together with
     `chunk_rows`.

@@ -14,6 +14,7 @@ from kdflow_core.contracts import Examples, SignalSource
 from kdflow_core.errors import StoppedError, TrainingError
 from kdflow_core.sinks import MetricsSink, Reporter
 from kdflow_core.student.checkpoint import (
+    CheckpointCopies,
     CheckpointWriter,
     completed_steps,
     load_newest,
@@ -29,7 +30,7 @@ from kdflow_core.student.step import StepMetrics, training_step
 class Trainer:
     """A student in training, `step` of its `num_steps` optimizer steps done.
 
-    It begins at the newest of its `checkpoints`.
+    It begins at the newest of its `checkpoints`, of which it may keep `copies`.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Trainer:
         reporter: Reporter,
         device: torch.device,
         is_asked_to_stop: Callable[[], bool] = lambda: False,
+        copies: CheckpointCopies | None = None,
     ) -> None:
         self.module = module
         self.optimizers = build_optimizers(module, config)
@@ -52,7 +54,9 @@ class Trainer:
         self._num_steps = num_steps
         self._seed = seed
         self._config = config
-        self._checkpoints = CheckpointWriter(checkpoints, keep=config.keep_checkpoints)
+        self._checkpoints = CheckpointWriter(
+            checkpoints, keep=config.keep_checkpoints, copies=copies, tell=reporter.message
+        )
         self._reporter = reporter
         self._device = device
         self._is_asked_to_stop = is_asked_to_stop

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -65,22 +65,47 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
+class CheckpointCopies(Protocol):
+    """Copies of checkpoints elsewhere. What cannot be copied is said, in words, and no error: the
+    checkpoint itself is there.
+    """
+
+    def put(self, checkpoint: Path, names: Sequence[str]) -> str | None:
+        """Copy a rank's files of a checkpoint's folder."""
+        ...
+
+    def complete(self, checkpoint: Path) -> str | None:
+        """All ranks have put theirs: the copy counts, and of all others those whose checkpoints
+        are still beside this one. Rank 0's.
+        """
+        ...
+
+
 class CheckpointWriter:
     """Writes checkpoints in the background, one at a time, and keeps the newest `keep` and the one
-    of the step that is `held`.
+    of the step that is `held`; and `copies`, of whose problems `tell` is told.
 
     What is saved is copied to host memory first, so that training may go on. Every rank makes one
     and calls its methods together with the others.
     """
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        copies: CheckpointCopies | None = None,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._folder = folder
         self._keep = keep
+        self._copies = copies
+        self._tell = tell
         self.held: int | None = None
         # Of its own, as the writing ranks talk while the training ones do.
         self._group = dist.new_group(backend="gloo")
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
+        self._pending: Future[str | None] | None = None
 
     def save(
         self, step: int, module: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]
@@ -103,17 +128,29 @@ class CheckpointWriter:
         )
         self._pending = self._pool.submit(self._finish, written, temporary, step, self.held)
 
-    def _finish(self, written: Any, temporary: Path, step: int, held: int | None) -> None:
-        """Rank 0's is done when all ranks have written."""
+    def _finish(self, written: Any, temporary: Path, step: int, held: int | None) -> str | None:
+        """Rank 0's is done when all ranks have written; it says what is wrong with the copy."""
         rank = dist.get_rank()
         written.result()
-        write_seal(temporary, rank=rank, ranks=dist.get_world_size())
+        names = write_seal(temporary, rank=rank, ranks=dist.get_world_size())
         dist.barrier(group=self._group)
         if rank == 0:
             temporary.rename(step_folder(self._folder, step))
             for old in completed_steps(self._folder)[: -self._keep]:
                 if old != held:
                     shutil.rmtree(step_folder(self._folder, old))
+        return None if self._copies is None else self._copy(self._copies, step, names)
+
+    def _copy(self, copies: CheckpointCopies, step: int, names: Sequence[str]) -> str | None:
+        """Copy a checkpoint that is whole; each rank what it has written."""
+        dist.barrier(group=self._group)  # it has its name by now
+        problems: list[str | None] = [None] * dist.get_world_size()
+        folder = step_folder(self._folder, step)
+        dist.all_gather_object(problems, copies.put(folder, names), group=self._group)
+        if dist.get_rank() != 0:
+            return None
+        problem = next((text for text in problems if text), None) or copies.complete(folder)
+        return None if problem is None else f"the checkpoint of step {step} has no copy: {problem}"
 
     def wait(self) -> None:
         """Until what was saved is on the disk. See `save` for what it raises."""
@@ -121,7 +158,7 @@ class CheckpointWriter:
             return
         pending, self._pending = self._pending, None
         try:
-            pending.result()
+            problem = pending.result()
         except (OSError, RuntimeError, CheckpointException) as error:
             if shutil.disk_usage(self._folder).free > LITTLE_ROOM:
                 raise RuntimeError(f"cannot write a checkpoint: {error}") from error
@@ -129,6 +166,8 @@ class CheckpointWriter:
                 f"no room left for a checkpoint in {self._folder}; the ones before stay: make room "
                 "or set storage.scratch to a larger disk, and run again"
             ) from error
+        if problem is not None:
+            self._tell(problem)
 
 
 def load_newest(

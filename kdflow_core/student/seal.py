@@ -15,8 +15,10 @@ import xxhash
 METADATA = ".metadata"  # torch's; rank 0 writes it
 
 
-def write_seal(folder: Path, *, rank: int, ranks: int) -> None:
-    """Record the size (bytes) and XXH3-128 of what a rank has written into a checkpoint."""
+def write_seal(folder: Path, *, rank: int, ranks: int) -> list[str]:
+    """Record the size (bytes) and XXH3-128 of what a rank has written into a checkpoint; the names
+    of that, and of the record.
+    """
     mine = [path for path in folder.glob(f"__{rank}_*") if path.is_file()]
     if rank == 0:
         mine.append(folder / METADATA)
@@ -24,6 +26,7 @@ def write_seal(folder: Path, *, rank: int, ranks: int) -> None:
     text = json.dumps({"ranks": ranks, "files": files}, sort_keys=True)
     sealed = json.dumps({"xxh3": xxhash.xxh3_128_hexdigest(text.encode()), "seal": text})
     _seal(folder, rank).write_text(sealed, encoding="utf-8")
+    return [*files, _seal(folder, rank).name]
 
 
 def damage_of(folder: Path, *, rank: int = 0, ranks: int = 1) -> str | None:

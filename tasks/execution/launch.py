@@ -16,6 +16,7 @@ from storage.lease import Pulse, exclusive, lease_name
 from tasks.execution.progress import ProgressLog
 from tasks.execution.termination import saving_before_the_end
 from tasks.stages.catalogue import CATALOGUE, engines_of
+from tasks.stages.checkpoint_places import fetch_checkpoints
 from tasks.stages.identity import StageIdentity, StageSpec, find, open_store, run_of_teacher
 
 ENDING_S = 300.0  # more than ranks that stand still take to be ended
@@ -107,6 +108,7 @@ def launch_stage(spec: StageSpec, logger: Logger) -> ArtifactRef:
             logger.info("the artifact is there by now")
             return ref
         open_store(spec.run).retract(identity.kind, identity.digest)
+        fetch_checkpoints(spec, logger.info)
         _run_ranks(spec, logger, pulse)
         ref = find(spec.run, identity)
     if ref is None:

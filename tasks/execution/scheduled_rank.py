@@ -22,6 +22,7 @@ from tasks.execution.launch import stage_lease
 from tasks.execution.progress import ProgressLog
 from tasks.execution.termination import saving_before_the_end
 from tasks.stages.catalogue import CATALOGUE
+from tasks.stages.checkpoint_places import fetch_checkpoints
 from tasks.stages.identity import StageSpec, find, open_store, stage_spec
 
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -132,4 +133,5 @@ def _alone(spec: StageSpec, context: RankContext) -> Iterator[Callable[[], None]
         if find(spec.run, spec.identity) is not None:
             raise ConfigError("somebody else has made the artifact by now; start this again")
         open_store(spec.run).retract(spec.identity.kind, spec.identity.digest)
+        fetch_checkpoints(spec, LOG.info)
         yield pulse.touch

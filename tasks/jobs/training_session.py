@@ -39,7 +39,7 @@ from tasks.jobs.stored import StoredStates, TokenExamples, evenly_spread
 from tasks.jobs.student_module import build_comparison, build_module, division_of, loss_spec
 from tasks.presentation.model_card import model_card
 from tasks.presentation.tracking import HELDOUT_FILE, MetricsLog, NoMetrics, read_metrics
-from tasks.stages.checkpoint_places import checkpoints_folder
+from tasks.stages.checkpoint_places import checkpoints_folder, stored_copies
 
 
 class TrainingSession:
@@ -77,6 +77,7 @@ class TrainingSession:
             },
             pair=pair,
         )
+        self._copies = stored_copies(stage.spec)
         self.trainer = Trainer(
             module=self.module,
             num_steps=num_steps,
@@ -86,6 +87,7 @@ class TrainingSession:
             reporter=stage.reporter,
             device=self.device,
             is_asked_to_stop=is_asked_to_stop,
+            copies=self._copies,
         )
         self.division = division_of(stage)
         self.measuring = Measuring(module=self.module, division=self.division, device=self.device)
@@ -176,6 +178,8 @@ class TrainingSession:
             info["kept_step"] = self.best.best.step
         ref = stage.commit(files=published, counts=counts, info=info)
         shutil.rmtree(stage.workdir)  # the checkpoints have served
+        if self._copies is not None and (problem := self._copies.remove()) is not None:
+            stage.reporter.message(f"the copies of its checkpoints stay: {problem}")
         return ref
 
     def _curve(self, table: TokenTable, judge: TeacherAtHand[StoredStates]) -> HeldoutCurve | None:

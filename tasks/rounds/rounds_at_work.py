@@ -25,7 +25,7 @@ from tasks.rounds.round_record import (
 )
 from tasks.rounds.weight_swap import WeightSwap
 from tasks.stages.catalogue import ROLLOUTS, ROUND, RoundArtifact
-from tasks.stages.checkpoint_places import newest_checkpoint
+from tasks.stages.checkpoint_places import fetch_checkpoints, newest_checkpoint
 from tasks.stages.identity import StageIdentity, StageSpec, find, open_store
 from tasks.stages.planning import round_identity
 
@@ -288,6 +288,7 @@ class RoundsAtWork:
 
     def __enter__(self) -> "RoundsAtWork":
         pulse = self._lease.enter_context(stage_lease(self.spec, self._logger))
+        fetch_checkpoints(self.spec, self._logger.info)
         self._processes.beat_with(pulse.touch)
         _AT_WORK[self.spec.identity.digest] = self
         return self

@@ -4,6 +4,7 @@ and trained, new weights are served, and what is done is not done again.
 
 import logging
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -340,11 +341,14 @@ def test_a_teacher_that_knows_the_answer(
 
 
 def test_rounds_that_are_done_stay_done(make_recipe: Callable[..., Path]) -> None:
-    """A second run of the same goes on behind them; a lost checkpoint is trained again."""
-    run = load(make_recipe, {}, rounds=3)
+    """A second run of the same goes on behind them, on another machine, too, which has nothing but
+    the store; a lost checkpoint is trained again.
+    """
+    run = load(make_recipe, {"storage.checkpoints": "store"}, rounds=3)
     with at_work(run) as work:
         train(work, 2)
         written = {p: p.stat().st_mtime_ns for p in Path(run.storage.root).rglob("*.parquet")}
+    Path(run.storage.scratch).rename(f"{run.storage.scratch}-lost")
     with at_work(run) as work:
         assert work.is_trained(1)
         assert work.is_trained(2)
@@ -352,8 +356,10 @@ def test_rounds_that_are_done_stay_done(make_recipe: Callable[..., Path]) -> Non
         work.roll_out(3)
         assert work.record(work.train(3)).version == 2
         assert {p: p.stat().st_mtime_ns for p in written} == written
+        assert read_metrics(metrics_of(work))[0]["step"] == 1
     for checkpoint in (metrics_of(work).parent.parent / "checkpoints").iterdir():
         checkpoint.rename(checkpoint.with_name(f"lost-{checkpoint.name}"))
+    shutil.rmtree(Path(run.storage.root) / "checkpoints")
     with at_work(run) as work:
         assert not work.is_trained(1)
 

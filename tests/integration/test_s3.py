@@ -2,21 +2,29 @@
 
 import json
 import logging
+import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
+import psutil
 import pytest
 from moto.server import ThreadedMotoServer
 from transformers import AutoModelForCausalLM
 
 from configs.load import load_run
+from kdflow_core.errors import WorkerError
 from storage.artifact import ArtifactRef
 from tasks.execution.launch import launch_stage
 from tasks.presentation.results import evaluation_rows, report_path, student_path
+from tasks.presentation.tracking import METRICS_FILE, read_metrics
 from tasks.stages.explanation import stage_status
-from tasks.stages.identity import StageSpec
+from tasks.stages.identity import StageSpec, open_store, stage_spec
 from tasks.stages.planning import plan_stages
+from tests.conftest import run_inline
+from tests.processes import stage_ranks
 
 pytestmark = pytest.mark.ranks
 
@@ -33,9 +41,41 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     # fsspec keeps file systems by their arguments, and the endpoint is none of them.
     fsspec.get_filesystem_class("s3").clear_instance_cache()
-    fsspec.filesystem("s3").mkdir("kdflow-test")
-    yield "s3://kdflow-test"
+    name = f"kdflow-{uuid.uuid4().hex}"  # what servers hold is of the process, not of one of them
+    fsspec.filesystem("s3").mkdir(name)
+    yield f"s3://{name}"
     server.stop()
+
+
+def test_another_machine_goes_on_from_checkpoints_in_the_bucket(
+    bucket: str, make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    files = fsspec.filesystem("s3")
+    recipe = str(make_recipe(max_steps=30, num_ranks=2, checkpoint_every=3))
+    overrides = {"storage.root": f"{bucket}/store", "storage.checkpoints": "store"}
+    run = load_run(recipe, overrides)
+    spec = stage_spec(plan_stages(run)["train"], run, run_inline(run, until="extract"))
+    kept = f"{bucket}/store/checkpoints/student/{spec.identity.digest}"
+
+    def kill_a_rank() -> None:
+        deadline = time.monotonic() + 240
+        while not files.glob(f"{kept}/*/complete"):
+            assert time.monotonic() < deadline
+            files.invalidate_cache()
+        stage_ranks(psutil.Process())[-1].kill()
+
+    killer = threading.Thread(target=kill_a_rank)
+    killer.start()
+    with pytest.raises(WorkerError, match="SIGKILL"):
+        launch_stage(spec, logging.getLogger("test"))
+    killer.join()
+    other = load_run(recipe, overrides | {"storage.scratch": str(tmp_path / "other")})
+    spec = spec.model_copy(update={"run": other})
+    student = open_store(other).local_copy(launch_stage(spec, logging.getLogger("test")))
+    steps = [record["step"] for record in read_metrics(student / METRICS_FILE)]
+    assert steps == list(range(1, 31)), "those before the kill come from the store"
+    files.invalidate_cache()
+    assert not files.find(kept)
 
 
 def run_all(recipe: str, overrides: dict[str, object]) -> dict[str, ArtifactRef]:
