@@ -6,6 +6,7 @@ answer token when it was sampled (nats), why it ended, the version of the weight
 reward if there is one, and both texts, which nothing reads back.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,13 +43,26 @@ def write_rollouts(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), path)
 
 
-def read_rollouts(folder: Path) -> list[dict[str, Any]]:
-    """All rows: numpy arrays for the lists. Raises StoreCorruptError for an unreadable file."""
+def join_rollouts(folder: Path, parts: Mapping[Path, Sequence[int]]) -> None:
+    """Write the rows of several folders as one, in the order of the places that they have."""
+    table = pa.concat_tables([_table(part) for part in parts])
+    places = list(itertools.chain.from_iterable(parts.values()))
+    path = folder / ROLLOUTS_FILE
+    with disk_errors(str(path)):
+        pq.write_table(table.take(sorted(range(len(places)), key=places.__getitem__)), path)
+
+
+def _table(folder: Path) -> pa.Table:
     path = folder / ROLLOUTS_FILE
     try:
-        table = pq.read_table(path)
+        return pq.read_table(path)
     except pa.ArrowInvalid as error:
         raise StoreCorruptError(f"{path} is not a Parquet file: {error}") from error
+
+
+def read_rollouts(folder: Path) -> list[dict[str, Any]]:
+    """All rows: numpy arrays for the lists. Raises StoreCorruptError for an unreadable file."""
+    table = _table(folder)
     rows = [dict[str, Any]() for _ in range(table.num_rows)]
     for name in table.column_names:
         column = table.column(name)

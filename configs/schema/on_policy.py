@@ -165,7 +165,27 @@ class OnPolicyConfig(StrictModel):
             )
         if self.prompt_weights is not None and not any(self.prompt_weights.values()):
             raise ValueError("`prompt_weights` are all 0; give one source a weight")
+        shares = -(-self.prompts_per_round * self.samples_per_prompt // self.answers_together)
+        if self.rollout.num_engines > shares:
+            together = (
+                "batches of rollout.prompts_per_batch"
+                if isinstance(self.rollout, TransformersRollout)
+                else "prompts"
+            )
+            raise ValueError(
+                f"rollout.num_engines={self.rollout.num_engines}: a round has only {shares} of the "
+                f"{together} that engines share; lower it, or raise prompts_per_round"
+            )
         return self
+
+    @property
+    def answers_together(self) -> int:
+        """So many of a round's answers in a row are given by one engine, however many there are:
+        a batch, or those to one prompt, whose cache they share.
+        """
+        if isinstance(self.rollout, TransformersRollout):
+            return self.rollout.prompts_per_batch
+        return self.samples_per_prompt
 
     @property
     def all_sampled(self) -> bool:

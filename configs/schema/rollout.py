@@ -6,22 +6,28 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from configs.schema.base import MOST
+from configs.schema.base import MOST, MOST_RANKS, StrictModel
 from configs.schema.engines import SglangEngine, TransformersEngine
 
 
-class TransformersRollout(TransformersEngine):
+class _TakesWeights(StrictModel):
+    """What an engine has beyond one that answers once."""
+
+    num_engines: int = Field(default=1, gt=0, le=MOST_RANKS)
+    """Engines that share a round's prompts, each with the whole student on GPUs of its own: as many
+    as there are GPUs for them. The answers do not depend on it.
+    """
+    bucket_mb: int = Field(default=256, gt=0, le=MOST)
+    """How much of new weights is handed over at a time, in MB; twice that is held."""
+
+
+class TransformersRollout(TransformersEngine, _TakesWeights):
     """The reference."""
 
-    bucket_mb: int = Field(default=256, gt=0, le=MOST)
-    """How much of new weights is handed over at a time, in MB; twice that is held."""
 
-
-class SglangRollout(SglangEngine):
+class SglangRollout(SglangEngine, _TakesWeights):
     """SGLang's engine."""
 
-    bucket_mb: int = Field(default=256, gt=0, le=MOST)
-    """How much of new weights is handed over at a time, in MB; twice that is held."""
     weights: Literal["tensor", "broadcast"] = "tensor"
     """How new weights travel: `tensor` (shared memory, also for an engine on the student's own GPU)
     or `broadcast` (NCCL or Gloo).

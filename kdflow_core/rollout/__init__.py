@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 import torch
 
-from configs.schema.engines import Engine
+from configs.schema.engines import Engine, SglangEngine
 from kdflow_core.rollout.base import RolloutEngine
 
 # Lazy, so that a backend's libraries are loaded by those who use it.
@@ -17,6 +17,14 @@ ENGINES: Mapping[str, str] = MappingProxyType(
         "sglang": "kdflow_core.rollout.sglang:SglangRolloutEngine",
     }
 )
+
+
+def placed(engine: Engine, rank: int) -> Engine:
+    """The engine of a rank of several: its copy of the model has GPUs of its own."""
+    if not isinstance(engine, SglangEngine):
+        return engine
+    first = engine.first_gpu + rank * engine.tensor_parallel
+    return engine.model_copy(update={"first_gpu": first})
 
 
 def build_rollout_engine(

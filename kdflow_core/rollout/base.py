@@ -62,10 +62,17 @@ class RolloutEngine(Protocol):
         ...
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, enough: float = 1.0
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        seed: int,
+        places: Sequence[int] | None = None,
+        enough: float = 1.0,
     ) -> Iterator[tuple[int, Completion]]:
         """Answers, each with its prompt's index, as they are finished. The same `seed` gives the
-        same ones, as far as rounding does, which may depend on what is computed together.
+        same ones, as far as rounding does, which may depend on what is computed together. Where
+        several engines share what a seed is for, `places` are these prompts' among all of them.
 
         When a share `enough` of them is, an engine may cut the others where they are; one that has
         no token yet is left out.

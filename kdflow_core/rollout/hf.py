@@ -52,13 +52,15 @@ class TransformersRolloutEngine:
         sampling: Sampling,
         *,
         seed: int,
+        places: Sequence[int] | None = None,
         enough: float = 1.0,  # noqa: ARG002 - a batch ends as a whole
     ) -> Iterator[tuple[int, Completion]]:
         """See `RolloutEngine`."""
         model = self._running()
-        torch.manual_seed(seed)
+        places = range(len(prompts)) if places is None else places
         for begin in range(0, len(prompts), self._batch_size):
             batch = prompts[begin : begin + self._batch_size]
+            torch.manual_seed(_batch_seed(seed, places[begin]))
             answers = generate_ids(
                 model=model,
                 vocabulary_size=self._vocabulary_size,
@@ -123,3 +125,10 @@ class TransformersRolloutEngine:
         if self._model is None:
             raise ModelError("the rollout engine is closed")
         return self._model
+
+
+def _batch_seed(seed: int, place: int) -> int:
+    """That of the batch whose first prompt has this place."""
+    if place == 0:
+        return seed
+    return int(np.random.SeedSequence([seed, place]).generate_state(1, np.uint64)[0] >> 1)

@@ -1,4 +1,4 @@
-"""Which prompts a round has: a pure function of seed and round."""
+"""Which prompts a round has, a pure function of seed and round; and who answers which."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -32,6 +32,20 @@ def round_prompts(
         drawn = np.random.default_rng([seed, round_number]).choice(len(queues), count, p=odds)
         chosen = [next(queues[k]) for k in drawn]
     return chosen
+
+
+def share_answers(costs: Sequence[int], *, together: int, engines: int) -> list[list[int]]:
+    """The places of the answers that each engine gives, ascending: `together` in a row go to one,
+    the dearest first to the one that has least.
+    """
+    units = [range(i, min(i + together, len(costs))) for i in range(0, len(costs), together)]
+    shares: list[list[int]] = [[] for _ in range(engines)]
+    loads = [0] * engines
+    for unit in sorted(units, key=lambda unit: -sum(costs[i] for i in unit)):
+        least = loads.index(min(loads))
+        shares[least] += unit
+        loads[least] += sum(costs[i] for i in unit)
+    return [sorted(share) for share in shares]
 
 
 def _endless(members: np.ndarray, seed: list[int]) -> Iterator[int]:

@@ -76,16 +76,24 @@ class SglangRolloutEngine:
         self._asleep = False
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, enough: float = 1.0
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        seed: int,
+        places: Sequence[int] | None = None,
+        enough: float = 1.0,
     ) -> Iterator[tuple[int, Completion]]:
         """See `RolloutEngine`."""
+        places = range(len(prompts)) if places is None else places
         # One of 63 bits for each answer, as SGLang takes them.
-        seeds = np.random.SeedSequence(seed).generate_state(len(prompts), np.uint64) >> np.uint64(1)
+        count = max(places, default=-1) + 1
+        seeds = np.random.SeedSequence(seed).generate_state(count, np.uint64) >> np.uint64(1)
         answers = self._running().generate(
             [prompt.ids_T.tolist() for prompt in prompts],
             [
                 _parameters(sampling, prompt.max_new_tokens) | {"sampling_seed": int(own)}
-                for prompt, own in zip(prompts, seeds, strict=True)
+                for prompt, own in zip(prompts, seeds[list(places)], strict=True)
             ],
             log_probs=sampling.log_probs,
             enough=enough,
@@ -120,9 +128,11 @@ class SglangRolloutEngine:
         """See `RolloutEngine`. The engine's own processes open the bucket."""
         self._running().load_weights(asdict(bucket))
 
-    def join_broadcast(self, address: str, port: int) -> None:
-        """Meet the sender of `receive_weights`."""
-        self._running().join_broadcast(address, port)
+    def join_broadcast(self, address: str, port: int, *, first: int, ranks: int) -> None:
+        """Meet the sender of `receive_weights`, in a group of so many `ranks`; those of this engine
+        begin with `first`.
+        """
+        self._running().join_broadcast(address, port, first=first, ranks=ranks)
 
     def receive_weights(self, names: list[str], dtypes: list[str], shapes: list[list[int]]) -> None:
         """Like `load_weights`, but from the group's sender."""

@@ -5,8 +5,10 @@ private API that takes. `scheduler.py` is our part inside its process.
 """
 
 import multiprocessing
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -23,6 +25,7 @@ from kdflow_core.errors import ModelError
 from kdflow_core.sglang_runtime.scheduler import scheduler_for
 
 UPDATE_GROUP = "kdflow-weights"
+CORES = "SGLANG_CPU_OMP_THREADS_BIND"
 REAPING_S = 10.0  # for killed processes to be gone
 WHOLE_ANSWER = 10**9  # tokens after which a part of an answer would be sent
 CACHE_SLACK = 4096  # cache tokens beyond those that running answers may take
@@ -66,7 +69,8 @@ class GenerationEngine:
             arguments = _server_args(options, device)
             try:
                 _check_architecture(ServerArgs(**arguments))
-                self._engine = MaskedEngine(**arguments)
+                with _cores_of_ranks(options.tensor_parallel, device):
+                    self._engine = MaskedEngine(**arguments)
             except (RuntimeError, ValueError, AssertionError, OSError) as error:
                 raise ModelError(
                     f"SGLang cannot serve {options.folder}: {error}. Where memory is short, lower "
@@ -74,7 +78,6 @@ class GenerationEngine:
                     "engine's type to transformers"
                 ) from error
         self._loop = self._engine.loop
-        self._tensor_parallel = options.tensor_parallel
         self._requests = 0
 
     def generate(
@@ -128,12 +131,12 @@ class GenerationEngine:
         """Have every scheduler process open a bucket and copy its tensors into the model."""
         self._remote("kdflow_load_bucket", bucket=bucket)
 
-    def join_broadcast(self, address: str, port: int) -> None:
-        """Meet rank 0 of a group, in which the engine's ranks are those from 1 on."""
+    def join_broadcast(self, address: str, port: int, *, first: int, ranks: int) -> None:
+        """Meet rank 0 of a group of so many `ranks`, of which the engine's begin with `first`."""
         backend = "nccl" if self._engine.server_args.device == "cuda" else "gloo"
         _require(
             self._engine.init_weights_update_group(
-                address, port, 1, 1 + self._tensor_parallel, UPDATE_GROUP, backend
+                address, port, first, ranks, UPDATE_GROUP, backend
             )
         )
 
@@ -185,6 +188,23 @@ def join_as_sender(address: str, port: int, ranks: int, device: torch.device) ->
         rank=0,
         group_name=UPDATE_GROUP,
     )
+
+
+@contextmanager
+def _cores_of_ranks(ranks: int, device: torch.device) -> Iterator[None]:
+    """On a CPU, the cores of each rank of an engine that is started within, where the environment
+    does not say them: SGLang gives each a memory node, and ends where there are fewer.
+    """
+    if device.type != "cpu" or ranks == 1 or CORES in os.environ:
+        yield
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    parts = [cores[rank % len(cores) :: ranks] for rank in range(ranks)]
+    os.environ[CORES] = "|".join(",".join(map(str, part)) for part in parts)
+    try:
+        yield
+    finally:
+        del os.environ[CORES]
 
 
 def _require(outcome: tuple[bool, str]) -> None:

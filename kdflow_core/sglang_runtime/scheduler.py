@@ -1,10 +1,12 @@
 """What we add to SGLang's scheduler process: the true vocabulary, seeds, a check of new weights."""
 
-from functools import partial
+from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any
 
 import msgspec
 import torch
+import torch.distributed as dist
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers import sampler
 from sglang.srt.managers.scheduler import Scheduler, run_scheduler_process
@@ -26,10 +28,10 @@ def _run(vocabulary_size: int, *args: Any, **kwargs: Any) -> None:
     _sample_by_seeds()
     # Only the ids that a request names end its answer, not those of the model's own files too.
     ModelConfig._get_hf_eos_token_id = lambda _self: set()
-    Scheduler.kdflow_expect_weights = _expect_weights
-    Scheduler.kdflow_load_bucket = _load_bucket
-    Scheduler.kdflow_check_weights = _check_weights
-    Scheduler.kdflow_serve_weights = _serve_weights
+    Scheduler.kdflow_expect_weights = _on_all_ranks(_expect_weights)
+    Scheduler.kdflow_load_bucket = _on_all_ranks(_load_bucket)
+    Scheduler.kdflow_check_weights = _on_all_ranks(_check_weights)
+    Scheduler.kdflow_serve_weights = _on_all_ranks(_serve_weights)
     weight_utils.tqdm = _Silent
     run_scheduler_process(*args, **kwargs)
 
@@ -39,6 +41,28 @@ class _Silent(tqdm):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "disable": True})
+
+
+def _on_all_ranks(work: Callable[..., None]) -> Callable[..., None]:
+    """What fails on one rank of an engine fails on all of them. SGLang answers for the first one
+    alone, and would serve what the others lack.
+    """
+
+    @wraps(work)
+    def everywhere(scheduler: Scheduler, **parameters: Any) -> None:
+        failure = None
+        try:
+            work(scheduler, **parameters)
+        except Exception as error:  # noqa: BLE001 - raised again, on every rank
+            failure = f"{type(error).__name__}: {error}"
+        group = scheduler.tp_group.cpu_group
+        failures: list[str | None] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(failures, failure, group=group)
+        texts = [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text]
+        if texts:
+            raise RuntimeError("; ".join(texts))
+
+    return everywhere
 
 
 def _mask_padding(vocabulary_size: int) -> None:

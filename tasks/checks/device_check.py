@@ -26,6 +26,8 @@ def check_devices(run: RunConfig) -> None:
     wanted = {"student.num_ranks": run.student.num_ranks}
     if run.teacher.type != "sglang_server":  # whose ranks only ask
         wanted["teacher.num_ranks"] = run.teacher.num_ranks
+    if run.on_policy is not None:
+        wanted["on_policy.rollout.num_engines"] = run.on_policy.rollout.num_engines
     for field, ranks in wanted.items():
         if ranks > most:
             raise ModelError(f"{field}={ranks}: this machine has {what}; lower it")
@@ -77,7 +79,7 @@ def _check_gpus(run: RunConfig, gpus: int) -> None:
         _check_engine("data.answers.engine", answers.engine, run.answering_ranks, gpus)
     rollout = None if run.on_policy is None else run.on_policy.rollout
     if isinstance(rollout, SglangRollout):
-        _check_engine("on_policy.rollout", rollout, 1, gpus)
+        _check_engine("on_policy.rollout", rollout, rollout.num_engines, gpus)
         if rollout.weights == "broadcast" and rollout.first_gpu == 0:
             raise ModelError(
                 "on_policy.rollout.weights=broadcast: engine and rank 0 of the student share GPU "

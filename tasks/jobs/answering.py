@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 
 from configs.schema.data import AnswersConfig
-from configs.schema.engines import Engine, SglangEngine
 from configs.schema.run import RunConfig
 from kdflow_core.alignment.translation import Translator, with_answer
 from kdflow_core.contracts import Example
 from kdflow_core.models.tokenizers import true_vocabulary_size
-from kdflow_core.rollout import build_rollout_engine
+from kdflow_core.rollout import build_rollout_engine, placed
 from kdflow_core.rollout.base import Sampling
 from kdflow_core.workers.devices import barrier
 from storage.artifact import ArtifactRef
@@ -140,7 +139,7 @@ class _Answerer:
             log_probs=config.by == "student" and config.temperature > 0,
         )
         self._engine = build_rollout_engine(
-            _placed(config.engine, rank),
+            placed(config.engine, rank),
             folder=folder,
             vocabulary_size=true_vocabulary_size(chat.tokenizer),
             max_length=stage.length_limit,
@@ -167,14 +166,6 @@ class _Answerer:
     def close(self) -> None:
         """End the engine."""
         self._engine.close()
-
-
-def _placed(engine: Engine, rank: int) -> Engine:
-    """The engine of a rank: its copy of the model has GPUs of its own."""
-    if not isinstance(engine, SglangEngine):
-        return engine
-    first = engine.first_gpu + rank * engine.tensor_parallel
-    return engine.model_copy(update={"first_gpu": first})
 
 
 def answered(

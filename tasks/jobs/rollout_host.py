@@ -1,19 +1,18 @@
-"""The process that holds the rollout engine of an on-policy run."""
+"""A process that holds a rollout engine of an on-policy run."""
 
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from configs.schema.on_policy import OnPolicyConfig
+from configs.schema.rollout import SglangRollout
 from kdflow_core.contracts import Example
 from kdflow_core.models.tokenizers import true_vocabulary_size
-from kdflow_core.rollout import build_rollout_engine
+from kdflow_core.rollout import build_rollout_engine, placed
 from kdflow_core.rollout.base import Completion, Prompt, RolloutEngine, Sampling
+from kdflow_core.rollout.prompts import share_answers
 from kdflow_core.rollout.rewards import RewardFunction, load_reward, reward_of
 from kdflow_core.rollout.sglang import SglangRolloutEngine
 from kdflow_core.weight_buckets import Bucket
@@ -22,8 +21,8 @@ from storage.rollouts import write_rollouts
 from tasks.jobs import chats, parts
 from tasks.jobs.round_examples import prompts_of_round
 from tasks.jobs.stage_host import open_stage
-from tasks.jobs.stage_run import StageRun
 from tasks.jobs.stored import TokenExamples
+from tasks.rounds.rollout_shares import RolloutShare, share_folder
 from tasks.stages.catalogue import ROLLOUTS
 from tasks.stages.planning import round_identity
 
@@ -38,7 +37,7 @@ class _Asked:
 
 
 class RolloutHost:
-    """Answers a round's prompts and takes new weights, as the methods are called."""
+    """Answers its share of a round's prompts and takes new weights, as the methods are called."""
 
     def __init__(self, context: RankContext, spec: str) -> None:
         stage = open_stage(context, spec)
@@ -54,7 +53,7 @@ class RolloutHost:
         if reward is not None:
             self._reward = load_reward(Path(reward.path), reward.name)
         self._engine: RolloutEngine = build_rollout_engine(
-            self._config.rollout,
+            placed(self._config.rollout, context.rank),
             folder=folder,
             vocabulary_size=true_vocabulary_size(self._tokenizer),
             max_length=stage.length_limit,
@@ -78,10 +77,13 @@ class RolloutHost:
         self._engine.load_weights(Bucket.from_plain(bucket))
 
     @offered
-    def join_broadcast(self, address: str, port: int) -> None:
+    def join_broadcast(self, address: str, port: int, ranks: int) -> None:
         """Meet the trainer's rank 0, which sends."""
+        config = self._config.rollout
         assert isinstance(self._engine, SglangRolloutEngine)
-        self._engine.join_broadcast(address, port)
+        assert isinstance(config, SglangRollout)
+        first = 1 + self._stage.context.rank * config.tensor_parallel
+        self._engine.join_broadcast(address, port, first=first, ranks=ranks)
 
     @offered
     def receive_bucket(self, tensors: list[dict[str, Any]]) -> None:
@@ -101,26 +103,29 @@ class RolloutHost:
 
     @offered
     def roll_out(self, number: int, fraction: float) -> dict[str, Any]:
-        """Answer the prompts of a round; the reference of the artifact."""
-        started = time.perf_counter()
+        """Answer this engine's share of a round's prompts, and write it down; a `RolloutShare`."""
+        started, rank = time.perf_counter(), self._stage.context.rank
         identity = round_identity(self._stage.spec.identity, ROLLOUTS, number)
-        spec = self._stage.spec.model_copy(update={"identity": identity})
-        stage = StageRun(spec, self._stage.reporter, self._stage.context)
-        self._engine.wake()
         asked = self._asked(number, fraction)
-        rows = self._rows(number, asked)
+        costs = [len(one.prompt.ids_T) + one.prompt.max_new_tokens for one in asked]
+        shares = share_answers(
+            costs,
+            together=self._config.answers_together,
+            engines=self._config.rollout.num_engines,
+        )
+        self._engine.wake()
+        rows = self._rows(number, {place: asked[place] for place in shares[rank]})
         self._engine.sleep()
-        write_rollouts(stage.workdir, rows)
-        counts = {
-            "answers": len(rows),
-            "tokens": sum(len(row["answer_ids"]) for row in rows),
-            "cut_before_their_first_token": len(asked) - len(rows),
-        }
-        # Where nothing is sampled, no weights are served, and none are stale.
-        version = self._engine.version if rows else number - 1
-        info = self._info(rows) | {"version": version, "fraction": fraction}
-        info["seconds"] = time.perf_counter() - started
-        return stage.publish(counts=counts, info=info).model_dump(mode="json")
+        folder = share_folder(self._stage.store.workdir(identity.kind, identity.digest), rank)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_rollouts(folder, list(rows.values()))
+        return RolloutShare(
+            places=tuple(rows),
+            asked=len(shares[rank]),
+            version=self._engine.version,
+            fraction=fraction,
+            seconds=time.perf_counter() - started,
+        ).model_dump(mode="json")
 
     def close(self) -> None:
         """End the engine."""
@@ -136,19 +141,21 @@ class RolloutHost:
             asked += [_Asked(index=index, example=example, prompt=prompt)]
         return [one for one in asked for _ in range(config.samples_per_prompt)]
 
-    def _rows(self, number: int, asked: list[_Asked]) -> list[dict[str, Any]]:
-        """The rows of a round, in the order of its prompts."""
-        rows: list[dict[str, Any] | None] = [None] * len(asked)
-        done, tokens = 0, 0
-        for place, completion in self._completions(number, asked):
-            rows[place] = self._row(number, asked[place], completion)
-            done, tokens = done + 1, tokens + len(completion.ids_N)
+    def _rows(self, number: int, mine: dict[int, _Asked]) -> dict[int, dict[str, Any]]:
+        """The rows of a share by their places in the round, ascending."""
+        rows, tokens, places = dict[int, dict[str, Any]](), 0, list(mine)
+        for index, completion in self._completions(number, mine):
+            place = places[index]
+            rows[place] = self._row(number, mine[place], completion)
+            tokens += len(completion.ids_N)
             self._stage.reporter.progress(
-                done=done, total=len(asked), unit="answers", detail=f"{tokens:,} tokens"
+                done=len(rows), total=len(mine), unit="answers", detail=f"{tokens:,} tokens"
             )
-        return [row for row in rows if row is not None]
+        return dict(sorted(rows.items()))
 
-    def _completions(self, number: int, asked: list[_Asked]) -> Iterator[tuple[int, Completion]]:
+    def _completions(
+        self, number: int, mine: dict[int, _Asked]
+    ) -> Iterator[tuple[int, Completion]]:
         config = self._config
         sampling = Sampling(
             stop_ids=self._stop_ids,
@@ -156,9 +163,13 @@ class RolloutHost:
             top_p=config.top_p,
             top_k=config.top_k,
         )
-        prompts = [one.prompt for one in asked]
-        seed = (self._stage.run.seed << 32) + number
-        return self._engine.generate(prompts, sampling, seed=seed, enough=config.collect_fraction)
+        return self._engine.generate(
+            [one.prompt for one in mine.values()],
+            sampling,
+            seed=(self._stage.run.seed << 32) + number,
+            places=list(mine),
+            enough=config.collect_fraction,
+        )
 
     def _row(self, number: int, asked: _Asked, completion: Completion) -> dict[str, Any]:
         prompt = str(self._tokenizer.decode(asked.prompt.ids_T))
@@ -178,14 +189,4 @@ class RolloutHost:
             "prompt_text": prompt,
             "answer_text": answer,
             "label": label,
-        }
-
-    def _info(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        lengths = [len(row["answer_ids"]) for row in rows]
-        rewards = [row["reward"] for row in rows if row["reward"] is not None]
-        return {
-            "finish_reasons": dict(Counter(row["finish_reason"] for row in rows)),
-            "mean_length": float(np.mean(lengths)) if lengths else 0.0,
-            "longest": max(lengths, default=0),
-            "reward_mean": float(np.mean(rewards)) if rewards else None,
         }

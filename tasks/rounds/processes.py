@@ -16,7 +16,7 @@ from tasks.stages.identity import StageSpec
 
 
 class RoundProcesses:
-    """The ranks that train, and the rank that has the rollout engine. Raises WorkerError when one
+    """The ranks that train, and those that have a rollout engine each. Raises WorkerError when one
     of them fails; all of both have then ended.
 
     A start is within `starting`; `on_end` is called when all have ended.
@@ -59,13 +59,16 @@ class RoundProcesses:
         return TrainerRanks(self, self._trainer)
 
     @property
-    def rollout(self) -> "RolloutRank":
-        """The rank that has the rollout engine."""
+    def rollout(self) -> "RolloutRanks":
+        """The ranks that have a rollout engine each."""
         if self._rollout is None:
-            placement = Placement(name="rollout", env=QUIET)
+            config = self._spec.run.on_policy
+            assert config is not None
+            ranks = config.rollout.num_engines
+            placement = Placement(name="rollout", num_ranks=ranks, env=QUIET)
             self._rollout = self._start("tasks.jobs.rollout_host:RolloutHost", placement)
             self._wait_until_ready(self._rollout)
-        return RolloutRank(self, self._rollout)
+        return RolloutRanks(self, self._rollout)
 
     def _start(self, job: str, placement: Placement) -> WorkerGroup:
         return self._launcher.start(
@@ -176,11 +179,11 @@ class TrainerRanks(_Ranks):
         self._first(self._group.call("send_bucket", number=number))
 
 
-class RolloutRank(_Ranks):
+class RolloutRanks(_Ranks):
     """What `RolloutHost` offers. What is done beside the trainer gives a call to wait for."""
 
     def roll_out(self, number: int, fraction: float) -> Pending:
-        """Answer a round's prompts; the reply is the reference of the artifact."""
+        """Answer a round's prompts; each replies with its share."""
         return self._group.call("roll_out", number=number, fraction=fraction)
 
     def begin_weights(self) -> None:
@@ -191,18 +194,17 @@ class RolloutRank(_Ranks):
         """Take a bucket from a file of memory."""
         return self._group.call("load_bucket", bucket=bucket)
 
-    def join_broadcast(self, *, address: str, port: int) -> Pending:
+    def join_broadcast(self, *, address: str, port: int, ranks: int) -> Pending:
         """Meet the trainer's rank 0."""
-        return self._group.call("join_broadcast", address=address, port=port)
+        return self._group.call("join_broadcast", address=address, port=port, ranks=ranks)
 
     def receive_bucket(self, tensors: list[dict[str, Any]]) -> Pending:
         """Take a bucket that it sends."""
         return self._group.call("receive_bucket", tensors=tensors)
 
-    def end_weights(self, version: int) -> int:
-        """Serve the new weights; the version that the engine reports."""
-        served: int = self._first(self._group.call("end_weights", version=version))
-        return served
+    def end_weights(self, version: int) -> set[int]:
+        """Serve the new weights; the versions that the engines report."""
+        return set(self._processes.replies(self._group.call("end_weights", version=version)))
 
 
 def _nothing() -> None:

@@ -16,6 +16,7 @@ from storage.artifact import ArtifactRef
 from tasks.execution.launch import Logger, launcher_of, stage_lease
 from tasks.forecast.memory import memory_lines, memory_phases
 from tasks.rounds.processes import RoundProcesses
+from tasks.rounds.rollout_shares import RolloutShare, publish_rollouts
 from tasks.rounds.round_record import (
     ROUND_FILE,
     RoundRecord,
@@ -167,9 +168,12 @@ class RoundsAtWork:
 
     def _finish_rollouts(self, number: int) -> ArtifactRef:
         """Wait for the rollouts of a round."""
-        (plain,) = self._processes.replies(self._begun[number])
+        shares = [
+            RolloutShare.model_validate(plain)
+            for plain in self._processes.replies(self._begun[number])
+        ]
         del self._begun[number]
-        return ArtifactRef.model_validate(plain)
+        return publish_rollouts(self._store, self.identity(ROLLOUTS, number), number, shares)
 
     def _roll_out_ahead(self, number: int) -> None:
         """Begin what may be rolled out by the weights that round `number` starts from."""

@@ -1,5 +1,5 @@
-"""How new weights go from the ranks that train to the rollout engine: a bucket at a time, through
-memory that both see, or by broadcast.
+"""How new weights go from the ranks that train to the rollout engines: a bucket at a time, through
+memory that all see, or by broadcast.
 """
 
 import time
@@ -24,7 +24,7 @@ class WeightSwap:
         self._joined = False
 
     def swap(self, version: int) -> None:
-        """Have the engine serve the trainer's weights, as `version`. Raises WorkerError."""
+        """Have the engines serve the trainer's weights, as `version`. Raises WorkerError."""
         trainer, engine = self._processes.trainer, self._processes.rollout
         started = time.perf_counter()
         trainer.open_weights()
@@ -36,8 +36,8 @@ class WeightSwap:
             self._share(progress["buckets"])
         served = engine.end_weights(version)
         trainer.close_weights()
-        if served != version:
-            raise WorkerError(f"the engine serves version {served}, not {version}")
+        if served != {version}:
+            raise WorkerError(f"the engines serve the versions {sorted(served)}, not {version}")
         seconds, size = time.perf_counter() - started, progress["bytes"] / 1e9
         self._logger.info(
             "the engine serves the weights of round %d: %.2f GB in %.2f s", version, size, seconds
@@ -68,8 +68,9 @@ class WeightSwap:
         if not self._joined:
             assert isinstance(self._rollout, SglangRollout)
             place = trainer.broadcast_place()
+            place["ranks"] = 1 + self._rollout.num_engines * self._rollout.tensor_parallel
             joining = engine.join_broadcast(**place)
-            trainer.join_broadcast(**place, ranks=1 + self._rollout.tensor_parallel)
+            trainer.join_broadcast(**place)
             self._processes.replies(joining)
             self._joined = True
         for number in range(count):

@@ -130,7 +130,7 @@ _STAGES = (
         name="generate",
         kind="answers",
         output="answers",
-        code_version=4,
+        code_version=5,
         description="A model's answers to the training prompts",
         job="tasks.jobs.answering:generate_answers",
         slice=slices.answers,
@@ -178,7 +178,7 @@ _STAGES = (
         name="train",
         kind="student",
         output="student",
-        code_version=5,
+        code_version=6,
         description="Distill the student under FSDP2",
         job="tasks.jobs.training:train_student",
         slice=slices.student,
@@ -208,7 +208,7 @@ _STAGES = (
 _BY_NAME = {stage.name: stage for stage in _STAGES}
 CATALOGUE: Mapping[str, Stage] = MappingProxyType(_BY_NAME)
 
-ROLLOUTS = RoundArtifact(kind="rollouts", code_version=3, task="rollout")
+ROLLOUTS = RoundArtifact(kind="rollouts", code_version=4, task="rollout")
 ROUND = RoundArtifact(kind="round", code_version=4, task="train")
 ROUND_ARTIFACTS: Mapping[str, RoundArtifact] = MappingProxyType(
     {made.kind: made for made in (ROLLOUTS, ROUND)}

@@ -199,6 +199,21 @@ def test_the_same_seed_gives_the_same_answers(engine: RolloutEngine) -> None:
     assert not set(first) & set(sampled(2))
 
 
+def test_engines_that_share_a_seed_give_its_answers(engine: RolloutEngine) -> None:
+    """Each some of them, by their places; here whole batches of the reference's five."""
+    asked = [Prompt(ids_T=ids, max_new_tokens=12) for ids in prompts(13, seed=11)]
+    sampling = Sampling(stop_ids=tuple(range(100, 130)))
+    whole = dict(engine.generate(asked, sampling, seed=3))
+    shared: dict[int, Completion] = {}
+    for places in ([0, 1, 2, 3, 4, 10, 11, 12], [5, 6, 7, 8, 9], []):
+        chosen = [asked[place] for place in places]
+        found = engine.generate(chosen, sampling, seed=3, places=places)
+        shared |= {places[index]: completion for index, completion in found}
+    assert sorted(shared) == list(range(13))
+    for place, completion in whole.items():
+        np.testing.assert_array_equal(shared[place].ids_N, completion.ids_N)
+
+
 def test_some_answers_may_be_cut(engine: RolloutEngine) -> None:
     """What there is of them is given, if there is a token; the engine serves on."""
     asked = [Prompt(ids_T=ids, max_new_tokens=90) for ids in prompts(40, seed=5)]

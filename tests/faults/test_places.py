@@ -254,6 +254,21 @@ ON_POLICY = {
         ({"on_policy.rollout.first_gpu": 2}, "take the GPUs 2 to 2, and this machine has 0 to 1"),
         ({"on_policy.rollout.tensor_parallel": 4}, "take the GPUs 0 to 3, and this machine has 0"),
         ({"on_policy.rollout.weights": "broadcast"}, "share GPU 0, and NCCL takes a GPU once"),
+        ({"on_policy.rollout.num_engines": 3}, r"num_engines=3: this machine has 2 GPUs"),
+        (
+            {"on_policy.rollout.num_engines": 2, "on_policy.rollout.first_gpu": 1},
+            "2 of this engine take the GPUs 1 to 2",
+        ),
+        (
+            {
+                "on_policy.rollout": {
+                    "type": "transformers",
+                    "num_engines": 3,
+                    "prompts_per_batch": 1,
+                }
+            },
+            r"num_engines=3: this machine has 2 GPUs",
+        ),
     ],
 )
 def test_gpus_that_are_not_there_or_are_taken(

@@ -102,11 +102,12 @@ def is_greedy(model: PreTrainedModel, row: dict[str, Any]) -> bool:
 def test_rounds_with_sglang(
     make_recipe: Callable[..., Path], rounds: int, weights: str, lora: dict[str, int] | None
 ) -> None:
-    """The held-out reverse KL falls from round to round, and engine and trainer agree on the
-    log-probabilities of what was sampled: with adapters, which the engine has merged, too.
+    """The held-out reverse KL falls from round to round, and engines and trainer agree on the
+    log-probabilities of what was sampled: with adapters, which the engines have merged, too.
     """
     more = {"student.lora": lora, "student.lr": 0.02 if lora else 0.002}
-    rollout = SGLANG | {"weights": weights}
+    engines = 2 if weights == "broadcast" else 1
+    rollout = SGLANG | {"weights": weights, "num_engines": engines}
     run = load(make_recipe, more, rounds=rounds, rollout=rollout, samples_per_prompt=2)
     with at_work(run) as work:
         records = train(work, rounds)
@@ -255,12 +256,13 @@ def test_mixes(make_recipe: Callable[..., Path]) -> None:
 
 
 def test_how_it_is_run_does_not_matter(make_recipe: Callable[..., Path]) -> None:
-    """Heads spread over the ranks, student and teacher that sleep between their turns, and states
-    of a step at a time, give the rounds of a run without.
+    """Heads spread over the ranks, student and teacher that sleep between their turns, states of a
+    step at a time, and several engines, give the rounds of a run without.
     """
-    plain = load(make_recipe, {})
-    with at_work(plain) as work:
-        expected = train(work, 2)
+    batches = {"type": "transformers", "dtype": "float32", "prompts_per_batch": 3}
+    plain = load(make_recipe, {}, rollout=batches)
+    with at_work(plain) as plain_work:
+        expected = train(plain_work, 2)
     other = {
         "student.vocabulary_parallel": True,
         "student.sleep": True,
@@ -269,8 +271,13 @@ def test_how_it_is_run_does_not_matter(make_recipe: Callable[..., Path]) -> None
         "storage.root": f"{plain.storage.root}-2",
         "storage.scratch": f"{plain.storage.scratch}-2",
     }
-    with at_work(load(make_recipe, other)) as work:
+    shared = load(make_recipe, other, rollout=batches | {"num_engines": 3})
+    with at_work(shared) as work:
         found = train(work, 2)
+        pairs = list(zip(rows_of(work, 1), rows_of(plain_work, 1), strict=True))
+    for row, same in pairs:
+        assert row["prompt"] == same["prompt"]
+        np.testing.assert_array_equal(row["answer_ids"], same["answer_ids"])
     for one, another in zip(found, expected, strict=True):
         assert one.kd == pytest.approx(another.kd, rel=1e-4)
         assert one.heldout == pytest.approx(another.heldout, rel=1e-4)

@@ -281,6 +281,14 @@ WITHIN = {"within_classes": True, "divergence": {"type": "reverse_kl"}}
         ),
         ({"student.sleep": True, "on_policy.max_staleness": 1}, "leave one of them out"),
         (
+            {"on_policy.rollout": {"type": "transformers", "num_engines": 2}},
+            r"num_engines=2: a round has only 1 of the batches of rollout\.prompts_per_batch",
+        ),
+        (
+            {"on_policy.rollout": {"type": "sglang", "num_engines": 1000}},
+            r"num_engines=1000: a round has only \d+ of the prompts that engines share",
+        ),
+        (
             {
                 "loss.divergence": {"type": "sampled_reverse_kl"},
                 "on_policy.fraction": {"type": "linear", "start": 0.5, "end": 1.0},

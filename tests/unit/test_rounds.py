@@ -14,7 +14,7 @@ from configs.load import load_run
 from configs.schema.on_policy import AdaptiveFraction, Fraction, LinearFraction, OnPolicyConfig
 from kdflow_core.errors import DataError
 from kdflow_core.models.structure import decoder_layers
-from kdflow_core.rollout.prompts import round_prompts
+from kdflow_core.rollout.prompts import round_prompts, share_answers
 from kdflow_core.rollout.rewards import advantages, load_reward, reward_of
 from tasks.forecast.memory import memory_lines, memory_phases, num_parameters
 from tasks.rounds.round_record import RoundRecord, next_fraction
@@ -44,6 +44,22 @@ def test_weights_say_how_often_a_source_comes() -> None:
     of_b = Counter(i for i in drawn if i >= 20)
     assert max(of_b.values()) - min(of_b.values()) <= 1
     assert all(i >= 20 for i in prompts(1, {"b": 1.0}))
+
+
+@pytest.mark.parametrize(("together", "engines"), [(1, 1), (1, 3), (4, 3), (4, 8), (7, 2)])
+def test_engines_share_answers_by_what_they_cost(together: int, engines: int) -> None:
+    rng = np.random.default_rng(0)
+    costs = rng.integers(1, 1000, 41).tolist()
+    shares = share_answers(costs, together=together, engines=engines)
+    assert len(shares) == engines
+    assert sorted(place for share in shares for place in share) == list(range(41))
+    owner = {place: rank for rank, share in enumerate(shares) for place in share}
+    assert all(share == sorted(share) for share in shares)
+    assert all(owner[place] == owner[place // together * together] for place in range(41))
+    loads = [sum(costs[place] for place in share) for share in shares]
+    # As scheduling the longest first is bound (Graham 1969): a unit's cost apart at most.
+    dearest = max(sum(costs[i : i + together]) for i in range(0, 41, together))
+    assert max(loads) - min(loads) <= dearest
 
 
 def record(number: int, before: float | None, after: float) -> RoundRecord:
