@@ -17,6 +17,8 @@ from sglang.srt.layers.dp_attention import initialize_dp_attention
 from sglang.srt.runtime_context import get_parallel
 from torch._C._distributed_c10d import HashStore
 
+from kdflow_core.sglang_runtime.platform import leave_nccl_out
+
 
 def join_world(device: torch.device) -> None:
     """Be a world of one, unless this process belongs to one already."""
@@ -43,6 +45,8 @@ def leave() -> None:
 
 def _init_groups(*, backend: str, dist_init_method: str, server_args: Any, gpu_id: int) -> None:
     world, parallel = dist.get_world_size(), get_parallel()
+    if backend == "gloo":
+        leave_nccl_out()
     parallel_state.init_distributed_environment(
         backend=backend,
         world_size=world,

@@ -1,7 +1,8 @@
 """SGLang on a CPU without AMX kernels: every fused layer takes its plain PyTorch path."""
 
 import sys
-from typing import Any
+from importlib import import_module
+from typing import Any, NoReturn
 
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
@@ -51,3 +52,15 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
 def _as_it_is(model_config: Any, load_config: Any, tp_size: int) -> Any:  # noqa: ARG001 - SGLang's signature
     return model_config
+
+
+def leave_nccl_out() -> None:
+    """Join ranks without NCCL, also where torch is a CUDA build. For processes that run on a CPU,
+    before their groups are made.
+    """
+    nccl = import_module("sglang.srt.distributed.device_communicators.pynccl")
+    nccl.NCCLLibrary = _no_nccl  # type: ignore[attr-defined]
+
+
+def _no_nccl(*_: Any) -> NoReturn:
+    raise OSError("there is no GPU here for NCCL")

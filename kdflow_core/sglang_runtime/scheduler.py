@@ -14,6 +14,7 @@ from sglang.srt.model_loader import weight_utils
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from tqdm import tqdm
 
+from kdflow_core.sglang_runtime.platform import leave_nccl_out
 from kdflow_core.sglang_runtime.sampling import seeded_choice
 from kdflow_core.weight_buckets import Bucket, missing_text
 
@@ -33,6 +34,8 @@ def _run(vocabulary_size: int, *args: Any, **kwargs: Any) -> None:
     Scheduler.kdflow_check_weights = _on_all_ranks(_check_weights)
     Scheduler.kdflow_serve_weights = _on_all_ranks(_serve_weights)
     weight_utils.tqdm = _Silent
+    if not torch.cuda.is_available():
+        leave_nccl_out()
     run_scheduler_process(*args, **kwargs)
 
 

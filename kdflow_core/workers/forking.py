@@ -130,10 +130,13 @@ class _Server:
         files = os.fdopen(stdin, "w"), os.fdopen(stdout, errors="replace")
         return ForkedProcess(NUMBER.unpack(born)[0], *files, end)
 
-    def close(self) -> None:
-        """Take no more requests. It ends after its ranks."""
+    def close(self, *, reap: bool = True) -> None:
+        """Take no more requests. It ends after its ranks; `reap` waits for that, in a thread, which
+        cannot be had where this process ends.
+        """
         self._requests.close()
-        threading.Thread(target=self._process.wait, daemon=True).start()
+        if reap:
+            threading.Thread(target=self._process.wait, daemon=True).start()
 
 
 def _code_changed() -> int:
@@ -193,8 +196,8 @@ class ForkServers:
             self._servers.pop(next(iter(self._servers))).close()
 
     def close(self) -> None:
-        """End all servers, each after its ranks."""
+        """Where this process ends: end all servers, each after its ranks."""
         with self._lock:
             for server in self._servers.values():
-                server.close()
+                server.close(reap=False)
             self._servers.clear()
