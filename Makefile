@@ -1,5 +1,7 @@
-# Python 3.11 and make are all that is needed; everything else goes into .venv.
-PYTHON ?= python3.11
+# Python 3.11 to 3.13 (the newest that is there) and make are all that is needed; everything else goes
+# into .venv.
+PYTHON ?= $(shell for python in python3.13 python3.12 python3.11; do \
+	$$python -c "" 2>/dev/null && echo $$python && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 # Three test processes side by side, for two cores, as tests wait, too; a file's tests stay together,
@@ -16,6 +18,7 @@ install: $(VENV)/.installed
 
 # Nothing is compiled beforehand: that is most of the time, for files of which few are ever loaded.
 $(VENV)/.installed: requirements.lock requirements-nodeps.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "there is no Python 3.11, 3.12 or 3.13; set PYTHON to one"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "pip==26.3"
 	$(BIN)/pip install --quiet --no-compile --requirement requirements.lock

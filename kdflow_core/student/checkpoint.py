@@ -48,6 +48,8 @@ METADATA_NAMES = {
     ("collections", "OrderedDict"),
     ("pathlib", "PosixPath"),
     ("pathlib", "PurePosixPath"),
+    ("pathlib._local", "PosixPath"),  # its name in Python 3.13
+    ("pathlib._local", "PurePosixPath"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
 }
