@@ -74,6 +74,7 @@ class SglangRolloutEngine:
         self.version = 0
         self._sleeps = sleeps
         self._asleep = False
+        self._has_weights = True
 
     def generate(
         self,
@@ -84,7 +85,12 @@ class SglangRolloutEngine:
         places: Sequence[int] | None = None,
         enough: float = 1.0,
     ) -> Iterator[tuple[int, Completion]]:
-        """See `RolloutEngine`."""
+        """See `RolloutEngine`. Raises ModelError after a sleep, until new weights have come."""
+        if not self._has_weights:
+            raise ModelError(
+                "the rollout engine has slept, which takes its weights; it answers when new ones "
+                "have come"
+            )
         places = range(len(prompts)) if places is None else places
         # One of 63 bits for each answer, as SGLang takes them.
         count = max(places, default=-1) + 1
@@ -141,13 +147,13 @@ class SglangRolloutEngine:
     def end_weights(self, version: int) -> None:
         """See `RolloutEngine`."""
         self._running().end_weights(version)
-        self.version = version
+        self.version, self._has_weights = version, True
 
     def sleep(self) -> None:
         """See `RolloutEngine`. The weights are let go of: after `wake`, new ones have to come."""
         if self._sleeps and not self._asleep:
             self._running().sleep()
-            self._asleep = True
+            self._asleep, self._has_weights = True, False
 
     def wake(self) -> None:
         """See `RolloutEngine`."""

@@ -1,8 +1,12 @@
-"""An engine over two ranks, of which SGLang itself hears the first one alone."""
+"""What SGLang's engine would serve although it should not: weights that failed to reach the second
+of its ranks, of which SGLang hears the first one alone, and none at all, after a sleep.
+"""
 
 import importlib
 import warnings
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,13 +26,18 @@ pytestmark = [
 ]
 
 
+def sglang(name: str) -> ModuleType:
+    """A module that loads SGLang: it takes 10 s, and what it loads is deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module(name)
+
+
 def test_what_fails_on_the_second_rank_is_an_error_and_is_not_served(
     student_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # takes 10 s, and what it loads is deprecated
-        faulty_rank = importlib.import_module("tests.contracts.faulty_rank")
-        front = importlib.import_module("kdflow_core.sglang_runtime.engine")
+    faulty_rank = sglang("tests.contracts.faulty_rank")
+    front = sglang("kdflow_core.sglang_runtime.engine")
     monkeypatch.setattr(front, "scheduler_for", faulty_rank.scheduler_for)
     engine = build_rollout_engine(
         SglangRollout(dtype="float32", max_running=4, tensor_parallel=2),
@@ -50,3 +59,43 @@ def test_what_fails_on_the_second_rank_is_an_error_and_is_not_served(
         assert engine.version == 0
     finally:
         engine.close()
+
+
+class Sleeper:
+    """Stands for SGLang's engine on a GPU: on a CPU there is none that sleeps."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def generate(self, *_: Any, **__: Any) -> list[Any]:
+        return []
+
+    def sleep(self) -> None: ...
+
+    wake = begin_weights = close = sleep
+
+    def end_weights(self, version: int) -> None: ...
+
+
+def test_an_engine_that_woke_without_weights_does_not_answer(
+    student_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sglang("kdflow_core.sglang_runtime.engine"), "GenerationEngine", Sleeper)
+    engine = build_rollout_engine(
+        SglangRollout(sleep=True),
+        folder=student_folder,
+        vocabulary_size=VOCABULARY,
+        max_length=64,
+        device=torch.device("cuda"),
+    )
+
+    def answer() -> None:
+        list(engine.generate([], Sampling(stop_ids=()), seed=0))
+
+    answer()
+    engine.sleep()
+    engine.wake()
+    with pytest.raises(ModelError, match="has slept, which takes its weights"):
+        answer()
+    engine.begin_weights()
+    engine.end_weights(1)
+    answer()
