@@ -27,40 +27,36 @@ class KeptCheckpoints:
         self._store = store
         self._root = f"{store.root}/{FOLDER}/{kind}/{digest}"
 
-    def put(self, checkpoint: Path, names: Sequence[str]) -> None:
-        """Copy files of a checkpoint's folder."""
+    def put(
+        self, checkpoint: Path, names: Sequence[str], records: Mapping[str, Path] | None
+    ) -> None:
+        """Copy files of a checkpoint's folder; and small files that belong to it, by their paths
+        where they are fetched to.
+        """
         target = f"{self._root}/{checkpoint.name}"
+        if records is not None:
+            self._store.write_whole(f"{target}/{RECORDS}", _tar(records))
         for name in names:
-            path = f"{target}/{name}"
-            with disk_errors(path):
-                self._store.fs.makedirs(target, exist_ok=True)
-                self._store.fs.put_file(str(checkpoint / name), path)
-
-    def put_records(self, checkpoint: str, files: Mapping[str, Path]) -> None:
-        """Add small files that belong to a checkpoint, by their paths where it is fetched to."""
-        content = io.BytesIO()
-        with tarfile.open(fileobj=content, mode="w") as tar:
-            for name, path in files.items():
-                tar.add(path, name)
-        self._store.write_whole(f"{self._root}/{checkpoint}/{RECORDS}", content.getvalue())
+            with disk_errors(f"{target}/{name}"):
+                self._store.put_file(checkpoint / name, f"{target}/{name}")
 
     def complete(self, checkpoint: str, *, keep: Collection[str]) -> None:
         """From now on a checkpoint counts, and of all others those to `keep`."""
         self._store.write_whole(f"{self._root}/{checkpoint}/{COMPLETE}", b"")
-        for name in self._folders():
-            if name not in keep and name != checkpoint:
-                self._store.remove_tree(f"{self._root}/{name}")
+        for name in self._folders().keys() - {checkpoint, *keep}:
+            self._store.remove_tree(f"{self._root}/{name}")
 
-    def names(self) -> list[str]:
-        """The checkpoints that are complete, in their order."""
-        return sorted(name for name, files in self._folders().items() if COMPLETE in files)
+    def files(self) -> dict[str, set[str]]:
+        """The names of the files of each checkpoint that is complete, by its own."""
+        found = self._folders().items()
+        return {name: files - {COMPLETE, RECORDS} for name, files in found if COMPLETE in files}
 
-    def fetch(self, checkpoint: str, target: Path) -> None:
-        """Copy a checkpoint to a local folder, which appears when all is there."""
+    def fetch(self, checkpoint: str, files: Collection[str], target: Path) -> None:
+        """Copy a checkpoint of these files to a local folder, which appears when all are there."""
         partial = target.with_name(f"{target.name}.tmp")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        for name in sorted(self._folders()[checkpoint] - {COMPLETE, RECORDS}):
+        for name in sorted(files):
             with disk_errors(str(partial)):
                 self._store.fs.get_file(f"{self._root}/{checkpoint}/{name}", str(partial / name))
         partial.rename(target)
@@ -82,3 +78,11 @@ class KeptCheckpoints:
             checkpoint, _, name = path.partition("/")
             found.setdefault(checkpoint, set()).add(name)
         return found
+
+
+def _tar(files: Mapping[str, Path]) -> bytes:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        for name, path in files.items():
+            tar.add(path, name)
+    return content.getvalue()

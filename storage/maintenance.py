@@ -72,7 +72,7 @@ def _entry(
     store: ArtifactStore, name: str, files: dict[str, dict[str, object]], runs: list[str]
 ) -> Entry:
     kind, digest = name.split("/")
-    manifest, state = None, "unfinished"
+    manifest, state, sizes = None, "unfinished", _sizes(files)
     if MANIFEST in files:
         try:
             manifest, state = store.manifest(kind, digest), "finished"
@@ -83,11 +83,15 @@ def _entry(
         digest=digest,
         manifest=manifest,
         state=state,
-        num_bytes=sum(int(str(info["size"])) for info in files.values()),
+        num_bytes=sum(sizes.values()),
         modified=max(map(_modified, files.values())),
-        files={path: int(str(info["size"])) for path, info in files.items()},
+        files=sizes,
         runs=tuple(runs),
     )
+
+
+def _sizes(files: dict[str, dict[str, object]]) -> dict[str, int]:
+    return {path: int(str(info["size"])) for path, info in files.items()}
 
 
 def _modified(info: dict[str, object]) -> float:
@@ -182,7 +186,7 @@ def find_garbage(store: ArtifactStore, *, older_than_s: float) -> list[Garbage]:
     for entry in known:
         if now - entry.modified < older_than_s:
             continue
-        if any(name.startswith(lease_name(entry.kind, entry.digest)) for name in held):
+        if _is_at_work(held, entry.kind, entry.digest):
             continue
         if entry.manifest is None:
             why = "it never finished" if entry.state == "unfinished" else entry.state
@@ -199,19 +203,23 @@ def find_garbage(store: ArtifactStore, *, older_than_s: float) -> list[Garbage]:
     return [*garbage, *_scratch_garbage(store, known, now - older_than_s)]
 
 
+def _is_at_work(held: Collection[str], kind: str, digest: str) -> bool:
+    """Whether somebody computes an artifact, or a portion of it."""
+    return any(name.startswith(lease_name(kind, digest)) for name in held)
+
+
 def _kept_checkpoints(
     store: ArtifactStore, held: Collection[str], before: float
 ) -> Iterator[Garbage]:
     """Checkpoints of trainings that nobody goes on with, or that have ended."""
     root = f"{store.root}/{FOLDER}"
     for name, files in _named(store, root).items():
-        lease = lease_name(*name.split("/"))
-        if max(map(_modified, files.values())) > before or any(n.startswith(lease) for n in held):
+        if max(map(_modified, files.values())) > before or _is_at_work(held, *name.split("/")):
             continue
         yield Garbage(
             what=f"{FOLDER}/{name}",
             why="checkpoints of a training that nobody goes on with",
-            num_bytes=sum(int(str(info["size"])) for info in files.values()),
+            num_bytes=sum(_sizes(files).values()),
             path=f"{root}/{name}",
             is_folder=True,
         )

@@ -43,13 +43,17 @@ def write_rollouts(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), path)
 
 
-def join_rollouts(folder: Path, parts: Mapping[Path, Sequence[int]]) -> None:
-    """Write the rows of several folders as one, in the order of the places that they have."""
+def join_rollouts(folder: Path, parts: Mapping[Path, Sequence[int]]) -> list[dict[str, Any]]:
+    """Write the rows of several folders as one, in the order of the places that they have; the
+    rows, as `read_rollouts` gives them.
+    """
     table = pa.concat_tables([_table(part) for part in parts])
     places = list(itertools.chain.from_iterable(parts.values()))
+    table = table.take(sorted(range(len(places)), key=places.__getitem__))
     path = folder / ROLLOUTS_FILE
     with disk_errors(str(path)):
-        pq.write_table(table.take(sorted(range(len(places)), key=places.__getitem__)), path)
+        pq.write_table(table, path)
+    return _rows(table)
 
 
 def _table(folder: Path) -> pa.Table:
@@ -62,7 +66,10 @@ def _table(folder: Path) -> pa.Table:
 
 def read_rollouts(folder: Path) -> list[dict[str, Any]]:
     """All rows: numpy arrays for the lists. Raises StoreCorruptError for an unreadable file."""
-    table = _table(folder)
+    return _rows(_table(folder))
+
+
+def _rows(table: pa.Table) -> list[dict[str, Any]]:
     rows = [dict[str, Any]() for _ in range(table.num_rows)]
     for name in table.column_names:
         column = table.column(name)

@@ -176,9 +176,7 @@ class ArtifactStore:
                 return records
             self.fs.makedirs(target, exist_ok=True)
             for record in records:
-                path = f"{target}/{record.path}"
-                self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-                self.fs.put_file(str(local_folder / record.path), path)
+                self.put_file(local_folder / record.path, f"{target}/{record.path}")
         shutil.rmtree(local_folder)
         return records
 
@@ -222,6 +220,11 @@ class ArtifactStore:
             temporary = _write_temporary(path, content)
             os.replace(temporary, path)
             _sync_folder(path)
+
+    def put_file(self, local: Path, path: str) -> None:
+        """Copy a local file to one of `self.fs`."""
+        self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        self.fs.put_file(str(local), path)
 
     def create(self, path: str, content: bytes) -> bool:
         """Write a file of `self.fs` whole unless there is one; False when there is.

@@ -16,7 +16,13 @@ from storage.artifact import ArtifactRef, FileRecord
 from storage.store import ArtifactStore
 from storage.tokens import TokenTable
 from tasks.stages.catalogue import CATALOGUE
-from tasks.stages.identity import StageSpec, made_of, open_store, spec_of_teacher
+from tasks.stages.identity import (
+    StageSpec,
+    commit_artifact,
+    made_of,
+    open_store,
+    spec_of_teacher,
+)
 from tasks.stages.slices import SPLITS, Side, Split
 
 SIDES: tuple[Side, ...] = ("student", "teacher")
@@ -49,12 +55,9 @@ class StageRun:
         self, *, files: Sequence[FileRecord], counts: Mapping[str, int], info: Mapping[str, Any]
     ) -> ArtifactRef:
         """Write the manifest."""
-        return self.store.commit(
-            kind=self.kind,
-            digest=self.digest,
-            code_version=self.spec.identity.code_version,
-            config=self.spec.identity.config,
-            inputs=self.spec.identity.inputs,
+        return commit_artifact(
+            self.store,
+            self.spec.identity,
             files=files,
             counts=counts,
             info=info,

@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict
 
 from kdflow_core.errors import WorkerError
 from storage.artifact import ArtifactRef
-from storage.rollouts import join_rollouts, read_rollouts
+from storage.rollouts import join_rollouts
 from storage.store import ArtifactStore
-from tasks.stages.identity import StageIdentity
+from tasks.stages.identity import StageIdentity, publish_workdir
 
 SHARES = "shares"
 
@@ -49,20 +49,14 @@ def publish_rollouts(
         raise WorkerError(f"round {number} was rolled out by the weights {sorted(versions)}")
     workdir = store.workdir(identity.kind, identity.digest)
     folders = {share_folder(workdir, rank): share.places for rank, share in enumerate(shares)}
-    join_rollouts(workdir, folders)
+    rows = join_rollouts(workdir, folders)
     shutil.rmtree(workdir / SHARES)
-    rows = read_rollouts(workdir)
     seconds = max(share.seconds for share in shares)
     # Where nothing is sampled, no weights are served, and none are stale.
     served = {"version": versions.pop() if rows else number - 1, "fraction": shares[0].fraction}
-    files = store.publish(identity.kind, identity.digest, workdir)
-    return store.commit(
-        kind=identity.kind,
-        digest=identity.digest,
-        code_version=identity.code_version,
-        config=identity.config,
-        inputs=identity.inputs,
-        files=files,
+    return publish_workdir(
+        store,
+        identity,
         counts={
             "answers": len(rows),
             "tokens": sum(len(row["answer_ids"]) for row in rows),

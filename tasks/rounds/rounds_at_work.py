@@ -27,7 +27,7 @@ from tasks.rounds.round_record import (
 from tasks.rounds.weight_swap import WeightSwap
 from tasks.stages.catalogue import ROLLOUTS, ROUND, RoundArtifact
 from tasks.stages.checkpoint_places import fetch_checkpoints, newest_checkpoint
-from tasks.stages.identity import StageIdentity, StageSpec, find, open_store
+from tasks.stages.identity import StageIdentity, StageSpec, find, open_store, publish_workdir
 from tasks.stages.planning import round_identity
 
 _AT_WORK: "dict[str, RoundsAtWork]" = {}
@@ -242,14 +242,9 @@ class RoundsAtWork:
         identity = self.identity(ROUND, number)
         folder = self._store.workdir(identity.kind, identity.digest)
         (folder / ROUND_FILE).write_text(record.model_dump_json(indent=1), encoding="utf-8")
-        files = self._store.publish(identity.kind, identity.digest, folder)
-        return self._store.commit(
-            kind=identity.kind,
-            digest=identity.digest,
-            code_version=identity.code_version,
-            config=identity.config,
-            inputs=identity.inputs,
-            files=files,
+        return publish_workdir(
+            self._store,
+            identity,
             counts={"steps": self._steps},
             info={},
             seconds=seconds["round"],

@@ -23,8 +23,13 @@ def checkpoints_folder(store: ArtifactStore, identity: StageIdentity) -> Path:
 
 def newest_checkpoint(store: ArtifactStore, identity: StageIdentity) -> int:
     """The newest step that a checkpoint has; 0 where there is none."""
-    found = checkpoints_folder(store, identity).glob(f"{STEP}????????")
-    return max((int(path.name.removeprefix(STEP)) for path in found), default=0)
+    names = _saved(checkpoints_folder(store, identity))
+    return int(names[-1].removeprefix(STEP)) if names else 0
+
+
+def _saved(folder: Path) -> list[str]:
+    """The names of the checkpoints in a folder, in the order of their steps."""
+    return sorted(path.name for path in folder.glob(f"{STEP}????????"))
 
 
 class StoredCopies:
@@ -39,48 +44,43 @@ class StoredCopies:
 
     def put(self, checkpoint: Path, names: Sequence[str]) -> str | None:
         """See `CheckpointCopies`."""
-        try:
-            if METADATA in names:  # rank 0's, as all records are
-                self._kept.put_records(checkpoint.name, self._records())
-            self._kept.put(checkpoint, names)
-        except (OSError, StoreError) as error:
-            return str(error)
-        return None
+        records = self._records() if METADATA in names else None  # rank 0's, as all of these are
+        return _problem(lambda: self._kept.put(checkpoint, names, records))
 
     def complete(self, checkpoint: Path) -> str | None:
         """See `CheckpointCopies`."""
-        try:
-            self._kept.complete(checkpoint.name, keep=[p.name for p in self._folder.iterdir()])
-        except (OSError, StoreError) as error:
-            return str(error)
-        return None
+        return _problem(lambda: self._kept.complete(checkpoint.name, keep=_saved(self._folder)))
 
     def fetch(self, tell: Callable[[str], None]) -> None:
         """Bring here those that are newer than the newest one here, and what belongs to them.
         Raises OSError or StoreError.
         """
-        names = self._kept.names()
-        here = [path.name for path in self._folder.glob(f"{STEP}????????")]
-        if not names or names[-1] <= max(here, default=""):
+        kept, here = self._kept.files(), _saved(self._folder)
+        newest = max(kept, default="")
+        if newest <= max(here, default=""):
             return
-        tell(f"going on from a checkpoint in the store, {names[-1]}: copying it to {self._folder}")
-        self._kept.fetch_records(names[-1], self._folder.parent)
-        for name in names:
-            if name not in here:
-                self._kept.fetch(name, self._folder / name)
+        tell(f"going on from a checkpoint in the store, {newest}: copying it to {self._folder}")
+        self._kept.fetch_records(newest, self._folder.parent)
+        for name in sorted(kept.keys() - here):
+            self._kept.fetch(name, kept[name], self._folder / name)
 
     def remove(self) -> str | None:
         """Remove them; what has gone wrong with it."""
-        try:
-            self._kept.remove()
-        except (OSError, StoreError) as error:
-            return str(error)
-        return None
+        return _problem(self._kept.remove)
 
     def _records(self) -> dict[str, Path]:
         work = self._folder.parent
         found = [path for pattern in RECORDS for path in sorted(work.glob(pattern))]
         return {path.relative_to(work).as_posix(): path for path in found}
+
+
+def _problem(work: Callable[[], None]) -> str | None:
+    """What has gone wrong in the store, in words."""
+    try:
+        work()
+    except (OSError, StoreError) as error:
+        return str(error)
+    return None
 
 
 def stored_copies(spec: StageSpec) -> StoredCopies | None:

@@ -4,7 +4,7 @@ A digest is over the artifact's kind, the stage's code version, the slice of the
 change its output, and the digests of its inputs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -17,7 +17,7 @@ from configs.schema.models import (
     PretrainedModel,
 )
 from configs.schema.run import RunConfig
-from storage.artifact import ArtifactRef
+from storage.artifact import ArtifactRef, FileRecord
 from storage.digest import artifact_digest
 from storage.store import ArtifactStore
 
@@ -122,3 +122,40 @@ def stage_spec(
     """All that a stage of a plan gets."""
     spec = StageSpec(identity=identity, run=run, inputs=dict(done))
     return spec_of_teacher(spec, identity.teacher)
+
+
+def commit_artifact(
+    store: ArtifactStore,
+    identity: StageIdentity,
+    *,
+    files: Sequence[FileRecord],
+    counts: Mapping[str, int],
+    info: Mapping[str, Any],
+    seconds: float,
+) -> ArtifactRef:
+    """Write the manifest of what has this identity."""
+    return store.commit(
+        kind=identity.kind,
+        digest=identity.digest,
+        code_version=identity.code_version,
+        config=identity.config,
+        inputs=identity.inputs,
+        files=files,
+        counts=counts,
+        info=info,
+        seconds=seconds,
+    )
+
+
+def publish_workdir(
+    store: ArtifactStore,
+    identity: StageIdentity,
+    *,
+    counts: Mapping[str, int],
+    info: Mapping[str, Any],
+    seconds: float,
+) -> ArtifactRef:
+    """Move the working folder's files into the artifact, then write its manifest."""
+    folder = store.workdir(identity.kind, identity.digest)
+    files = store.publish(identity.kind, identity.digest, folder)
+    return commit_artifact(store, identity, files=files, counts=counts, info=info, seconds=seconds)

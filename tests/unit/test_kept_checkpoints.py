@@ -63,7 +63,7 @@ def test_another_machine_has_what_the_first_one_saved(
     StoredCopies(one, identity).fetch(told.append)
     assert len(told) == 1
     assert StoredCopies(one, identity).remove() is None
-    assert KeptCheckpoints(one, identity.kind, identity.digest).names() == []
+    assert KeptCheckpoints(one, identity.kind, identity.digest).files() == {}
 
 
 def test_half_a_copy_is_none(tmp_path: Path, identity: StageIdentity) -> None:
