@@ -63,3 +63,12 @@ def wait_until_gone(pids: list[int]) -> None:
     while any(alive(pid) for pid in pids):
         assert time.monotonic() < deadline, "a process outlived its group"
         time.sleep(0.05)
+
+
+def kill_a_rank_when(happened: Callable[[], bool], victim: int = -1) -> None:
+    """Wait for something, then SIGKILL one of the ranks of this process's stage."""
+    deadline = time.monotonic() + 240
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    stage_ranks(psutil.Process())[victim].kill()

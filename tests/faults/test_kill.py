@@ -6,11 +6,9 @@ import json
 import logging
 import shutil
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -22,18 +20,14 @@ from tasks.presentation.tracking import HELDOUT_FILE, read_metrics
 from tasks.stages.identity import StageSpec
 from tasks.stages.planning import plan_stages
 from tests.conftest import run_inline
-from tests.processes import stage_ranks
+from tests.processes import kill_a_rank_when
 
 pytestmark = pytest.mark.ranks
 
 
 def kill_a_rank_after(checkpoints: Path, step: int, victim: int) -> None:
     """Wait for a checkpoint, then SIGKILL one of this process's ranks."""
-    deadline = time.monotonic() + 240
-    while max(completed_steps(checkpoints), default=0) < step:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    stage_ranks(psutil.Process())[victim].kill()
+    kill_a_rank_when(lambda: max(completed_steps(checkpoints), default=0) >= step, victim)
 
 
 @pytest.mark.parametrize(("num_ranks", "algorithm"), [(1, "dual_space"), (2, "self_distillation")])
@@ -107,15 +101,6 @@ def test_killed_training_ends_in_the_same_weights(
     assert not list(tmp_path.glob("*/checkpoints/*/*"))
 
 
-def kill_a_teacher_after(commits: Path, shards: int) -> None:
-    """Wait for committed shards, then SIGKILL one of this process's ranks."""
-    deadline = time.monotonic() + 240
-    while len(list(commits.glob("*.json"))) < shards:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    stage_ranks(psutil.Process())[-1].kill()
-
-
 def test_a_teacher_killed_mid_extraction_leaves_its_shards_to_the_next(
     make_recipe: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -136,7 +121,11 @@ def test_a_teacher_killed_mid_extraction_leaves_its_shards_to_the_next(
     log = logging.getLogger("test")
 
     folder = tmp_path / "store/artifacts/states" / spec.identity.digest
-    killer = threading.Thread(target=kill_a_teacher_after, args=(folder / "commits", 3))
+
+    def three_shards_are_there() -> bool:
+        return len(list((folder / "commits").glob("*.json"))) >= 3
+
+    killer = threading.Thread(target=kill_a_rank_when, args=(three_shards_are_there,))
     killer.start()
     with pytest.raises(WorkerError, match="ended by signal SIGKILL"):
         launch_stage(spec, log)

@@ -3,13 +3,11 @@
 import json
 import logging
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
-import psutil
 import pytest
 from moto.server import ThreadedMotoServer
 from transformers import AutoModelForCausalLM
@@ -24,7 +22,7 @@ from tasks.stages.explanation import stage_status
 from tasks.stages.identity import StageSpec, open_store, stage_spec
 from tasks.stages.planning import plan_stages
 from tests.conftest import run_inline
-from tests.processes import stage_ranks
+from tests.processes import kill_a_rank_when
 
 pytestmark = pytest.mark.ranks
 
@@ -57,14 +55,11 @@ def test_another_machine_goes_on_from_checkpoints_in_the_bucket(
     spec = stage_spec(plan_stages(run)["train"], run, run_inline(run, until="extract"))
     kept = f"{bucket}/store/checkpoints/student/{spec.identity.digest}"
 
-    def kill_a_rank() -> None:
-        deadline = time.monotonic() + 240
-        while not files.glob(f"{kept}/*/complete"):
-            assert time.monotonic() < deadline
-            files.invalidate_cache()
-        stage_ranks(psutil.Process())[-1].kill()
+    def a_checkpoint_is_kept() -> bool:
+        files.invalidate_cache()
+        return bool(files.glob(f"{kept}/*/complete"))
 
-    killer = threading.Thread(target=kill_a_rank)
+    killer = threading.Thread(target=kill_a_rank_when, args=(a_checkpoint_is_kept,))
     killer.start()
     with pytest.raises(WorkerError, match="SIGKILL"):
         launch_stage(spec, logging.getLogger("test"))
