@@ -13,6 +13,7 @@ import torch
 
 from kdflow_core.contracts import Example, HiddenRows, SignalRows, SignalSource, TargetRows
 from kdflow_core.errors import AlignmentError
+from kdflow_core.uploads import upload
 
 # What a pass costs beside its tokens, as a part of the budget: one in so many.
 PASS_SHARE = 16
@@ -194,4 +195,4 @@ def select_rows(
         end = begin + len(part.index_N)
         torch.index_select(part.buffer_RH, 0, part.index_N, out=selected_NG[begin:end])
         begin = end
-    return selected_NG.to(device)
+    return upload(selected_NG, device)

@@ -21,6 +21,7 @@ from kdflow_core.metrics import TAUGHT_TERMS
 from kdflow_core.models.forward import post_norm_states, routed_states
 from kdflow_core.models.packing import PackedRows
 from kdflow_core.models.routing import Routing, balance
+from kdflow_core.uploads import upload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +48,9 @@ class TokenBatch:
         """Those states of a mixture of experts, and how even its routing of all tokens is."""
         hidden_BTH, logits = routed_states(model.base_model, self.ids_BT, self.packed)
         if self.is_token_BT is not None:
-            is_token_S = self.is_token_BT.flatten().to(hidden_BTH.device)
-            logits = tuple(layer_SE[is_token_S] for layer_SE in logits)
+            tokens = self.is_token_BT.flatten().nonzero().squeeze(-1)
+            tokens_S = upload(tokens, hidden_BTH.device)
+            logits = tuple(layer_SE[tokens_S] for layer_SE in logits)
         return hidden_BTH[self.row_N, self.position_N], balance(logits, routing)
 
 

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, PretrainedConfig
 
 from kdflow_core.errors import ModelError
 from kdflow_core.models.families import architecture_of, known_family
+from kdflow_core.uploads import upload
 
 PACKED = "kdflow_packed"
 MOST_HEAD_SIZE = 256  # that the kernel takes
@@ -38,8 +39,8 @@ class PackedRows:
         edges = torch.from_numpy(self.edges)
         longest = int(lengths.max())
         return {
-            "position_ids": torch.from_numpy(positions_T)[None].to(device),
-            "cu_seq_lens_q": edges if device.type == "cpu" else edges.to(device),
+            "position_ids": upload(torch.from_numpy(positions_T)[None], device),
+            "cu_seq_lens_q": upload(edges, device),
             "cu_seq_lens_k": edges,
             "max_length_q": longest,
             "max_length_k": longest,

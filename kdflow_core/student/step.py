@@ -36,6 +36,7 @@ from kdflow_core.models.packing import PackedRows
 from kdflow_core.student.module import DistillationModule
 from kdflow_core.student.optim import Optimizers
 from kdflow_core.student.schedule import StepBatches
+from kdflow_core.uploads import upload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +172,7 @@ def collate(
 
     return MicroBatch(
         student=tokens("student"),
-        target_ids_N=torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(device),
+        target_ids_N=upload(torch.from_numpy(np.concatenate(targets).astype(np.int64)), device),
         weight=weight,
         signals=tuple(
             _token_signal(supervised, source, teacher, device)
@@ -199,8 +200,8 @@ def _of_samples(
         known_N = example.sampled_log_prob_N
         sampled.append(np.zeros(count, np.float32) if known_N is None else known_N)
         advantage.append(np.full(count, example.advantage, np.float32))
-    sampled_N = torch.from_numpy(np.concatenate(sampled)).to(device)
-    advantage_N = torch.from_numpy(np.concatenate(advantage)).to(device)
+    sampled_N = upload(torch.from_numpy(np.concatenate(sampled)), device)
+    advantage_N = upload(torch.from_numpy(np.concatenate(advantage)), device)
     return sampled_N, advantage_N if rewarded else None
 
 
@@ -219,9 +220,9 @@ def _tokens(
     lengths_B = torch.from_numpy(np.diff(edges))
     is_token_BT = torch.arange(ids_BT.shape[1]) < lengths_B[:, None]
     return TokenBatch(
-        ids_BT=ids_BT.to(device),
-        row_N=torch.from_numpy(np.concatenate(rows)).to(device),
-        position_N=torch.from_numpy(np.concatenate(positions)).to(device),
+        ids_BT=upload(ids_BT, device),
+        row_N=upload(torch.from_numpy(np.concatenate(rows)), device),
+        position_N=upload(torch.from_numpy(np.concatenate(positions)), device),
         packed=PackedRows(edges=edges) if packed else None,
         is_token_BT=None if packed else is_token_BT,
     )
@@ -252,8 +253,8 @@ def _token_signal(
         device=device,
     )
     return TokenSignal(
-        index_K=torch.from_numpy(np.concatenate(index)).to(device),
-        rest_R=torch.from_numpy(np.concatenate(rest)).to(device),
+        index_K=upload(torch.from_numpy(np.concatenate(index)), device),
+        rest_R=upload(torch.from_numpy(np.concatenate(rest)), device),
         signal=HiddenSignal(hidden_KG, teacher.head),
         spans=spans,
     )
@@ -285,7 +286,7 @@ def _spans(
             states.append(rows_at(hidden_rows(said), other.token))
         first, count = first + len(example.student.target_positions_N), count + len(spans_S4)
     row_R, span_R, target_ids_M, span_M, is_pair_S = (
-        torch.from_numpy(np.concatenate(parts)).to(device)
+        upload(torch.from_numpy(np.concatenate(parts)), device)
         for parts in (rows, spans, targets, theirs, pairs)
     )
     return Spans(
@@ -296,7 +297,7 @@ def _spans(
         target_ids_M=target_ids_M,
         span_M=span_M,
         is_pair_S=is_pair_S,
-        log_prob_M=torch.cat(log_probs).to(device) if teacher.head is None else None,
+        log_prob_M=upload(torch.cat(log_probs), device) if teacher.head is None else None,
     )
 
 
