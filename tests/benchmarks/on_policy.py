@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import platform
+import shutil
 import statistics
 import sys
 import tempfile
@@ -21,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from configs.load import validate_run
 from configs.schema.run import RunConfig
+from tasks.forecast.memory import num_parameters
 from tasks.rounds.round_record import RoundRecord
 from tasks.rounds.rounds_at_work import RoundsAtWork
 from tasks.stages.identity import stage_spec
@@ -32,6 +35,15 @@ from tests.benchmarks.subjects import SUMS, quickstart_model
 from tests.conftest import run_inline
 
 PACKAGES = ("torch", "transformers", "trl", "sglang")
+
+
+def untrained(folder: Path, copy: Path) -> Path:
+    """A model like that of a folder, with new weights."""
+    shutil.copytree(folder, copy)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    model.save_pretrained(copy)
+    return copy
 
 
 def recipe(args: argparse.Namespace, folder: Path, engine: str) -> RunConfig:
@@ -101,7 +113,7 @@ def trl(args: argparse.Namespace) -> dict[str, float]:
 
 def _trl(answer: Connection, options: dict[str, Any]) -> None:
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer, TrainerCallback
     from trl import DistillationConfig, DistillationTrainer
 
     rows = [json.loads(line) for line in options["data"].read_text().splitlines()]
@@ -185,18 +197,30 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--micro-batch-tokens", type=int, default=2048)
+    parser.add_argument(
+        "--untrained",
+        action="store_true",
+        help="a student of new weights, which hardly ever ends an answer: all are of equal length",
+    )
     args = parser.parse_args()
     args.teacher = args.teacher or quickstart_model("teacher")
     args.student = args.student or quickstart_model("student")
-    from tasks.forecast.memory import num_parameters
+    with tempfile.TemporaryDirectory() as folder:
+        if args.untrained:
+            args.student = untrained(args.student, Path(folder) / "student")
+        result = measured(args)
+    sys.stdout.write(json.dumps(result, indent=1) + "\n")
 
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """What all subjects need for their rounds."""
     subjects = {"trl": trl(args)}
     for engine in ("sglang", "transformers"):
         subjects[engine] = summary(ours(args, engine))
     num_bytes = 4 * num_parameters(args.student)
     swapped = num_bytes / subjects["sglang"]["split"]["swap"]  # type: ignore[index]
     copied = plain_copy(num_bytes)
-    result = {
+    return {
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "machine": {"processor": platform.processor(), "cores": torch.get_num_threads()},
         "versions": {name: metadata.version(name) for name in PACKAGES},
@@ -212,7 +236,6 @@ def main() -> None:
             "of a plain copy": swapped / copied,
         },
     }
-    sys.stdout.write(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
