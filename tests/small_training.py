@@ -20,11 +20,18 @@ from kdflow_core.loops.trainer import Trainer
 from kdflow_core.losses.elementwise import LossSpec
 from kdflow_core.losses.forward_kl import ForwardKL
 from kdflow_core.models.heads import load_head
-from kdflow_core.models.loading import load_causal_lm, load_config
+from kdflow_core.models.loading import DTYPES, load_causal_lm, load_config
 from kdflow_core.student.module import DistillationModule, shard, student_mesh
 from kdflow_core.student.optim import freeze_
 from kdflow_core.student.schedule import BatchSchedule
 from tests.conftest import VOCABULARY, SilentReporter
+
+# All that can be kept in bfloat16.
+NARROW = {
+    "compute_dtype": "bfloat16",
+    "weights_dtype": "bfloat16",
+    "optimizer": {"type": "adamw", "moments_dtype": "bfloat16"},
+}
 
 
 class Records:
@@ -96,9 +103,10 @@ class SmallTraining:
         self.records, self.reporter = Records(), SilentReporter()
         head = load_head(teacher, load_config(teacher), VOCABULARY)
         given = {"model": {"type": "pretrained", "path": "."}, "max_steps": steps, "lr": 1e-3}
+        given["compute_dtype"] = "float32"
         ranks = {"num_ranks": dist.get_world_size()}
         config = StudentConfig.model_validate(given | ranks | fields)
-        model = load_causal_lm(student, dtype=torch.float32, attention="sdpa")
+        model = load_causal_lm(student, dtype=DTYPES[config.weights_dtype], attention="sdpa")
         freeze_(model, config)
         spec = LossSpec(divergence=ForwardKL(), kd_ratio=0.9, logits_bytes=10**6)
         ingredients = Ingredients(
@@ -110,7 +118,7 @@ class SmallTraining:
             vocabulary_size=VOCABULARY,
         )
         mesh = student_mesh(torch.device("cpu"), replicas=config.replicas)
-        shard(module, mesh=mesh, compute_dtype=torch.float32)
+        shard(module, mesh=mesh, compute_dtype=DTYPES[config.compute_dtype])
         self.trainer = Trainer(
             module=module,
             num_steps=steps,

@@ -56,6 +56,10 @@ class AdamWConfig(StrictModel):
     """AdamW (arXiv 1711.05101); its betas are `student.adam_betas`."""
 
     type: Literal["adamw"] = "adamw"
+    moments_dtype: Dtype = "float32"
+    """The dtype of its two moments of every weight; `bfloat16` halves their memory, rounded at
+    random so that they are right on average (arXiv 2010.06192).
+    """
 
 
 class MuonConfig(StrictModel):
@@ -85,8 +89,11 @@ class StudentConfig(StrictModel):
     chat_template: ChatTemplate = Field(default_factory=ChatTemplate)
     """How the student's conversations are rendered; the student is exported with it."""
     compute_dtype: Dtype = "bfloat16"
-    """The dtype that layers compute in. Weights that train, and optimizer states, are float32;
-    frozen ones (beside adapters, say) are bfloat16 where they are so in the student's files.
+    """The dtype that layers compute in."""
+    weights_dtype: Dtype = "float32"
+    """The dtype of the weights in training (frozen ones, beside adapters say, are bfloat16 anyway
+    where they are so in the student's files). `bfloat16` takes half the memory of weights and
+    gradients; each step is rounded at random, right on average (arXiv 2010.06192).
     """
     save_dtype: Dtype = "bfloat16"
     """The dtype of the exported weights."""
@@ -95,8 +102,9 @@ class StudentConfig(StrictModel):
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass: slower, in less memory."""
     optimizer: Optimizer = Field(default_factory=AdamWConfig)
-    """`{type: adamw}`, or `{type: muon}`: Muon on the matrices of the decoder layers, one moment a
-    weight in place of two, and AdamW on the rest, at the same learning rate.
+    """`{type: adamw}` (in half the memory with `moments_dtype: bfloat16`), or `{type: muon}`: Muon
+    on the matrices of the decoder layers, one moment a weight in place of two, and AdamW on the
+    rest, at the same learning rate.
     """
     compile: bool = False
     """Compile the decoder layers: a minute or more at the start, then faster steps on a GPU."""
@@ -196,6 +204,23 @@ class StudentConfig(StrictModel):
                 f"warmup_steps={self.warmup_steps} is more than max_steps={most}: the learning "
                 "rate would never reach its peak"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _narrow_weights_train(self) -> "StudentConfig":
+        if self.weights_dtype == "float32":
+            return self
+        for field, wanted, unfit in (
+            ("compute_dtype", "bfloat16", self.compute_dtype != "bfloat16"),
+            ("optimizer.type", "adamw", not isinstance(self.optimizer, AdamWConfig)),
+            ("lora", "null", self.lora is not None),
+            ("vocabulary_parallel", "false", self.vocabulary_parallel),
+        ):
+            if unfit:
+                raise ValueError(
+                    f"weights_dtype=bfloat16 needs {field}={wanted}; set that, or weights_dtype="
+                    "float32"
+                )
         return self
 
     @model_validator(mode="after")

@@ -78,7 +78,7 @@ class SelfDistillation(Algorithm):
         if self.average is None:
             return
         for mine, new in zip(self.average.parameters(), model.parameters(), strict=True):
-            _local(mine).lerp_(_local(new), 1 - self._decay)
+            _local(mine).lerp_(_local(new).to(mine.dtype), 1 - self._decay)
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
-from configs.schema.student import MuonConfig, ParameterGroup, StudentConfig
+from configs.schema.student import AdamWConfig, MuonConfig, ParameterGroup, StudentConfig
 from kdflow_core.models.structure import decoder_layers, named_groups
 from kdflow_core.student.module import DistillationModule
+from kdflow_core.student.narrow_adamw import NarrowAdamW
 
 Named = dict[str, torch.nn.Parameter]
 
@@ -20,14 +21,16 @@ def freeze_(model: torch.nn.Module, config: StudentConfig) -> None:
                 parameter.requires_grad = False
 
 
-def narrow_frozen_(model: torch.nn.Module, dtype: torch.dtype, *, filled: bool) -> None:
-    """Hold what does not train in `dtype`, which must hold its values without loss. What is not yet
-    `filled` has no values, and takes no memory here either.
+def hold_(
+    parameters: Iterable[torch.nn.Parameter], dtype: torch.dtype, *, filled: bool = True
+) -> None:
+    """Hold parameters in `dtype`. What is not yet `filled` has no values, and takes no memory here
+    either.
     """
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            wide = parameter.data
-            parameter.data = wide.to(dtype) if filled else torch.empty_like(wide, dtype=dtype)
+    for parameter in parameters:
+        if parameter.dtype != dtype:
+            held = parameter.data
+            parameter.data = held.to(dtype) if filled else torch.empty_like(held, dtype=dtype)
 
 
 class Optimizers:
@@ -87,8 +90,17 @@ def build_optimizers(module: DistillationModule, config: StudentConfig) -> Optim
     return Optimizers(parts)
 
 
-def _adamw(groups: list[dict[str, Any]], config: StudentConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.adam_betas, fused=True)
+def _adamw(groups: list[dict[str, Any]], config: StudentConfig) -> torch.optim.Optimizer:
+    """On weights and with moments in float32 torch's, which is the fastest."""
+    moments = config.optimizer.moments_dtype if isinstance(config.optimizer, AdamWConfig) else None
+    if config.weights_dtype == "float32" and moments in (None, "float32"):
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.adam_betas, fused=True)
+    return NarrowAdamW(
+        groups,
+        lr=config.lr,
+        betas=config.adam_betas,
+        moments_dtype=torch.bfloat16 if moments == "bfloat16" else torch.float32,
+    )
 
 
 def _groups(module: DistillationModule, config: StudentConfig) -> list[dict[str, Any]]:

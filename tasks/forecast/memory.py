@@ -19,8 +19,8 @@ from storage.artifact import ArtifactRef
 from tasks.stages.identity import StageSpec, open_store
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-WEIGHTS, MOMENTS, GRADIENTS = 4, 8, 4  # bytes of a parameter in training: float32, AdamW
-MUON_MOMENTS = 4  # of a matrix in a numbered layer
+WIDE = 4  # bytes of a number in float32
+ADAMW_MOMENTS, MUON_MOMENTS = 2, 1  # of a weight; Muon's are of a matrix in a numbered layer
 NUMBERED = re.compile(r"\.\d+\.")
 PHASES = ("roll out", "swap weights", "score", "train")
 
@@ -60,7 +60,9 @@ def memory_phases(spec: StageSpec) -> list[Phase]:
     trained = 0 if run.student.lora else student  # adapters are small
     moments = _moment_bytes(spec) if trained else 0
     spread = ranks // run.student.replicas
-    shared = spread if run.student.reduce_gradients == "every_micro_batch" else 1
+    reduced = run.student.reduce_gradients == "every_micro_batch"
+    shared = spread if reduced else 1
+    gradient = DTYPE_BYTES[run.student.weights_dtype] if reduced else WIDE
     parts = {
         "student": _Part(
             size=(student * _weight_bytes(spec) + moments) // spread,
@@ -81,7 +83,7 @@ def memory_phases(spec: StageSpec) -> list[Phase]:
         "states": _Part(
             size=_state_bytes(spec, run.on_policy), needed=frozenset({"score", "train"})
         ),
-        "gradients": _Part(size=trained * GRADIENTS // shared, needed=frozenset({"train"})),
+        "gradients": _Part(size=trained * gradient // shared, needed=frozenset({"train"})),
         "logits": _Part(size=run.loss.logits_memory_mb * 10**6, needed=frozenset({"train"})),
     }
     return [
@@ -148,20 +150,22 @@ def _weight_bytes(spec: StageSpec) -> int:
     """The bytes of a weight of the student."""
     student = spec.run.student
     if student.lora is None:
-        return WEIGHTS
+        return DTYPE_BYTES[student.weights_dtype]
     held = read_checkpoint(_folder(spec, "student")).exact_in(student.compute_dtype)
-    return DTYPE_BYTES[student.compute_dtype] if held else WEIGHTS
+    return DTYPE_BYTES[student.compute_dtype] if held else WIDE
 
 
 def _moment_bytes(spec: StageSpec) -> int:
     """The bytes that the optimizer keeps of a student that is trained whole."""
     tensors = read_checkpoint(_folder(spec, "student")).tensors
-    muon = isinstance(spec.run.student.optimizer, MuonConfig)
-    return sum(
-        math.prod(own.shape)
-        * (MUON_MOMENTS if muon and len(own.shape) == 2 and NUMBERED.search(name) else MOMENTS)
-        for name, own in tensors.items()
-    )
+    optimizer = spec.run.student.optimizer
+    muon = isinstance(optimizer, MuonConfig)
+    size = WIDE if isinstance(optimizer, MuonConfig) else DTYPE_BYTES[optimizer.moments_dtype]
+    numbers = 0
+    for name, own in tensors.items():
+        by_muon = muon and len(own.shape) == 2 and NUMBERED.search(name)
+        numbers += math.prod(own.shape) * (MUON_MOMENTS if by_muon else ADAMW_MOMENTS)
+    return numbers * size
 
 
 def num_parameters(folder: Path) -> int:
@@ -196,9 +200,9 @@ def _algorithm_bytes(spec: StageSpec, student: int) -> int:
         widths = [
             int(text_config(_folder(spec, side))["hidden_size"]) for side in ("student", "teacher")
         ]
-        return 2 * widths[0] * widths[1] * (WEIGHTS + MOMENTS)
+        return 2 * widths[0] * widths[1] * WIDE * (1 + ADAMW_MOMENTS)
     averages = isinstance(algorithm, SelfDistillationConfig) and algorithm.update == "ema"
-    return student * WEIGHTS if averages else 0
+    return student * WIDE if averages else 0
 
 
 def _state_bytes(spec: StageSpec, config: OnPolicyConfig) -> int:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from configs.schema.loss import ComparedBy
 from configs.schema.run import RunConfig
 from kdflow_core.algorithms import build_algorithm
-from kdflow_core.algorithms.base import Ingredients
+from kdflow_core.algorithms.base import Algorithm, Ingredients
 from kdflow_core.alignment.tokenizer_pair import TokenizerPair
 from kdflow_core.batching import Division
 from kdflow_core.contracts import OutputHead
@@ -33,7 +33,7 @@ from kdflow_core.models.tokenizers import true_vocabulary_size
 from kdflow_core.student.head_part import HeadPart, part_of, teacher_part
 from kdflow_core.student.lora import add_adapters
 from kdflow_core.student.module import DistillationModule, shard, student_mesh
-from kdflow_core.student.optim import freeze_, narrow_frozen_
+from kdflow_core.student.optim import freeze_, hold_
 from tasks.jobs import chats
 from tasks.jobs.stage_run import StageRun
 
@@ -62,8 +62,7 @@ def build_module(
         add_adapters(model, config.lora)
     freeze_(model, config)
     compute_dtype = DTYPES[config.compute_dtype]
-    if read_checkpoint(folder).exact_in(config.compute_dtype):
-        narrow_frozen_(model, compute_dtype, filled=not in_parts)
+    _hold_weights_(model, stage, filled=not in_parts)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.compile:
@@ -95,6 +94,7 @@ def build_module(
         packed=packed,
         routing=routing_of(model, config.router_aux_loss_coef, compiled=config.compile),
     )
+    _hold_algorithm_(module.algorithm, config.weights_dtype, filled=not in_parts)
     shard(
         module,
         mesh=mesh,
@@ -105,6 +105,24 @@ def build_module(
         for own in (module.model, *module.algorithm.models):
             fill_own_part_(own, folder)
     return module
+
+
+def _hold_weights_(model: PreTrainedModel, stage: StageRun, *, filled: bool) -> None:
+    """Have the weights in the dtype of training, frozen ones in a narrower one that is exact."""
+    config = stage.run.student
+    hold_(model.parameters(), DTYPES[config.weights_dtype], filled=filled)
+    if read_checkpoint(stage.model_folder("student")).exact_in(config.compute_dtype):
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        hold_(frozen, DTYPES[config.compute_dtype], filled=filled)
+
+
+def _hold_algorithm_(algorithm: Algorithm, dtype: str, *, filled: bool) -> None:
+    """What an algorithm trains is sharded with the student's weights, and has their dtype. What it
+    averages changes too slowly for a narrow one.
+    """
+    own = list(algorithm.parameters())
+    hold_([p for p in own if p.requires_grad], DTYPES[dtype])
+    hold_([p for p in own if not p.requires_grad], torch.float32, filled=filled)
 
 
 def division_of(stage: StageRun) -> Division:
@@ -128,15 +146,14 @@ def division_of(stage: StageRun) -> Division:
 def _load(stage: StageRun, folder: Path, attention: str) -> tuple[PreTrainedModel, bool]:
     """The student, and whether its weights are yet to be read, by each rank its own."""
     config, trusts = stage.run.student, stage.trusts("student")
+    dtype = DTYPES[config.weights_dtype]
     if dist.get_world_size() > 1 or config.compute_dtype != "float32":  # else it is not sharded
         unfilled = unfilled_causal_lm(
-            folder, dtype=torch.float32, attention=attention, trust_remote_code=trusts
+            folder, dtype=dtype, attention=attention, trust_remote_code=trusts
         )
         if unfilled is not None:
             return unfilled, True
-    model = load_causal_lm(
-        folder, dtype=torch.float32, attention=attention, trust_remote_code=trusts
-    )
+    model = load_causal_lm(folder, dtype=dtype, attention=attention, trust_remote_code=trusts)
     return model, False
 
 

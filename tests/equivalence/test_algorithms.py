@@ -18,6 +18,7 @@ from storage.tokens import TokenTable
 from tasks.presentation.tracking import read_metrics
 from tests import naive
 from tests.conftest import CHATML, VOCABULARY, make_llama, run_inline
+from tests.small_training import NARROW
 
 pytestmark = pytest.mark.ranks
 # float32 sums taken in another order; see test_training.
@@ -176,6 +177,25 @@ def test_dual_space(make_recipe: Callable[..., Path]) -> None:
 
 
 TOLD = CHATML.replace("{% for m", "{{ '<|im_start|>system\nSums of small numbers.' }}{% for m", 1)
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [{"type": "dual_space", "projector_lr": 0.01}, {"type": "self_distillation", "update": "ema"}],
+    ids=lambda algorithm: algorithm["type"],
+)
+def test_what_an_algorithm_has_of_its_own_trains_beside_narrow_weights(
+    make_recipe: Callable[..., Path], student_folder: Path, algorithm: dict[str, Any]
+) -> None:
+    """On two ranks: projectors, and an average of the student that has no steps to lose."""
+    curves = []
+    for fields in ({"compute_dtype": "bfloat16"}, NARROW):
+        overrides: dict[str, Any] = {"algorithm": algorithm}
+        if algorithm["type"] == "self_distillation":
+            overrides["teacher.model"] = {"type": "pretrained", "path": str(student_folder)}
+        recipe = make_recipe(num_ranks=2, micro_batch_tokens=90, **fields)
+        curves.append(losses(run_until(load_run(str(recipe), overrides), "train")))
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("update", ["ema", "synchronized"])

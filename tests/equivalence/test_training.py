@@ -24,6 +24,7 @@ from tasks.stages.identity import StageSpec
 from tasks.stages.planning import plan_stages
 from tests import naive
 from tests.conftest import make_llama, run_inline
+from tests.small_training import NARROW
 from tests.tiny_models import tiny_model
 
 pytestmark = pytest.mark.ranks
@@ -222,6 +223,19 @@ def test_bfloat16_training_runs_and_learns(variant: Callable[..., Any]) -> None:
     tensors = load_file(folder / "model/model.safetensors").values()
     assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
     assert json.loads((folder / "model/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_narrow_weights_and_moments_train_like_wide_ones(variant: Callable[..., Any]) -> None:
+    """Alone and over ranks, within what rounding at random costs; and not without steps, which
+    rounded to the nearest would mostly be lost.
+    """
+    wide = losses(variant(0, compute_dtype="bfloat16")[2])
+    for number, more in enumerate(({}, {"num_ranks": 2, "micro_batch_tokens": 90}), 1):
+        run, _, folder = variant(number, **NARROW, **more)
+        assert run.student.weights_dtype == "bfloat16"
+        curve = losses(folder)
+        np.testing.assert_allclose(curve, wide, rtol=5e-3)
+        np.testing.assert_allclose(curve[0] - curve[-1], wide[0] - wide[-1], rtol=0.1)
 
 
 def test_tensorboard_has_the_curves(variant: Callable[..., Any]) -> None:

@@ -20,6 +20,7 @@ from tasks.forecast.memory import memory_lines, memory_phases, num_parameters
 from tasks.rounds.round_record import RoundRecord, next_fraction
 from tasks.stages.identity import StageSpec
 from tasks.stages.planning import plan_stages
+from tests.small_training import NARROW
 
 SOURCE = np.array([0] * 20 + [1] * 5)
 
@@ -169,6 +170,16 @@ def test_the_memory_forecast_of_muon(
     inner = sum(p.numel() for p in decoder_layers(model).parameters() if p.ndim == 2)
     expected = 12 * num_parameters(student_folder) - 4 * inner
     assert phases["train"]["student"] == expected
+
+
+def test_the_memory_forecast_of_narrow_weights_and_moments(
+    make_recipe: Callable[..., Path], student_folder: Path
+) -> None:
+    fields = {f"student.{name}": value for name, value in NARROW.items()}
+    phases, _ = planned(make_recipe, {"rollout": {"type": "transformers"}}, **fields)
+    count = num_parameters(student_folder)
+    assert phases["train"]["student"] == (2 + 2 * 2) * count
+    assert phases["train"]["gradients"] == 2 * count
 
 
 def test_the_memory_forecast_of_an_engine_whose_cache_is_known(

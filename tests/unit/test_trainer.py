@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.distributed as dist
 
 from kdflow_core.errors import ModelError, StoppedError, TrainingError
 from kdflow_core.student.checkpoint import completed_steps
-from tests.small_training import SmallTraining
+from tests.small_training import NARROW, SmallTraining
 
 BROKEN = 5  # the sample whose states are not finite
 STEPS, SEQUENCES = 4, 2
@@ -210,9 +211,11 @@ def test_muon_makes_the_gradient_of_inner_matrices_orthogonal(
         assert along.max() < 1.3, name
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"optimizer": {"type": "muon"}}, NARROW], ids=["adamw", "muon", "narrow"]
+)
 def test_groups_of_parameters_are_those_of_a_checkpoint(
-    tmp_path: Path, student_folder: Path, teacher_folder: Path, optimizer: str
+    tmp_path: Path, student_folder: Path, teacher_folder: Path, fields: dict[str, Any]
 ) -> None:
     weights = []
     for number, stops in enumerate(([4], [2, 4])):
@@ -224,7 +227,7 @@ def test_groups_of_parameters_are_those_of_a_checkpoint(
                 steps=4,
                 per_step=2,
                 parameter_groups=GROUPS,
-                optimizer={"type": optimizer},
+                **fields,
             )
             training.run(stop)
             training.trainer.save()
