@@ -27,7 +27,7 @@ def generate_greedily(
 ) -> list[str]:
     """The model's answers, as text, to the prompts of the sequences (in order)."""
     texts: list[str] = []
-    sampling = Sampling(temperature=0.0, stop_ids=chat.end_ids)
+    sampling = Sampling(temperature=0.0, stop_ids=chat.end_ids, log_probs=False)
     vocabulary_size = true_vocabulary_size(chat.tokenizer)
     for begin in range(0, len(sequences), PROMPTS_PER_BATCH):
         answers = generate_ids(
@@ -40,7 +40,7 @@ def generate_greedily(
             sampling=sampling,
         )
         texts += chat.tokenizer.batch_decode(
-            [ids.tolist() for ids in answers], skip_special_tokens=True
+            [answer.ids_N.tolist() for answer in answers], skip_special_tokens=True
         )
         reporter.progress(done=len(texts), total=len(sequences), unit="answers", detail=title)
     return [text.strip() for text in texts]

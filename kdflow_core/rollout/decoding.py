@@ -1,21 +1,28 @@
 """Answers of a transformers model to token prompts, and their log-probabilities.
 
-Dimensions: B prompts of a batch, T tokens, N tokens of an answer, C some of them, H hidden size,
-V vocabulary.
+Dimensions: B prompts of a batch, T tokens, N tokens of an answer, V vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 
-from kdflow_core.losses.logits import LogitProducer
-from kdflow_core.models.heads import live_head
 from kdflow_core.rollout.base import Prompt, Sampling
 
-CHUNK_TOKENS = 256
+
+class Answer(NamedTuple):
+    """Ids int32 [N] and, if asked for, their log-probabilities when chosen, float32 [N]."""
+
+    ids_N: np.ndarray
+    log_prob_N: np.ndarray | None
 
 
 @torch.inference_mode()
@@ -25,8 +32,8 @@ def generate_ids(
     vocabulary_size: int,
     prompts: Sequence[Prompt],
     sampling: Sampling,
-) -> list[np.ndarray]:
-    """The ids that follow each prompt, int32, as `Sampling` says.
+) -> list[Answer]:
+    """What follows each prompt, as `Sampling` says.
 
     Only the settings given count, not those that the model brings along.
     """
@@ -40,19 +47,24 @@ def generate_ids(
     most = max(prompt.max_new_tokens for prompt in prompts)
     brought, model.generation_config = model.generation_config, GenerationConfig()
     generate: Any = model.generate
+    log_probs = _TokenLogProbs(sampling.temperature or 1.0) if sampling.log_probs else None
     try:
         output_BT = generate(
             input_ids=ids_BT.to(model.device),
             attention_mask=mask_BT.to(model.device),
             generation_config=_generation_config(model, vocabulary_size, most, sampling),
+            logits_processor=None if log_probs is None else LogitsProcessorList([log_probs]),
         )
     finally:
         model.generation_config = brought
-    answers = output_BT[:, width:].cpu().numpy().astype(np.int32)
-    return [
-        _through_end(ids_T[: prompt.max_new_tokens], sampling.stop_ids)
-        for ids_T, prompt in zip(answers, prompts, strict=True)
-    ]
+    answers_BN = output_BT[:, width:].cpu().numpy().astype(np.int32)
+    log_prob_BN = None if log_probs is None else log_probs.of(output_BT)
+    answers = []
+    for row, prompt in enumerate(prompts):
+        ids_N = _through_end(answers_BN[row, : prompt.max_new_tokens], sampling.stop_ids)
+        log_prob_N = None if log_prob_BN is None else log_prob_BN[row, : len(ids_N)]
+        answers.append(Answer(ids_N, log_prob_N))
+    return answers
 
 
 def _generation_config(
@@ -83,29 +95,29 @@ def _through_end(ids_T: np.ndarray, ends: Sequence[int]) -> np.ndarray:
     return ids_T[: int(found[0]) + 1] if len(found) else ids_T
 
 
-@torch.inference_mode()
-def log_probabilities(
-    *,
-    model: PreTrainedModel,
-    prompt: np.ndarray,
-    answer: np.ndarray,
-    vocabulary_size: int,
-    temperature: float,
-) -> np.ndarray:
-    """The log-probability of each token of an answer, in nats, float32 [N], as training computes
-    it: from the last hidden states, over the true vocabulary.
+class _TokenLogProbs(LogitsProcessor):
+    """Keeps the log-probability of each token that is chosen, in nats, at a temperature: over all
+    tokens that are let through, before any are left out by rank or mass.
+
+    It sees the scores of a step before the token is chosen, and the token in the step after that.
     """
-    ids_BT = torch.from_numpy(np.concatenate([prompt, answer]).astype(np.int64))[None]
-    hidden_BTH = model.base_model(
-        input_ids=ids_BT.to(model.device), use_cache=False
-    ).last_hidden_state
-    producer = LogitProducer(live_head(model, vocabulary_size), torch.float32)
-    targets_N1 = torch.from_numpy(answer.astype(np.int64)).to(model.device).unsqueeze(-1)
-    hidden_NH = hidden_BTH[0, len(prompt) - 1 : -1]
-    parts = []
-    for hidden_CH, targets_C1 in zip(
-        torch.split(hidden_NH, CHUNK_TOKENS), torch.split(targets_N1, CHUNK_TOKENS), strict=True
-    ):
-        log_q_CV = torch.log_softmax(producer.logits(hidden_CH) / temperature, -1)
-        parts.append(log_q_CV.gather(-1, targets_C1).squeeze(-1))
-    return torch.cat(parts).cpu().numpy()
+
+    def __init__(self, temperature: float) -> None:
+        self._temperature = temperature
+        self._log_prob_BV: torch.Tensor | None = None
+        self._chosen_B: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """See `LogitsProcessor`; scores stay as they are."""
+        self._take(input_ids[:, -1])
+        self._log_prob_BV = torch.log_softmax(scores.float() / self._temperature, -1)
+        return scores
+
+    def of(self, output_BT: torch.Tensor) -> np.ndarray:
+        """Those of all tokens that were generated, float32 [B, N]; `output_BT` ends with them."""
+        self._take(output_BT[:, -1])
+        return torch.stack(self._chosen_B, 1).cpu().numpy()
+
+    def _take(self, token_B: torch.Tensor) -> None:
+        if self._log_prob_BV is not None:
+            self._chosen_B.append(self._log_prob_BV.gather(-1, token_B[:, None]).squeeze(-1))

@@ -15,7 +15,7 @@ from kdflow_core.errors import ModelError
 from kdflow_core.models.loading import DTYPES, load_causal_lm
 from kdflow_core.models.offload import OffloadedModule
 from kdflow_core.rollout.base import Completion, Prompt, Sampling
-from kdflow_core.rollout.decoding import generate_ids, log_probabilities
+from kdflow_core.rollout.decoding import Answer, generate_ids
 from kdflow_core.weight_buckets import Bucket, missing_text
 
 
@@ -67,23 +67,14 @@ class TransformersRolloutEngine:
                 prompts=batch,
                 sampling=sampling,
             )
-            for row, (prompt, ids_N) in enumerate(zip(batch, answers, strict=True)):
-                yield begin + row, self._completion(prompt.ids_T, ids_N, sampling)
+            for row, answer in enumerate(answers):
+                yield begin + row, self._completion(answer, sampling)
 
-    def _completion(self, prompt: np.ndarray, ids_N: np.ndarray, sampling: Sampling) -> Completion:
-        log_prob_N = None
-        if sampling.log_probs:
-            log_prob_N = log_probabilities(
-                model=self._running(),
-                prompt=prompt,
-                answer=ids_N,
-                vocabulary_size=self._vocabulary_size,
-                temperature=sampling.temperature or 1.0,
-            )
-        stopped = int(ids_N[-1]) in sampling.stop_ids
+    def _completion(self, answer: Answer, sampling: Sampling) -> Completion:
+        stopped = int(answer.ids_N[-1]) in sampling.stop_ids
         return Completion(
-            ids_N=ids_N,
-            log_prob_N=log_prob_N,
+            ids_N=answer.ids_N,
+            log_prob_N=answer.log_prob_N,
             finish_reason="stop" if stopped else "length",
             version=self.version,
         )

@@ -14,6 +14,7 @@ from sglang.srt.model_loader import weight_utils
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from tqdm import tqdm
 
+from kdflow_core.sglang_runtime.cpu_decoding import decode_together
 from kdflow_core.sglang_runtime.platform import leave_nccl_out
 from kdflow_core.sglang_runtime.sampling import seeded_choice
 from kdflow_core.weight_buckets import Bucket, missing_text
@@ -36,6 +37,7 @@ def _run(vocabulary_size: int, *args: Any, **kwargs: Any) -> None:
     weight_utils.tqdm = _Silent
     if not torch.cuda.is_available():
         leave_nccl_out()
+        decode_together()
     run_scheduler_process(*args, **kwargs)
 
 
