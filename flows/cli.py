@@ -175,17 +175,23 @@ def recipes() -> None:
 
 
 @app.command()
-def doctor() -> None:
-    """Say what works on this machine. Fails when no teacher backend does."""
-    from tasks.forecast.doctor import examine  # noqa: PLC0415 - loads torch and SGLang
+def doctor(
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="What each node of a Ray cluster has, instead: HOST:PORT or `auto`."),
+    ] = None,
+) -> None:
+    """Say what works on this machine. Fails when nothing does, or a node is not alike."""
+    from tasks.forecast.doctor import examine, examine_cluster  # noqa: PLC0415 - loads torch
 
-    findings = examine(Path.cwd())
+    findings = examine(Path.cwd()) if cluster is None else examine_cluster(cluster)
     table = Table("", "", "works")
     for finding in findings:
         works = {None: "", True: "yes", False: "no"}[finding.works]
         table.add_row(finding.what, finding.detail, works)
     console.print(table)
-    if not any(finding.works for finding in findings):
+    judged = [finding.works for finding in findings if finding.works is not None]
+    if not (any(judged) if cluster is None else all(judged)):
         raise typer.Exit(1)
 
 

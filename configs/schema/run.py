@@ -18,8 +18,10 @@ from configs.schema.data import DataConfig
 from configs.schema.loss import LossConfig
 from configs.schema.models import NewVocabularyModel
 from configs.schema.on_policy import OnPolicyConfig, check_on_policy, check_samples
+from configs.schema.rollout import SglangRollout
 from configs.schema.student import StudentConfig
 from configs.schema.teacher import InProcessTeacher, Teacher
+from configs.schema.workers import LocalWorkers, RayWorkers, Workers
 
 
 class StorageConfig(StrictModel):
@@ -137,6 +139,10 @@ class RunConfig(StrictModel):
     """
     planned_runs: int = Field(default=1, gt=0, le=MOST)
     """How many runs will use the same teacher and data; `delivery: auto` goes by it."""
+    workers: Workers = Field(default_factory=LocalWorkers)
+    """Where the ranks of a stage are started: on this machine (`{type: local}`), or on those of a
+    Ray cluster (`{type: ray}`: `address`, `strategy`, `cpus_per_rank`, `gpus_per_rank`, `env`).
+    """
     stall_limit_s: float = Field(default=1800, gt=0)
     """After how many seconds without progress a rank ends its stage, which is then tried again."""
     teacher: Teacher
@@ -198,6 +204,19 @@ class RunConfig(StrictModel):
             raise ValueError(
                 "teacher.sleep and teacher.forward_batches are for `delivery: live` and `mode: "
                 "onpolicy`; this run replays"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _machines_fit(self) -> "RunConfig":
+        rollout = None if self.on_policy is None else self.on_policy.rollout
+        if not isinstance(self.workers, RayWorkers) or rollout is None:
+            return self
+        if not isinstance(rollout, SglangRollout) or rollout.weights != "broadcast":
+            raise ValueError(
+                "workers.type=ray has trainer and rollout engines on GPUs, and maybe machines, of "
+                "their own, between which weights are broadcast; set on_policy.rollout.type=sglang "
+                "and on_policy.rollout.weights=broadcast"
             )
         return self
 

@@ -19,11 +19,13 @@ ENGINES: Mapping[str, str] = MappingProxyType(
 )
 
 
-def placed(engine: Engine, rank: int) -> Engine:
-    """The engine of a rank of several: its copy of the model has GPUs of its own."""
+def placed(engine: Engine, rank: int | None) -> Engine:
+    """The engine of a rank of several: its copy of the model has GPUs of its own; with None, the
+    only ones that it sees.
+    """
     if not isinstance(engine, SglangEngine):
         return engine
-    first = engine.first_gpu + rank * engine.tensor_parallel
+    first = 0 if rank is None else engine.first_gpu + rank * engine.tensor_parallel
     return engine.model_copy(update={"first_gpu": first})
 
 

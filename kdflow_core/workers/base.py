@@ -19,6 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 class RankContext(BaseModel):
     """Where a rank stands among the ranks of its group.
 
+    It `sees_own_devices` where it has accelerators of its own, and the others are hidden from it.
     `rendezvous` is what `torch.distributed` calls an init method, `address` the host name under
     which processes of other groups reach this rank's machine.
     """
@@ -29,19 +30,27 @@ class RankContext(BaseModel):
     local_rank: int = 0
     node: int = 0
     num_ranks: int = 1
+    sees_own_devices: bool = False
     rendezvous: str = ""
     address: str = ""
+
+    @property
+    def rank_among_devices(self) -> int | None:
+        """The rank, where all of them see the same accelerators; None: it sees its own alone."""
+        return None if self.sees_own_devices else self.rank
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """How many ranks a group has, and what of the environment is set for them where it is not.
+    """How many ranks a group has, how many accelerators each uses where there are any, and what of
+    the environment is set for them where it is not.
 
     `name` is what messages call the group.
     """
 
     name: str
     num_ranks: int = 1
+    devices: int = 1
     env: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -2,76 +2,82 @@
 
 Each rank runs in a session of its own and holds the reading end of a pipe whose writing end only
 the launcher has. The launcher's death, however violent, closes the pipe, and the rank ends its
-whole process group: nothing is orphaned. A rank's death ends the other ranks, and so does one that
-is stopped, or stuck with the others waiting for it: each tells every few seconds where it is.
+whole process group: nothing is orphaned.
 """
 
 import contextlib
-import json
 import os
-import queue
 import signal
 import subprocess
 import sys
-import threading
-import time
-import weakref
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Iterator, Mapping, Sequence
 
 import psutil
-from pydantic import BaseModel
 
 from kdflow_core.anonymous_file import AnonymousFile
-from kdflow_core.errors import WorkerError
-from kdflow_core.workers.base import (
-    STALL_S,
-    Events,
-    Launcher,
-    Placement,
-    RankContext,
-    Request,
-    Start,
-    WorkerGroup,
-)
+from kdflow_core.workers.base import STALL_S, Events, Launcher, Placement, RankContext, Start
 from kdflow_core.workers.forking import ForkedProcess, ForkServers, can_fork
-from kdflow_core.workers.rank_side import BEAT_S, EVENT_PREFIX
+from kdflow_core.workers.group import RankGroup, RankProcess
 
-GRACE_S = 2.0
-KEPT_LINES = 40
-SILENT_S = 60.0  # a rank that has not beaten for so long is stopped, or starved
 LOOPBACK = "127.0.0.1"
+STOPPED = {psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP}
 _SERVERS = ForkServers()
-_GROUPS: "weakref.WeakSet[LocalGroup]" = weakref.WeakSet()
 
 
-@dataclass
-class _Rank:
-    process: "subprocess.Popen[str] | ForkedProcess"
-    tail: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_LINES))
-    error: dict[str, Any] | None = None
-    reader: threading.Thread | None = None
-    heard: float = field(default_factory=time.monotonic)
-    still_s: float | None = 0.0  # None: it waits for a request
-    place: str = "its start"
-    at_work: bool = True
-    stoppable: bool = False
-    replies: dict[int, Any] = field(default_factory=dict)
+class LocalProcess:
+    """A process of this machine, in a session of its own. See `RankProcess`."""
 
+    where = lost = ""
 
-@dataclass(frozen=True)
-class _Pending:
-    """A call that was made. See `Pending`."""
+    def __init__(self, process: "subprocess.Popen[str] | ForkedProcess") -> None:
+        self._process = process
 
-    group: "LocalGroup"
-    number: int
+    @property
+    def pid(self) -> int:
+        """The number of the process, and of its group."""
+        return self._process.pid
 
-    def replies(self) -> list[Any]:
-        """See `Pending`."""
-        return self.group.replies(self.number)
+    def send(self, line: str) -> None:
+        """See `RankProcess`."""
+        stdin = self._process.stdin
+        assert stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died at once; its exit is reported later
+            stdin.write(line + "\n")
+            stdin.flush()
+
+    def lines(self) -> Iterator[str]:
+        """See `RankProcess`."""
+        assert self._process.stdout is not None
+        with self._process.stdout as stdout:
+            for line in stdout:
+                yield line.rstrip("\n")
+
+    def poll(self) -> int | None:
+        """See `RankProcess`."""
+        return self._process.poll()
+
+    def wait(self, timeout: float | None = None) -> int:
+        """See `RankProcess`."""
+        return self._process.wait(timeout)
+
+    def signal(self, number: signal.Signals) -> None:
+        """See `RankProcess`."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+    def stands_still(self) -> str | None:
+        """See `RankProcess`: where a signal has stopped it."""
+        try:
+            stopped = psutil.Process(self._process.pid).status() in STOPPED
+        except psutil.NoSuchProcess:
+            return None
+        return "was stopped" if stopped else None
+
+    def close(self) -> None:
+        """See `RankProcess`."""
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
 
 
 class LocalLauncher:
@@ -90,7 +96,7 @@ class LocalLauncher:
         """Have what ranks are forked from begin to load, and do not wait for it."""
         if self._preload:
             with contextlib.suppress(OSError):  # whoever starts ranks meets it again
-                _SERVERS.warm(self._preload, _environment(placement))
+                _SERVERS.warm(self._preload, rank_environment(placement, placement.num_ranks))
 
     def start(
         self,
@@ -100,213 +106,32 @@ class LocalLauncher:
         events: Events,
         *,
         stall_s: float = STALL_S,
-    ) -> "LocalGroup":
+    ) -> RankGroup:
         """See `Launcher`."""
-        return LocalGroup(job, spec, placement, events, stall_s=stall_s, preload=self._preload)
-
-
-def ask_ranks_to_stop() -> bool:
-    """Ask the ranks of all groups of this process to save what is done, and to end; False where
-    none of them can now.
-    """
-    found = [group.ask_to_stop() for group in list(_GROUPS)]
-    return any(found)
-
-
-class LocalGroup:
-    """See `WorkerGroup`. Ranks take their calls as lines of standard input."""
-
-    def __init__(
-        self,
-        job: str,
-        spec: str,
-        placement: Placement,
-        events: Events,
-        *,
-        stall_s: float,
-        preload: Sequence[str],
-    ) -> None:
-        self._name = placement.name
-        self._events = events
-        self._stall_s = stall_s
-        self._checked = self._moved = time.monotonic()
-        self._lines: queue.Queue[tuple[int, str | None]] = queue.Queue()
-        self._rendezvous = AnonymousFile("kdflow-rendezvous")
-        self._ranks: list[_Rank] = []
-        self._calls = 0
-        _GROUPS.add(self)
+        rendezvous = AnonymousFile("kdflow-rendezvous")
+        group = RankGroup(placement.name, events, stall_s=stall_s, release=rendezvous.close)
         try:
             for number in range(placement.num_ranks):
-                self._ranks.append(_start(job, number, placement, preload))
-                _watch(number, self._ranks[number], self._lines)
                 context = RankContext(
                     rank=number,
                     local_rank=number,
                     num_ranks=placement.num_ranks,
-                    rendezvous=f"file://{self._rendezvous.path}",
+                    rendezvous=f"file://{rendezvous.path}",
                     address=LOOPBACK,
                 )
-                _feed(self._ranks[number], Start(context=context, job=job, spec=spec))
+                process = _start(job, number, placement, self._preload)
+                group.add(process, Start(context=context, job=job, spec=spec))
         except BaseException:
-            self.end()
+            group.end()
             raise
-
-    def call(self, method: str, **arguments: Any) -> "_Pending":
-        """See `WorkerGroup`."""
-        self._require_ranks()
-        self._calls += 1
-        request = Request(number=self._calls, method=method, arguments=arguments)
-        for rank in self._ranks:
-            _feed(rank, request)
-        return _Pending(self, self._calls)
-
-    def replies(self, number: int) -> list[Any]:
-        """Wait for all ranks' replies to a call. Raises WorkerError."""
-        self._require_ranks()
-        while not all(number in rank.replies for rank in self._ranks):
-            if not self._take():
-                self.end()
-                raise WorkerError(f"a rank of {self._name} left without a reply")
-        return [rank.replies.pop(number) for rank in self._ranks]
-
-    def _require_ranks(self) -> None:
-        if not self._ranks:
-            raise WorkerError(f"{self._name} has ended; it takes no more calls")
-
-    def ask_to_stop(self) -> bool:
-        """Ask the ranks to save what is done, and to end; False where none of them can now."""
-        can = any(rank.stoppable for rank in self._ranks)
-        for rank in self._ranks if can else ():
-            _feed(rank, Request(role="stop"))
-        return can
-
-    def close(self) -> None:
-        """See `WorkerGroup`. Raises WorkerError when a rank fails on its way out."""
-        if not self._ranks:
-            return
-        running = len(self._ranks)
-        for rank in self._ranks:
-            _feed(rank, Request(role="leave"))
-        while running:
-            running -= not self._take()
-        self.end()
-
-    def end(self) -> None:
-        """See `WorkerGroup`."""
-        _end(self._ranks)
-        self._ranks = []
-        self._rendezvous.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.end()
-
-    def _take(self) -> bool:
-        """Take a line that a rank has printed; False when it has ended well instead."""
-        number, line = self._next_line()
-        rank = self._ranks[number]
-        if line is None:
-            code = rank.process.wait()
-            if code != 0:
-                self.end()
-                raise _failure(f"rank {number} of {self._name}", rank, code)
-            return False
-        if not line.startswith(EVENT_PREFIX):
-            rank.tail.append(line)
-            self._events.line(number, line)
-            return True
-        event = _event(line)
-        if event["event"] == "error":
-            rank.error = event
-        elif event["event"] == "stoppable":
-            rank.stoppable = event["value"]
-        elif event["event"] == "reply":
-            rank.replies[event["number"]] = event["value"]
-        else:
-            self._events.event(event)
-        return True
-
-    def _next_line(self) -> tuple[int, str | None]:
-        """The next line of any rank (None: its end), while none of them stands still."""
-        while True:
-            self._check_beats()
-            try:
-                return self._lines.get(timeout=BEAT_S)
-            except queue.Empty:
-                continue
-
-    def _check_beats(self) -> None:
-        """Raises WorkerError when a rank is stopped or stuck."""
-        now = time.monotonic()
-        if now - self._checked < BEAT_S:
-            return
-        asleep, self._checked = now - self._checked > 5 * BEAT_S, now
-        if asleep:  # it was this process that was stopped, or not waiting
-            self._moved = now
-            for rank in self._ranks:
-                rank.heard = now
-            return
-        still: dict[int, float] = {}
-        for number, rank in enumerate(self._ranks):
-            was_at_work, rank.at_work = rank.at_work, _is_at_work(rank)
-            if not rank.at_work:
-                if was_at_work:
-                    self._moved = now  # it has done its share, for which others may have waited
-                continue
-            silent_s = now - rank.heard
-            if silent_s > min(SILENT_S, self._stall_s) and _is_stopped(rank.process.pid):
-                self._give_up(number, f"was stopped {silent_s:,.0f} s ago and does not go on")
-            still[number] = max(silent_s, rank.still_s or 0.0)
-            # While one moves, the others may well wait for it.
-            self._moved = max(self._moved, now - still[number])
-        if still and now - self._moved > self._stall_s:
-            number = max(still, key=still.__getitem__)  # the others have come as far as they could
-            what = f"has made no progress for {still[number]:,.0f} s; it stands at"
-            self._give_up(number, f"{what} {self._ranks[number].place}")
-        self._events.beat()
-
-    def _give_up(self, number: int, what: str) -> None:
-        places = [f"rank {k}: {rank.place}" for k, rank in enumerate(self._ranks)]
-        self.end()
-        raise WorkerError(
-            f"rank {number} of {self._name} {what}; all ranks were ended. What is done stays: run "
-            "again, or raise stall_limit_s where so long a step is right",
-            details="\n".join(places),
-        )
+        return group
 
 
-def _is_at_work(rank: _Rank) -> bool:
-    return rank.process.poll() is None and rank.still_s is not None
-
-
-def _is_stopped(pid: int) -> bool:
-    """Whether a process of this machine was stopped by a signal."""
-    try:
-        return bool(psutil.Process(pid).status() in STOPPED)
-    except psutil.NoSuchProcess:
-        return False
-
-
-STOPPED = {psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP}
-
-
-def _event(line: str) -> dict[str, Any]:
-    event: dict[str, Any] = json.loads(line.removeprefix(EVENT_PREFIX))
-    return event
-
-
-def _environment(placement: Placement) -> dict[str, str]:
-    threads = max(1, (os.cpu_count() or 1) // placement.num_ranks)
+def rank_environment(placement: Placement, ranks: int) -> dict[str, str]:
+    """The environment of each of so many ranks on this machine: this process's, and what its
+    placement adds.
+    """
+    threads = max(1, (os.cpu_count() or 1) // ranks)
     return {**placement.env, **os.environ} | {
         "OMP_NUM_THREADS": str(threads),
         "PYTHONUNBUFFERED": "1",
@@ -319,13 +144,8 @@ def _environment(placement: Placement) -> dict[str, str]:
     }
 
 
-def _start(job: str, number: int, placement: Placement, preload: Sequence[str]) -> _Rank:
-    env = _environment(placement)
-    command = [sys.executable, "-m", "kdflow_core.workers.rank", job, placement.name, str(number)]
-    if preload:
-        # A server that cannot load the modules leaves it to the rank to say why.
-        with contextlib.suppress(OSError):
-            return _Rank(_SERVERS.fork(" ".join(command), preload, env))
+def start_process(command: Sequence[str], env: Mapping[str, str]) -> LocalProcess:
+    """A process of this machine."""
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -336,78 +156,25 @@ def _start(job: str, number: int, placement: Placement, preload: Sequence[str]) 
         env=env,
         start_new_session=True,
     )
-    return _Rank(process)
+    return LocalProcess(process)
 
 
-def _feed(rank: _Rank, request: BaseModel) -> None:
-    stdin = rank.process.stdin
-    assert stdin is not None
-    with contextlib.suppress(BrokenPipeError):  # it died at once; its exit is reported later
-        stdin.write(request.model_dump_json() + "\n")
-        stdin.flush()
+def rank_command(job: str, number: int, placement: Placement) -> list[str]:
+    """What starts a rank; its arguments are for people who look at processes."""
+    return [sys.executable, "-m", "kdflow_core.workers.rank", job, placement.name, str(number)]
 
 
-def _watch(number: int, rank: _Rank, lines: "queue.Queue[tuple[int, str | None]]") -> None:
-    rank.reader = threading.Thread(target=_read, args=(number, rank, lines), daemon=True)
-    rank.reader.start()
+def _start(job: str, number: int, placement: Placement, preload: Sequence[str]) -> LocalProcess:
+    env = rank_environment(placement, placement.num_ranks)
+    command = rank_command(job, number, placement)
+    if preload:
+        # A server that cannot load the modules leaves it to the rank to say why.
+        with contextlib.suppress(OSError):
+            return LocalProcess(_SERVERS.fork(" ".join(command), preload, env))
+    return start_process(command, env)
 
 
-def _read(number: int, rank: _Rank, lines: "queue.Queue[tuple[int, str | None]]") -> None:
-    assert rank.process.stdout is not None
-    with rank.process.stdout as stdout:
-        for raw in stdout:
-            line = raw.rstrip("\n")
-            if line.startswith(BEAT):
-                beat = _event(line)
-                rank.heard, rank.still_s, rank.place = time.monotonic(), beat["still_s"], beat["at"]
-            elif line:  # events begin with an empty one
-                lines.put((number, line))
-    lines.put((number, None))
-
-
-BEAT = EVENT_PREFIX + '{"event": "beat"'
-
-
-def _failure(who: str, rank: _Rank, code: int) -> WorkerError:
-    if rank.error is not None:
-        message, expected = rank.error["message"], rank.error["expected"]
-        if expected:
-            return WorkerError(message, expected=True)
-        return WorkerError(f"{who} failed: {message}", details=rank.error["traceback"])
-    cause = f"exit code {code}"
-    if code < 0:
-        cause = f"signal {signal.Signals(-code).name}"
-        if -code == signal.SIGKILL:
-            cause += " (if nobody sent it, the machine ran out of memory)"
-    return WorkerError(f"{who} ended by {cause}", details="\n".join(rank.tail))
-
-
-def _end(ranks: list[_Rank]) -> None:
-    """TERM, grace, KILL, for every process group that is still there."""
-    alive = [rank.process for rank in ranks if rank.process.poll() is None]
-    for process in alive:
-        _signal(process, signal.SIGTERM)
-    deadline = time.monotonic() + GRACE_S
-    for process in alive:
-        try:
-            process.wait(timeout=max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            _signal(process, signal.SIGKILL)
-            process.wait()
-    for rank in ranks:
-        if rank.process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                rank.process.stdin.close()
-        if rank.reader is not None:
-            rank.reader.join(timeout=GRACE_S)
-
-
-def _signal(process: "subprocess.Popen[str] | ForkedProcess", number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
-
-
-def _contract(launcher: LocalLauncher, group: LocalGroup) -> None:
-    """Checked by mypy: what is here fits the contract."""
+def _contract(launcher: LocalLauncher, process: LocalProcess) -> None:
+    """Checked by mypy: what is here fits the contracts."""
     _launcher: Launcher = launcher
-    _group: WorkerGroup = group
+    _process: RankProcess = process

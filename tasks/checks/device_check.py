@@ -19,6 +19,8 @@ def check_devices(run: RunConfig) -> None:
     """Refuse more ranks than this machine can hold, engines on GPUs that it does not have, and what
     cannot share one. Raises ModelError, which names the field.
     """
+    if run.workers.type == "ray":
+        return  # its machines are asked by themselves
     gpus = torch.cuda.device_count()
     most = gpus or max(8, RANKS_PER_CORE * (os.cpu_count() or 1))
     cores = f"{os.cpu_count()} cores and no GPU, for {most} ranks at most"

@@ -15,6 +15,7 @@ from typing import Any
 from configs.load import load_run
 from configs.schema.models import PretrainedModel
 from configs.schema.run import RunConfig
+from configs.schema.workers import RayWorkers
 from configs.secrets import public
 from kdflow_core.errors import ModelError, WorkerError
 from kdflow_core.models.folders import resolve_folder
@@ -24,6 +25,7 @@ from storage.digest import digest
 from storage.fingerprint import file_state
 from storage.memo import Memo
 from storage.places import check_places, check_writable
+from tasks.checks.cluster_check import check_cluster
 from tasks.checks.engine_check import check_engines
 from tasks.execution.launch import ask_rank
 from tasks.presentation.tracking import check_tracking
@@ -74,8 +76,11 @@ def checked_plan(run: RunConfig, *, download: bool) -> dict[str, StageIdentity]:
     _check(run, given)
     plan = plan_stages(run)
     check_engines(run, plan, ask_servers=download)
-    if any(find(run, identity) is None for identity in plan.values()):
+    lacking = [identity for identity in plan.values() if find(run, identity) is None]
+    if lacking:
         check_writable(store)
+    if lacking and isinstance(run.workers, RayWorkers):
+        check_cluster(run, lacking)
     if prepared := _prepared(run, plan):
         _check(run, given | prepared)
     return plan

@@ -7,15 +7,18 @@ from typing import Any
 
 from configs.printable import printable
 from configs.schema.run import RunConfig
+from configs.schema.workers import RayWorkers
 from configs.secrets import public
 from kdflow_core.errors import WorkerError
 from kdflow_core.workers.base import Launcher, Placement
-from kdflow_core.workers.local import LocalLauncher, ask_ranks_to_stop
+from kdflow_core.workers.group import ask_ranks_to_stop
+from kdflow_core.workers.local import LocalLauncher
+from kdflow_core.workers.ray_launcher import RayLauncher
 from storage.artifact import ArtifactRef
 from storage.lease import Pulse, exclusive, lease_name
 from tasks.execution.progress import ProgressLog
 from tasks.execution.termination import saving_before_the_end
-from tasks.stages.catalogue import CATALOGUE, engines_of
+from tasks.stages.catalogue import CATALOGUE, devices_of, engines_of
 from tasks.stages.checkpoint_places import fetch_checkpoints
 from tasks.stages.identity import StageIdentity, StageSpec, find, open_store, run_of_teacher
 
@@ -57,6 +60,8 @@ class Listener:
 
 def launcher_of(spec: StageSpec) -> Launcher:
     """What starts the ranks of a run."""
+    if isinstance(spec.run.workers, RayWorkers):
+        return RayLauncher(spec.run.workers)
     return LocalLauncher(_preload(spec.run, [spec.identity]))
 
 
@@ -64,6 +69,8 @@ def warm_up(run: RunConfig, stages: Iterable[StageIdentity] = ()) -> None:
     """Have what ranks are forked from begin to load, where they are, and do not wait: what most
     ranks need, and those of the `stages` that are still to be run.
     """
+    if isinstance(run.workers, RayWorkers):
+        return  # nothing is forked there
     lacking = [identity for identity in stages if find(run, identity) is None]
     launcher = LocalLauncher(_preload(run, lacking))
     launcher.warm(Placement(name="stages"))
@@ -152,7 +159,10 @@ def tell_failure(logger: Logger, error: WorkerError) -> None:
 def _run_ranks(spec: StageSpec, logger: Logger, pulse: Pulse) -> None:
     stage = CATALOGUE[spec.identity.stage]
     placement = Placement(
-        name=f"stage {spec.identity.name}", num_ranks=stage.ranks(spec.run), env=stage.env
+        name=f"stage {spec.identity.name}",
+        num_ranks=stage.ranks(spec.run),
+        devices=devices_of(spec.run, stage.name),
+        env=stage.env,
     )
     try:
         with (

@@ -12,8 +12,10 @@ from pathlib import Path
 import psutil
 import torch
 
+from configs.schema.workers import RayWorkers
 from kdflow_core.errors import ModelError
 from kdflow_core.sglang_runtime.versions import require_sglang
+from tasks.checks.cluster_check import examined_nodes
 
 PACKAGES = ("torch", "transformers", "sglang", "prefect", "zarr", "datasets")
 GB = 10**9
@@ -39,6 +41,23 @@ def examine(folder: Path) -> list[Finding]:
         _backend("sglang", _import_sglang),
         _backend("sglang_server", lambda: import_module("kdflow_core.teacher.server")),
     ]
+
+
+def examine_cluster(address: str) -> list[Finding]:
+    """Look at the nodes of a Ray cluster. Raises ConfigError and WorkerError."""
+    found = []
+    for node, problems in examined_nodes(RayWorkers(type="ray", address=address)):
+        gpus = ", ".join(node.gpus) or "no GPU"
+        versions = ", ".join(f"{name} {own}" for name, own in node.versions.items())
+        detail = f"{node.cores} cores, {node.memory_gb:,.1f} GB memory, {gpus}; {versions}"
+        found.append(
+            Finding(
+                what=f"node {node.address} ({node.host})",
+                detail="; ".join(problems) or detail,
+                works=not problems,
+            )
+        )
+    return found
 
 
 def _version(package: str) -> str:

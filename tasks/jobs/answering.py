@@ -55,7 +55,7 @@ def generate_answers(stage: StageRun) -> ArtifactRef | None:
     missing = [part for part in portions[rank::size] if not is_whole(part.path(folder))]
     if missing:
         count = sum(len(part.rows) for part in missing)
-        with closing(_Answerer(stage, config, rank=rank, wanted=count)) as writer:
+        with closing(_Answerer(stage, config, wanted=count)) as writer:
             for part in missing:
                 examples = TokenExamples(tables[part.split])
                 seed = (stage.run.seed << 32) + part.seed  # a part is the same whoever writes it
@@ -126,7 +126,7 @@ def _wanted(run: RunConfig, split: Split, table: TokenTable) -> list[int]:
 class _Answerer:
     """The model that writes, and how."""
 
-    def __init__(self, stage: StageRun, config: AnswersConfig, *, rank: int, wanted: int) -> None:
+    def __init__(self, stage: StageRun, config: AnswersConfig, *, wanted: int) -> None:
         self._config = config
         self._written, self._wanted = 0, wanted
         self._stage = stage
@@ -139,7 +139,7 @@ class _Answerer:
             log_probs=config.by == "student" and config.temperature > 0,
         )
         self._engine = build_rollout_engine(
-            placed(config.engine, rank),
+            placed(config.engine, stage.context.rank_among_devices),
             folder=folder,
             vocabulary_size=true_vocabulary_size(chat.tokenizer),
             max_length=stage.length_limit,

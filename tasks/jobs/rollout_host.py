@@ -53,7 +53,7 @@ class RolloutHost:
         if reward is not None:
             self._reward = load_reward(Path(reward.path), reward.name)
         self._engine: RolloutEngine = build_rollout_engine(
-            placed(self._config.rollout, context.rank),
+            placed(self._config.rollout, context.rank_among_devices),
             folder=folder,
             vocabulary_size=true_vocabulary_size(self._tokenizer),
             max_length=stage.length_limit,

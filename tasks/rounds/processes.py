@@ -65,7 +65,8 @@ class RoundProcesses:
             config = self._spec.run.on_policy
             assert config is not None
             ranks = config.rollout.num_engines
-            placement = Placement(name="rollout", num_ranks=ranks, env=QUIET)
+            width = config.rollout.ranks_per_replica
+            placement = Placement(name="rollout", num_ranks=ranks, devices=width, env=QUIET)
             self._rollout = self._start("tasks.jobs.rollout_host:RolloutHost", placement)
             self._wait_until_ready(self._rollout)
         return RolloutRanks(self, self._rollout)

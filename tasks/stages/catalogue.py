@@ -89,6 +89,14 @@ def engines_of(run: RunConfig, stage: str) -> dict[str, Teacher | Engine | Rollo
     return found
 
 
+def devices_of(run: RunConfig, stage: str) -> int:
+    """How many accelerators each rank of a stage uses, where there are any."""
+    if stage != "generate":
+        return 1
+    assert run.data.answers is not None
+    return run.data.answers.engine.ranks_per_replica
+
+
 def _training_engines(run: RunConfig) -> tuple[str, ...]:
     rollout = () if run.on_policy is None else ("on_policy.rollout",)
     teaches = run.teacher_in_training and run.algorithm.reads_signals

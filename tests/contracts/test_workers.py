@@ -9,17 +9,20 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from configs.schema.workers import RayWorkers
 from kdflow_core.errors import WorkerError
 from kdflow_core.workers.base import Launcher, Placement, WorkerGroup
 from kdflow_core.workers.local import LocalLauncher
+from kdflow_core.workers.ray_launcher import RayLauncher
 from tests.processes import FORK_SERVER, wait_until_gone
+from tests.ray_cluster import RayCluster, running_cluster
 from tests.readme import ROOT
 
 pytestmark = pytest.mark.ranks
@@ -28,7 +31,11 @@ pytestmark = pytest.mark.ranks
 LAUNCHERS: dict[str, Callable[[], Launcher]] = {
     "local": LocalLauncher,
     "local, forked": lambda: LocalLauncher(["numpy"]),
+    "ray": lambda: RayLauncher(
+        RayWorkers(type="ray", address=os.environ[CLUSTER], strategy="spread")
+    ),
 }
+CLUSTER = "CLUSTER_UNDER_TEST"
 CHOSEN = "LAUNCHER_UNDER_TEST"  # a variable, as some tests have a launcher in another process
 RANK = """
 import os, sys, time
@@ -59,9 +66,22 @@ WATCHED = pytest.mark.parametrize(
 )
 
 
+# What is forked, or takes its place; and what is one thing for all launchers.
+ON_THIS_MACHINE = pytest.mark.parametrize("_launcher", ["local", "local, forked"], indirect=True)
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[RayCluster]:
+    with running_cluster() as cluster:
+        yield cluster
+
+
 @pytest.fixture(autouse=True, params=sorted(LAUNCHERS))
 def _launcher(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CHOSEN, request.param)
+    if request.param == "ray":
+        cluster = request.getfixturevalue("ray_cluster")
+        monkeypatch.setenv(CLUSTER, cluster.address)
 
 
 @pytest.fixture
@@ -148,7 +168,7 @@ os.kill(os.getpid(), 9)
 """
     module = rank_module(body)
     with pytest.raises(
-        WorkerError, match=r"rank 1 of rank_under_test ended by signal SIGKILL \(if nobody sent"
+        WorkerError, match=r"rank 1 of rank_under_test.* ended by signal SIGKILL \(if nobody sent"
     ) as caught:
         run(module, tmp_path)
     assert "last words" in caught.value.details
@@ -158,7 +178,7 @@ os.kill(os.getpid(), 9)
 def test_a_rank_that_ignores_sigterm_is_killed(
     rank_module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kdflow_core.workers.local.GRACE_S", 0.5)
+    monkeypatch.setattr("kdflow_core.workers.group.GRACE_S", 0.5)
     body = """
 import signal
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -169,7 +189,7 @@ if rank == 1:
     sys.exit(3)
 time.sleep(120)
 """
-    with pytest.raises(WorkerError, match="rank 1 of rank_under_test ended by exit code 3"):
+    with pytest.raises(WorkerError, match=r"rank 1 of rank_under_test.* ended by exit code 3"):
         run(rank_module(body), tmp_path)
     wait_until_gone(pids_in(tmp_path, 2))
 
@@ -209,7 +229,7 @@ except EOFError:
 def test_a_stopped_rank_is_named(
     rank_module: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kdflow_core.workers.local.SILENT_S", 3.0)
+    monkeypatch.setattr("kdflow_core.workers.group.SILENT_S", 3.0)
     body = """
 import signal
 if rank == 1:
@@ -377,11 +397,14 @@ def test_a_rank_is_told_where_it_stands(serve: Serve) -> None:
     with serve(Heard()) as group:
         met = group.call("meet").replies()
     assert [reply["rank"] for reply in met] == [0, 1]
-    assert [reply["local_rank"] for reply in met] == [0, 1]
+    nodes = [0, 1] if os.environ[CHOSEN] == "ray" else [0, 0]
+    assert [reply["node"] for reply in met] == nodes
+    assert [reply["local_rank"] for reply in met] == ([0, 0] if nodes[1] else [0, 1])
     assert {(reply["num_ranks"], reply["met"]) for reply in met} == {(2, 2)}
 
 
 @pytest.mark.parametrize("method", ["hidden", "close", "__init__", "total", "no_such"])
+@ON_THIS_MACHINE
 def test_only_what_is_offered_can_be_called(serve: Serve, method: str) -> None:
     group = serve(Heard())
     with group, pytest.raises(WorkerError, match=f"Server offers no method '{method}'"):
@@ -410,6 +433,7 @@ def test_a_job_that_there_is_not_is_an_error_of_the_group(
         run("rank_that_is_not_there", tmp_path, 1)
 
 
+@ON_THIS_MACHINE
 def test_code_that_was_edited_is_loaded_anew(
     rank_module: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -424,6 +448,7 @@ def test_code_that_was_edited_is_loaded_anew(
         assert (tmp_path / f"seen-{number}").exists()
 
 
+@ON_THIS_MACHINE
 def test_a_killed_fork_server_is_replaced(
     rank_module: Callable[[str], str], tmp_path: Path
 ) -> None:
@@ -441,6 +466,7 @@ def test_a_killed_fork_server_is_replaced(
     assert len(parents) == (1 if os.environ[CHOSEN] == "local" else 3)
 
 
+@ON_THIS_MACHINE
 def test_a_fork_server_learns_what_a_later_rank_needs(
     rank_module: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

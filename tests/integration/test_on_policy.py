@@ -3,7 +3,6 @@ and trained, new weights are served, and what is done is not done again.
 """
 
 import logging
-import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from configs.schema.run import RunConfig
 from kdflow_core.data.chat import ChatFormat
 from kdflow_core.errors import WorkerError
 from kdflow_core.workers.base import WorkerGroup
-from kdflow_core.workers.local import LocalGroup
+from kdflow_core.workers.group import RankGroup
 from storage.rollouts import read_rollouts
 from tasks.jobs.round_examples import round_examples
 from tasks.jobs.stage_run import StageRun
@@ -372,8 +371,8 @@ def test_rounds_that_are_done_stay_done(make_recipe: Callable[..., Path]) -> Non
 
 
 def kill(group: WorkerGroup | None) -> None:
-    assert isinstance(group, LocalGroup)
-    os.kill(group._ranks[0].process.pid, signal.SIGKILL)
+    assert isinstance(group, RankGroup)
+    group._ranks[0].process.signal(signal.SIGKILL)
 
 
 def test_what_a_dead_trainer_had_not_saved_is_trained_again(

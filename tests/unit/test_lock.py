@@ -49,7 +49,7 @@ def test_the_lock_does_for_what_is_declared() -> None:
     pins = locked()
     for line in requires("kdflow") or []:
         requirement = Requirement(line)
-        extra = next((e for e in ("s3", "sglang-cpu") if _asked_by(requirement, e)), "")
+        extra = next((e for e in ("ray", "s3", "sglang-cpu") if _asked_by(requirement, e)), "")
         if requirement.marker is None or extra:
             version = pins[canonicalize_name(requirement.name)]
             assert requirement.specifier.contains(version), line

@@ -1,0 +1,79 @@
+"""What goes between a launcher and its bridge to a Ray cluster: JSON, a line each."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from kdflow_core.workers.base import Placement, RankContext
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Cluster(_Message):
+    """A cluster that this machine is a node of: `host:port` of its head, or `auto`."""
+
+    address: str
+    folders: tuple[str, ...] = ()
+    """What every node is asked for, where nothing is to be started."""
+
+
+class Group(_Message):
+    """Ranks that are to be started on a cluster, `given` variables of the environment."""
+
+    cluster: Cluster
+    job: str
+    placement: Placement
+    given: dict[str, str]
+    strategy: Literal["pack", "spread"]
+    cpus: int
+    gpus: int | None
+    start_timeout_s: float
+
+
+class Order(_Message):
+    """The first thing that a bridge is told: to start ranks, or to look around."""
+
+    group: Group | None = None
+    look: Cluster | None = None
+
+
+class ToRank(_Message):
+    """What a rank gets: a line, or a signal; or a question whether it stands still."""
+
+    rank: int
+    line: str | None = None
+    signal: int | None = None
+    ask: bool = False
+
+
+class Node(_Message):
+    """What a node of a cluster is."""
+
+    address: str
+    host: str
+    versions: dict[str, str]
+    cores: int
+    memory_gb: float
+    gpus: tuple[str, ...]
+    clock: float
+    seen: tuple[str, ...]
+    token: bool
+    resources: dict[str, float]
+
+
+class FromBridge(_Message):
+    """What a bridge tells: where the ranks are, or the nodes; or what is wrong. Of a rank: a line
+    that it prints, its exit code, how it was lost, or in answer to a question, why it stands still.
+    """
+
+    placed: tuple[RankContext, ...] | None = None
+    nodes: tuple[Node, ...] | None = None
+    error: str | None = None
+    rank: int = 0
+    line: str | None = None
+    code: int | None = None
+    lost: str | None = None
+    answered: bool = False
+    still: str | None = None

@@ -1,0 +1,186 @@
+"""Runs on a Ray cluster of two nodes: the same results as on one machine, and accidents."""
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from configs.errors import ConfigError
+from configs.load import load_run
+from configs.schema.run import RunConfig
+from kdflow_core.errors import WorkerError
+from storage.artifact import ArtifactRef
+from tasks.checks.run_check import checked_plan
+from tasks.rounds.rounds_at_work import RoundsAtWork
+from tasks.stages.identity import stage_spec
+from tasks.stages.planning import plan_stages
+from tests.conftest import run_inline
+from tests.processes import stage_ranks, wait_until_gone
+from tests.ray_cluster import RayCluster, running_cluster
+
+pytestmark = pytest.mark.ranks
+
+RANKS = {"num_ranks": 2, "micro_batch_tokens": 90}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayCluster]:
+    with running_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def ray_run(make_recipe: Callable[..., Path], tmp_path: Path, cluster: RayCluster):
+    """Loads a run whose ranks are spread over the nodes, or are local, in a store of its own."""
+
+    def load(name: str, student: dict[str, Any], **more: Any) -> RunConfig:
+        workers = {"type": "ray", "address": cluster.address, "strategy": "spread"}
+        overrides = {
+            "storage.root": str(tmp_path / f"store-{name}"),
+            "storage.scratch": str(tmp_path / f"scratch-{name}"),
+            "workers": workers if name.startswith("ray") else {"type": "local"},
+        }
+        return load_run(str(make_recipe(**RANKS, **student)), overrides | more)
+
+    return load
+
+
+Load = Callable[..., RunConfig]
+
+
+def weights_of(done: dict[str, ArtifactRef]) -> dict[str, torch.Tensor]:
+    return load_file(Path(done["student"].uri) / "model/model.safetensors")
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("delivery", ["replay", pytest.param("live", marks=pytest.mark.slow)])
+def test_a_run_over_two_nodes_is_that_on_one_machine(ray_run: Load, delivery: str) -> None:
+    """To the last bit, with ranks of extraction and training on both nodes."""
+    results = []
+    for name in ("local", "ray"):
+        run = ray_run(name, {}, delivery=delivery, **{"teacher.num_ranks": 2})
+        checked_plan(run, download=False)
+        done = run_inline(run, until="train", launched={"tokenize", "extract", "train"})
+        results.append(weights_of(done))
+    assert_equal(*results)
+
+
+SGLANG = {"type": "sglang", "dtype": "float32", "max_running": 16, "weights": "broadcast"}
+ROUNDS = {
+    "rounds": 2,
+    "prompts_per_round": 16,
+    "max_new_tokens": 8,
+    "heldout_sequences": 8,
+    "rollout": SGLANG | {"num_engines": 2},
+}
+
+
+@pytest.mark.slow  # four starts of SGLang
+def test_rounds_over_two_nodes_are_those_on_one_machine(ray_run: Load) -> None:
+    """Two ranks that train and two engines, of each one on either node; weights are broadcast."""
+    results = []
+    for name in ("local", "ray"):
+        run = ray_run(name, {"max_steps": None}, mode="onpolicy", on_policy=ROUNDS)
+        checked_plan(run, download=False)
+        done = run_inline(run, until="extract")
+        spec = stage_spec(plan_stages(run)["train"], run, done)
+        with RoundsAtWork(spec, logging.getLogger("test")) as work:
+            for number in (1, 2):
+                work.roll_out(number)
+                work.score(number)
+                work.train(number)
+            results.append(weights_of({"student": work.export()}))
+    assert_equal(*results)
+
+
+def kill_rank(_: RayCluster, rank: psutil.Process) -> None:
+    os.kill(rank.pid, signal.SIGKILL)
+
+
+def kill_relay(_: RayCluster, rank: psutil.Process) -> None:
+    parent = rank.parent()
+    assert parent is not None
+    os.kill(parent.pid, signal.SIGKILL)
+
+
+def kill_bridge(_: RayCluster, rank: psutil.Process) -> None:
+    del rank
+    for process in psutil.Process().children():
+        if "kdflow_core.workers.ray_bridge" in process.cmdline():
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    "accident",
+    [
+        kill_relay,
+        *(pytest.param(one, marks=pytest.mark.slow) for one in (kill_rank, kill_bridge)),
+    ],
+)
+def test_whatever_dies_ends_the_group_and_the_next_attempt_goes_on(
+    ray_run: Load, cluster: RayCluster, accident: Callable[[RayCluster, psutil.Process], None]
+) -> None:
+    expected = run_inline(ray_run("local", {}), until="train", launched={"train"})
+    run = ray_run("ray", {})
+    run_inline(run, until="extract")
+    seen: list[int] = []
+
+    def strike() -> None:
+        checkpoints = Path(run.storage.scratch).absolute() / "student"
+        while not list(checkpoints.glob("*/checkpoints/step-*/*.distcp")):
+            time.sleep(0.02)
+        ranks = [
+            rank
+            for raylet in cluster.raylets.values()
+            for rank in stage_ranks(psutil.Process(raylet))
+        ]
+        seen.extend(rank.pid for rank in ranks)
+        accident(cluster, ranks[-1])
+
+    thread = threading.Thread(target=strike, daemon=True)
+    thread.start()
+    with pytest.raises(WorkerError, match=r"of stage train.*(ended by|is lost)"):
+        run_inline(run, until="train", launched={"train"})
+    thread.join()
+    assert len(seen) == 2
+    wait_until_gone(seen)
+    done = run_inline(run, until="train", launched={"train"})
+    assert_equal(weights_of(done), weights_of(expected))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "variables", "message"),
+    [
+        ({"student.num_ranks": 9, "student.global_batch_size": 9}, {}, "9 ranks, and the 2 nodes"),
+        ({"workers.cpus_per_rank": 5}, {}, "have room for 0 of 5 CPUs"),
+        ({}, {"RAY_AUTH_MODE": ""}, "RAY_AUTH_MODE=token is not set"),
+        ({"workers.address": "127.0.0.2:9"}, {}, "workers.address=127.0.0.2:9 is not reached"),
+        pytest.param({}, {"RAY_AUTH_TOKEN": "0" * 64}, "Ray: ", marks=pytest.mark.slow),
+    ],
+)
+def test_what_a_cluster_lacks_is_said_before_the_run(
+    ray_run: Load,
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: dict[str, Any],
+    variables: dict[str, str],
+    message: str,
+) -> None:
+    run = ray_run("ray", {}, **overrides)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises((ConfigError, WorkerError), match=message):
+        checked_plan(run, download=False)

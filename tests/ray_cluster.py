@@ -1,0 +1,89 @@
+"""A Ray cluster of two nodes on this machine: `python -m tests.ray_cluster`, as `running_cluster`
+starts it. It ends with its standard input.
+"""
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+HEAD, SECOND = "127.0.0.2", "127.0.0.3"  # Ray writes others of the loopback as network addresses
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+}
+STORE_BYTES = 80 * 2**20  # about the smallest that there is
+READY_S = 120
+
+
+def main() -> None:
+    """Two nodes, until the end of standard input."""
+    from ray.cluster_utils import Cluster
+
+    common = {"num_cpus": 4, "object_store_memory": STORE_BYTES, "include_dashboard": False}
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={**common, "node_ip_address": HEAD},
+    )
+    second = cluster.add_node(num_cpus=4, object_store_memory=STORE_BYTES, node_ip_address=SECOND)
+    raylets = {
+        name: node.all_processes["raylet"][0].process.pid
+        for name, node in (("head", cluster.head_node), ("second", second))
+    }
+    sys.stdout.write(json.dumps({"address": cluster.address, "raylets": raylets}) + "\n")
+    sys.stdout.flush()
+    sys.stdin.read()
+    cluster.shutdown()
+
+
+class RayCluster:
+    """The address of the head, and the processes that are a node each."""
+
+    def __init__(self, address: str, raylets: dict[str, int]) -> None:
+        self.address = address
+        self.raylets = raylets
+
+
+@contextmanager
+def running_cluster() -> Iterator[RayCluster]:
+    """A cluster, and the environment in which it can be reached."""
+    token = {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    before = {name: os.environ.get(name) for name in ENVIRONMENT | token}
+    os.environ.update(ENVIRONMENT | token)
+    # The paths of its sockets are near the longest that there may be.
+    with TemporaryDirectory(prefix="kr", dir="/tmp") as folder:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.ray_cluster"],
+            env=os.environ | {"RAY_TMPDIR": folder},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).parents[1],
+            text=True,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            line = ""
+            while not line.startswith("{"):
+                line = process.stdout.readline()
+                assert line, "the cluster did not start"
+            yield RayCluster(**json.loads(line))
+        finally:
+            process.stdin.close()
+            process.wait(READY_S)
+            process.stdout.close()
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+
+
+if __name__ == "__main__":
+    main()
