@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 
 from configs.schema.workers import RayWorkers
@@ -220,7 +221,7 @@ class RayLauncher:
         order = Group(
             cluster=Cluster(address=config.address),
             job=job,
-            placement=placement,
+            placement=replace(placement, env=dict(placement.env)),
             given=_forwarded() | config.env,
             strategy=config.strategy,
             cpus=config.cpus_per_rank,

@@ -124,18 +124,40 @@ def kill_bridge(_: RayCluster, rank: psutil.Process) -> None:
             process.kill()
 
 
+def stop_relay(_: RayCluster, rank: psutil.Process) -> None:
+    """As where a machine is cut off."""
+    parent = rank.parent()
+    assert parent is not None
+    parent.suspend()
+
+
+def kill_raylet(cluster: RayCluster, rank: psutil.Process) -> None:
+    """Of the node that has no head: the cluster then has one node."""
+    del rank
+    os.kill(cluster.raylets["second"], signal.SIGKILL)
+
+
+LATER = (kill_rank, kill_bridge, stop_relay, kill_raylet)  # the last one is the cluster's end
+
+
 @pytest.mark.parametrize(
     "accident",
     [
         kill_relay,
-        *(pytest.param(one, marks=pytest.mark.slow) for one in (kill_rank, kill_bridge)),
+        *(pytest.param(one, marks=pytest.mark.slow) for one in LATER),
     ],
 )
 def test_whatever_dies_ends_the_group_and_the_next_attempt_goes_on(
-    ray_run: Load, cluster: RayCluster, accident: Callable[[RayCluster, psutil.Process], None]
+    ray_run: Load,
+    cluster: RayCluster,
+    accident: Callable[[RayCluster, psutil.Process], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    expected = run_inline(ray_run("local", {}), until="train", launched={"train"})
-    run = ray_run("ray", {})
+    monkeypatch.setattr("kdflow_core.workers.group.SILENT_S", 6.0)
+    # That a node is gone is found out after about 15 seconds.
+    steps = {"max_steps": 150 if accident is kill_raylet else 6}
+    expected = run_inline(ray_run("local", steps), until="train", launched={"train"})
+    run = ray_run("ray", steps)
     run_inline(run, until="extract")
     seen: list[int] = []
 
@@ -153,7 +175,7 @@ def test_whatever_dies_ends_the_group_and_the_next_attempt_goes_on(
 
     thread = threading.Thread(target=strike, daemon=True)
     thread.start()
-    with pytest.raises(WorkerError, match=r"of stage train.*(ended by|is lost)"):
+    with pytest.raises(WorkerError, match=r"of stage train.*(ended by|is lost|last heard of)"):
         run_inline(run, until="train", launched={"train"})
     thread.join()
     assert len(seen) == 2
