@@ -5,6 +5,7 @@ import logging
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -71,6 +72,26 @@ def test_another_machine_goes_on_from_checkpoints_in_the_bucket(
     assert steps == list(range(1, 31)), "those before the kill come from the store"
     files.invalidate_cache()
     assert not files.find(kept)
+
+
+def test_machines_that_share_a_bucket_compute_a_stage_once(
+    bucket: str, make_recipe: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At the same time, each with a scratch folder of its own; both read the one artifact."""
+    recipe, specs = str(make_recipe()), []
+    for name in ("one", "other"):
+        places = {"storage.root": f"{bucket}/store", "storage.scratch": str(tmp_path / name)}
+        run = load_run(recipe, places)
+        specs.append(StageSpec(identity=plan_stages(run)["tokenize"], run=run, inputs={}))
+    with ThreadPoolExecutor(2) as pool, caplog.at_level(logging.INFO):
+        refs = list(pool.map(launch_stage, specs, [logging.getLogger("test")] * 2))
+    assert refs[0] == refs[1]
+    assert caplog.text.count("training and") == 1  # the stage's own message
+    tables = [
+        (open_store(spec.run).local_copy(ref) / "train.arrow").read_bytes()
+        for spec, ref in zip(specs, refs, strict=True)
+    ]
+    assert tables[0] == tables[1]
 
 
 def run_all(recipe: str, overrides: dict[str, object]) -> dict[str, ArtifactRef]:
