@@ -15,6 +15,7 @@ _URL = re.compile(
         (?P<query>[?\#][^\s'"<>]*)?""",
     re.VERBOSE,
 )
+HIDDEN = "(not shown)"
 # Where what stands before the @ is a container, not a user.
 _CONTAINERS = ("abfs://", "abfss://", "wasb://", "wasbs://")
 
@@ -41,6 +42,11 @@ def _stripped(match: re.Match[str]) -> str:
 
 
 def public_config(config: Any) -> dict[str, Any]:
-    """A section of the config as plain values that may be shown, recorded and hashed."""
+    """The config, or a section of it, as plain values that may be shown, recorded and hashed: of
+    environment variables the names alone.
+    """
     dumped: dict[str, Any] = public(config.model_dump(mode="json"))
+    workers = dumped.get("workers")
+    if isinstance(workers, dict) and workers.get("env"):
+        workers["env"] = dict.fromkeys(workers["env"], HIDDEN)
     return dumped

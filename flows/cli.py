@@ -17,7 +17,7 @@ from configs.load import load_run, parse_overrides, recipe_names
 from configs.printable import printable
 from configs.schema.run import RunConfig
 from configs.secrets import public, public_config
-from flows import show_commands, store_commands
+from flows import history_commands, show_commands, store_commands
 from flows.foreground import Foreground, foreground
 from flows.prefect_api import configured_api, load_prefect, prefect_api
 from storage.artifact import ArtifactRef
@@ -43,6 +43,8 @@ app = typer.Typer(
 )
 app.add_typer(store_commands.app, name="store")
 app.add_typer(show_commands.app, name="show")
+app.command()(history_commands.history)
+app.command()(history_commands.compare)
 console = Console()
 RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")]
 OverrideArgument = Annotated[

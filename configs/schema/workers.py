@@ -31,8 +31,9 @@ class RayWorkers(StrictModel):
     has any.
     """
     env: dict[str, str] = Field(default_factory=dict)
-    """Environment variables of the ranks. Those of this process that tell libraries where things
-    are (AWS_, HF_, KDFLOW_, NCCL_, PYTHONPATH and the like) go with them anyway.
+    """Environment variables of the ranks; their values are not recorded. Those of this process that
+    tell libraries where things are (AWS_, HF_, KDFLOW_, NCCL_, PYTHONPATH and the like) go with
+    them anyway.
     """
     start_timeout_s: float = Field(default=600, gt=0)
     """After how many seconds without room for its ranks a stage ends, which is then tried again."""

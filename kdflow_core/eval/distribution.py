@@ -3,9 +3,6 @@
 Dimensions: N supervised tokens of a sequence, C tokens of a chunk, H and G hidden sizes.
 """
 
-import math
-import sys
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
@@ -30,6 +27,7 @@ from kdflow_core.contracts import (
     TeacherAtHand,
     TokenSequence,
 )
+from kdflow_core.eval.sample_sums import COLUMNS, COMPARED, SUMS, SampleSums
 from kdflow_core.losses.base import Distributions
 from kdflow_core.losses.folding import Comparison
 from kdflow_core.losses.forward_kl import ForwardKL
@@ -42,36 +40,6 @@ from kdflow_core.models.heads import live_head
 from kdflow_core.sinks import Reporter
 
 CHUNK_TOKENS = 256
-COMPARED = ("forward_kl", "reverse_kl", "agreement", "ce_model", "ce_teacher", "shared_mass")
-COLUMNS = (*COMPARED, "ends_right")
-COUNTS = ("compared", "tokens", "bytes", "ends")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistributionScores:
-    """Means over supervised tokens. KL in nats per token; agreement is the share of tokens with
-    the teacher's top-1; the perplexity is of the text itself, in the model's own tokens, and
-    `bits_per_byte` its cross-entropy by the bytes of the text: that compares models of different
-    tokenizers. `end_accuracy` is the share of the `num_ends` ends of turns in the text at which the
-    model would end the turn, too.
-
-    Where tokens are aligned, KL and agreement are of classes of tokens, at `num_compared` of them,
-    and `shared_mass` is the model's mean probability there of the tokens that both have (and of
-    ends); the teacher's perplexity, of other tokens, is left out. Elsewhere the bytes are, and the
-    shared mass.
-    """
-
-    num_tokens: int
-    num_compared: int
-    forward_kl: float
-    reverse_kl: float
-    agreement: float
-    perplexity: float
-    teacher_perplexity: float | None
-    bits_per_byte: float | None
-    num_ends: int
-    end_accuracy: float | None
-    shared_mass: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,12 +140,12 @@ def score_distributions(
     side: Literal["student", "teacher"],
     end_ids: Sequence[int],
     aligned: Mapping[str, Aligned],
-) -> dict[str, DistributionScores]:
-    """Scores by source, and over all under the name `all`; what is judged reads the sequences of
-    its `side`, and ends its turns by `end_ids`. `teachers` are by the data source that they teach;
-    the one named `all` teaches the rest. `aligned` are those views of theirs that have other tokens
-    than the student. The run's own teacher is compared with itself, and is left out where another
-    view's teacher teaches.
+) -> SampleSums:
+    """What scores are made of, of each sample; what is judged reads the sequences of its `side`,
+    and ends its turns by `end_ids`. `teachers` are by the data source that they teach; the one
+    named `all` teaches the rest. `aligned` are those views of theirs that have other tokens than
+    the student. The run's own teacher is compared with itself, and is left out where another view's
+    teacher teaches.
     """
     producer = LogitProducer(judged.head, torch.float32)
     ends = torch.tensor(end_ids, dtype=torch.long, device=judged.head.weight_VH.device)
@@ -188,7 +156,7 @@ def score_distributions(
     }
     length_V = next((own.length_V for own in aligned.values()), None)
     teaching = {n: LogitProducer(t.head, torch.float32) for n, t in teachers.items()}
-    sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(len(COLUMNS) + len(COUNTS)))
+    sums, sources, digests = [np.zeros((0, len(SUMS)))], [], [np.zeros((0, 16), np.uint8)]
     done = 0
     for batch in batch_by_tokens(examples.lengths(side), tokens_per_batch, judged.longest):
         chosen = [examples[i] for i in batch]
@@ -206,11 +174,14 @@ def score_distributions(
             size = 0 if length_V is None else int(length_V[sequence.target_ids_N].sum())
             num_ends = int(torch.isin(rows.targets_N, ends).sum())
             counts = [len(rows.compared_P), len(rows.targets_N), size, num_ends]
-            for source in ("all", example.source):
-                sums[source] += [*terms, *counts]
+            sums.append(np.array([[*terms, *counts]]))
+            sources.append(example.source)
+            digests.append(np.frombuffer(example.student.digest, np.uint8)[None])
         done += len(batch)
         reporter.progress(done=done, total=len(examples), unit="sequences", detail=title)
-    return {name: _scores(total, aligned=bool(aligned)) for name, total in sums.items()}
+    return SampleSums(
+        digests_S16=np.concatenate(digests), sources=sources, sums_SC=np.concatenate(sums)
+    )
 
 
 def _teacher_of(example: Example, teachers: Mapping[str, TeacherAtHand[SignalSource]]) -> str:
@@ -305,31 +276,6 @@ def _compared(
         -log_p_CV.gather(-1, target_C1),
         shared_C,
     )
-
-
-def _scores(total: np.ndarray, *, aligned: bool) -> DistributionScores:
-    sums = dict(zip((*COLUMNS, *COUNTS), total.tolist(), strict=True))
-    compared, tokens = max(1.0, sums["compared"]), sums["tokens"]
-    teacher = None if aligned else _perplexity(sums["ce_teacher"] / compared)
-    bits = sums["ce_model"] / math.log(2) / sums["bytes"] if sums["bytes"] else None
-    return DistributionScores(
-        num_tokens=int(tokens),
-        num_compared=int(sums["compared"]),
-        forward_kl=sums["forward_kl"] / compared,
-        reverse_kl=sums["reverse_kl"] / compared,
-        agreement=sums["agreement"] / compared,
-        perplexity=_perplexity(sums["ce_model"] / tokens),
-        teacher_perplexity=teacher,
-        bits_per_byte=bits,
-        num_ends=int(sums["ends"]),
-        end_accuracy=sums["ends_right"] / sums["ends"] if sums["ends"] else None,
-        shared_mass=sums["shared_mass"] / compared if aligned else None,
-    )
-
-
-def _perplexity(cross_entropy: float) -> float:
-    """The perplexity of a mean cross-entropy in nats; infinite beyond what a float holds."""
-    return math.exp(cross_entropy) if cross_entropy < math.log(sys.float_info.max) else math.inf
 
 
 @torch.inference_mode()

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
@@ -19,6 +19,7 @@ from kdflow_core.eval.distribution import (
     state_difference,
 )
 from kdflow_core.eval.greedy import exact_match, generate_greedily
+from kdflow_core.eval.sample_sums import SampleSums
 from kdflow_core.models.loading import DTYPES, load_causal_lm
 from kdflow_core.models.tokenizers import true_vocabulary_size
 from storage.artifact import ArtifactRef
@@ -28,6 +29,7 @@ from tasks.jobs.reference import lacking_room, state_limit
 from tasks.jobs.stage_run import SIDES, StageRun, job
 from tasks.jobs.stored import StoredStates, TokenExamples, evenly_spread
 from tasks.jobs.student_module import build_comparison
+from tasks.presentation.sample_scores import write_sums
 from tasks.stages.slices import Side
 
 CHECKED_SEQUENCES = 4
@@ -48,9 +50,9 @@ def evaluate_student(stage: StageRun) -> ArtifactRef:
     }
     teachers = _teachers(stage, table)
     aligned = _aligned(stage, table)
-    models, answers = {}, {}
+    models, answers, sums = {}, {}, {}
     for title, folder in folders.items():
-        models[title], answers[title] = _judge(
+        models[title], answers[title], sums[title] = _judge(
             stage, title, folder, (examples, shown), teachers, aligned
         )
     tokenizer = chats.tokenizer(stage, "teacher")
@@ -66,6 +68,7 @@ def evaluate_student(stage: StageRun) -> ArtifactRef:
     path = stage.workdir / "evaluation.json"
     result = {"models": models, "samples": samples}
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+    write_sums(stage.workdir, sums)
     return stage.publish(
         counts={"heldout_sequences": len(examples), "generations": len(shown)}, info={}
     )
@@ -110,9 +113,9 @@ def _judge(
     data: tuple[TokenExamples, list[Example]],
     teachers: Mapping[str, TeacherAtHand[StoredStates]],
     aligned: Mapping[Side, Mapping[str, Aligned]],
-) -> tuple[dict[str, dict[str, float]], list[str] | None]:
-    """A model's scores by source, and its greedy answers to the shown examples' prompts: None of a
-    teacher of which only the states are at hand.
+) -> tuple[dict[str, dict[str, Any]], list[str] | None, SampleSums]:
+    """A model's scores by source, with their intervals; its greedy answers to the shown examples'
+    prompts: None of a teacher of which only the states are at hand; and what scores are made of.
     """
     side: Literal["teacher", "student"] = "teacher" if title == "teacher" else "student"
     examples, shown = data
@@ -129,7 +132,7 @@ def _judge(
         judged = ModelAtHand(model, true_vocabulary_size(chat.tokenizer))
         if side == "teacher":
             _check_own_states(stage, model, examples, teachers["all"])
-    scores = score_distributions(
+    sums = score_distributions(
         judged=judged,
         examples=examples,
         teachers=teachers,
@@ -140,9 +143,13 @@ def _judge(
         end_ids=chat.end_ids,
         aligned=aligned[side],
     )
-    by_source: dict[str, dict[str, float]] = {name: asdict(s) for name, s in scores.items()}
+    intervals = sums.intervals()
+    by_source: dict[str, dict[str, Any]] = {
+        name: asdict(own) | {"intervals": intervals.get(name, {})}
+        for name, own in sums.scores(aligned=bool(aligned[side])).items()
+    }
     if model is None:
-        return by_source, None
+        return by_source, None, sums
     texts = generate_greedily(
         model=model,
         chat=chat,
@@ -154,7 +161,7 @@ def _judge(
     shares = exact_match(texts, [e.label for e in shown], [e.source for e in shown])
     for name, share in shares.items():
         by_source.setdefault(name, {})["exact_match"] = share
-    return by_source, texts
+    return by_source, texts, sums
 
 
 def _load(stage: StageRun, side: Side, folder: Path) -> PreTrainedModel:

@@ -1,25 +1,22 @@
 """The HTML report of a run: one self-contained file."""
 
-import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import yaml
-from jinja2 import Environment, StrictUndefined
-from matplotlib.figure import Figure
 
 from configs.secrets import public_config
 from kdflow_core.metrics import STEP_METRICS
 from storage.artifact import Manifest
 from storage.store import ArtifactStore
 from tasks.execution.progress import clock
+from tasks.presentation.pages import Points, curve, page_template
 from tasks.presentation.tracking import HELDOUT_FILE, METRICS_FILE, read_metrics
 from tasks.rounds.round_record import RoundRecord, read_rounds
 from tasks.stages.identity import StageSpec
 
-TEMPLATE = Path(__file__).parent / "report.html.jinja"
 HELDOUT_CURVE = "held-out KL (nats/token)"
 HELDOUT_SERIES = (("reverse_kl", "reverse KL"), ("forward_kl", "forward KL"))
 ROUND_CURVES = {
@@ -39,8 +36,7 @@ def write_report(*, spec: StageSpec, store: ArtifactStore, target: Path) -> None
     evaluation = json.loads(path.read_text(encoding="utf-8"))
     tokens, kept = manifests["tokens"], manifests["student"].info.get("kept_step")
     sources = [*tokens.info["read"]]
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    page = page_template("report.html.jinja").render(
         name=spec.run.name,
         figures=_step_curves(metrics, read_metrics(student / HELDOUT_FILE), kept),
         kept_step=kept,
@@ -75,8 +71,15 @@ def _step_curves(
     for metric in (m for m in STEP_METRICS if m.name in present):
         own = figures.get(metric.figure, ())
         figures[metric.figure] = (*own, (metric.name, metric.legend))
-    curves = [_curve(title, series, metrics) for title, series in figures.items()]
-    return curves + ([_curve(HELDOUT_CURVE, HELDOUT_SERIES, heldout, kept)] if heldout else [])
+    curves = [curve(title, _lines(series, metrics)) for title, series in figures.items()]
+    if heldout:
+        curves.append(curve(HELDOUT_CURVE, _lines(HELDOUT_SERIES, heldout), kept))
+    return curves
+
+
+def _lines(series: Sequence[tuple[str, str]], points: Points) -> list[tuple[str, Points, str]]:
+    """Lines for `curve`, of (name, label) of the same points."""
+    return [(label, points, name) for name, label in series]
 
 
 def _round_curves(rounds: list[RoundRecord]) -> list[str]:
@@ -89,7 +92,7 @@ def _round_curves(rounds: list[RoundRecord]) -> list[str]:
             point["reward"] = record.reward_mean
         points.append(point)
     return [
-        _curve(title, series, points, over="round")
+        curve(title, _lines(series, points), over="round")
         for title, series in ROUND_CURVES.items()
         if points and all(key in point for point in points for key, _ in series)
     ]
@@ -105,32 +108,3 @@ def _stage_row(name: str, manifest: Manifest) -> dict[str, Any]:
         "counts": ", ".join(f"{v:,} {k.replace('_', ' ')}" for k, v in manifest.counts.items()),
         "created_at": manifest.created_at,
     }
-
-
-def _curve(
-    title: str,
-    series: tuple[tuple[str, str], ...],
-    metrics: list[dict[str, Any]],
-    marked: int | None = None,
-    *,
-    over: str = "optimizer step",
-) -> str:
-    """An SVG of some metrics over the steps, one of which may be marked."""
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9}):
-        figure = Figure(figsize=(5.2, 2.8), layout="constrained")
-        axes = figure.subplots()
-        steps = [record["step"] for record in metrics]
-        for key, label in series:
-            axes.plot(steps, [record[key] for record in metrics], label=label, linewidth=1.5)
-        if marked is not None:
-            axes.axvline(marked, color="#57606a", linestyle=":", label=f"kept: step {marked}")
-        axes.set_title(title, loc="left")
-        axes.set_xlabel(over)
-        axes.grid(visible=True, alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        if len(series) > 1 or marked is not None:
-            axes.legend(frameon=False)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]

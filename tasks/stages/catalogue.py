@@ -138,7 +138,7 @@ _STAGES = (
         name="generate",
         kind="answers",
         output="answers",
-        code_version=5,
+        code_version=6,
         description="A model's answers to the training prompts",
         job="tasks.jobs.answering:generate_answers",
         slice=slices.answers,
@@ -198,7 +198,7 @@ _STAGES = (
         name="evaluate",
         kind="evaluation",
         output="evaluation",
-        code_version=5,
+        code_version=6,
         description="Held-out scores of teacher and student",
         job="tasks.jobs.evaluation:evaluate_student",
         slice=slices.evaluation,
@@ -207,7 +207,7 @@ _STAGES = (
         name="report",
         kind="report",
         output="report",
-        code_version=5,
+        code_version=6,
         description="The HTML report",
         job="tasks.jobs.reporting:write_page",
         slice=slices.report,
@@ -216,7 +216,7 @@ _STAGES = (
 _BY_NAME = {stage.name: stage for stage in _STAGES}
 CATALOGUE: Mapping[str, Stage] = MappingProxyType(_BY_NAME)
 
-ROLLOUTS = RoundArtifact(kind="rollouts", code_version=4, task="rollout")
+ROLLOUTS = RoundArtifact(kind="rollouts", code_version=5, task="rollout")
 ROUND = RoundArtifact(kind="round", code_version=4, task="train")
 ROUND_ARTIFACTS: Mapping[str, RoundArtifact] = MappingProxyType(
     {made.kind: made for made in (ROLLOUTS, ROUND)}

@@ -48,7 +48,7 @@ def test_scores_are_those_of_full_logits(
         side=side,  # type: ignore[arg-type]
         end_ids=END_IDS,
         aligned={},
-    )["all"]
+    ).scores(aligned=False)["all"]
 
     models = {
         name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)

@@ -1,0 +1,80 @@
+"""Commands that look at runs which have come to their end: `kdflow history`, `kdflow compare`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from configs.errors import ConfigError
+from configs.schema.run import StorageConfig
+from storage.store import ArtifactStore
+from tasks.execution.progress import clock
+from tasks.presentation.history import FinishedRun, chosen_runs, finished_runs
+
+DEFAULTS = StorageConfig()
+console = Console()
+Root = Annotated[str, typer.Option(help="As storage.root.")]
+Scratch = Annotated[str, typer.Option(help="As storage.scratch.")]
+
+
+def history(
+    root: Root = DEFAULTS.root,
+    scratch: Scratch = DEFAULTS.scratch,
+    name: Annotated[str | None, typer.Option(help="Runs of this name alone.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a run a line.")] = False,
+) -> None:
+    """List the runs that have come to their end, with their students' held-out scores."""
+    runs = finished_runs(ArtifactStore(root=root, scratch=scratch))
+    runs = [run for run in runs if name in (None, run.record.name)]
+    if as_json:
+        for run in runs:
+            typer.echo(json.dumps(_plain(run)))
+        return
+    table = Table(
+        Column("run", no_wrap=True), "started", "time", "KL", "95 %", "top-1", "perplexity", "right"
+    )
+    for run in runs:
+        scores, interval = run.scores, run.scores.get("intervals", {}).get("forward_kl")
+        right = scores.get("exact_match")
+        table.add_row(
+            run.id,
+            run.record.created_at[:16].replace("T", " "),
+            clock(run.seconds),
+            f"{scores['forward_kl']:.4f}",
+            "-" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}",
+            f"{scores['agreement']:.1%}",
+            f"{scores['perplexity']:.2f}",
+            "-" if right is None else f"{right:.1%}",
+        )
+    console.print(table)
+
+
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Ids of `kdflow history`, or names.")],
+    root: Root = DEFAULTS.root,
+    scratch: Scratch = DEFAULTS.scratch,
+    output: Annotated[Path, typer.Option(help="The page that is written.")] = Path("compare.html"),
+) -> None:
+    """Write a page with runs side by side: scores with intervals, curves, configs, answers."""
+    from tasks.presentation.compare_page import write_comparison  # noqa: PLC0415 - matplotlib
+
+    store = ArtifactStore(root=root, scratch=scratch)
+    chosen = chosen_runs(store, runs)
+    if len({run.id for run in chosen}) < 2:
+        raise ConfigError(f"{', '.join(runs)}: give two runs or more; kdflow history lists them")
+    write_comparison(store, chosen, output)
+    typer.echo(f"{output.absolute()}")
+
+
+def _plain(run: FinishedRun) -> dict[str, object]:
+    return {
+        "run": run.id,
+        "name": run.record.name,
+        "started": run.record.created_at,
+        "seconds": run.seconds,
+        "student": run.refs["train"].uri,
+        "scores": run.scores,
+    }
