@@ -12,7 +12,7 @@ from configs.errors import ConfigError
 from configs.schema.run import StorageConfig
 from storage.store import ArtifactStore
 from tasks.execution.progress import clock
-from tasks.presentation.history import FinishedRun, chosen_runs, finished_runs
+from tasks.presentation.history import FinishedRun, chosen_runs, finished_runs, latest_run
 
 DEFAULTS = StorageConfig()
 console = Console()
@@ -27,7 +27,8 @@ def history(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a run a line.")] = False,
 ) -> None:
     """List the runs that have come to their end, with their students' held-out scores."""
-    runs = finished_runs(ArtifactStore(root=root, scratch=scratch))
+    store = ArtifactStore(root=root, scratch=scratch)
+    runs = finished_runs(store)
     runs = [run for run in runs if name in (None, run.record.name)]
     if as_json:
         for run in runs:
@@ -36,11 +37,12 @@ def history(
     table = Table(
         Column("run", no_wrap=True), "started", "time", "KL", "95 %", "top-1", "perplexity", "right"
     )
+    counting = {name: latest_run(store, name) for name in {run.record.name for run in runs}}
     for run in runs:
         scores, interval = run.scores, run.scores.get("intervals", {}).get("forward_kl")
         right = scores.get("exact_match")
         table.add_row(
-            run.id,
+            f"{run.id} *" if run.id == counting[run.record.name] else run.id,
             run.record.created_at[:16].replace("T", " "),
             clock(run.seconds),
             f"{scores['forward_kl']:.4f}",
@@ -50,6 +52,7 @@ def history(
             "-" if right is None else f"{right:.1%}",
         )
     console.print(table)
+    console.print("* promoted: student.start=latest goes on with its student")
 
 
 def compare(
@@ -76,5 +79,6 @@ def _plain(run: FinishedRun) -> dict[str, object]:
         "started": run.record.created_at,
         "seconds": run.seconds,
         "student": run.refs["train"].uri,
+        "evaluation": run.refs["evaluate"].uri,
         "scores": run.scores,
     }

@@ -20,6 +20,7 @@ from tasks.checks.run_check import PlannedRun, checked_plan, planned_run
 from tasks.execution.caching import run_cached
 from tasks.execution.stage_tasks import STAGE_TASKS, share_out
 from tasks.forecast.estimate import decided
+from tasks.presentation.promotion import promote_student
 from tasks.presentation.results import artifact_key, evaluation_rows, report_path, student_path
 from tasks.stages.catalogue import CATALOGUE
 from tasks.stages.identity import stage_spec
@@ -80,6 +81,7 @@ def _run(planned: PlannedRun) -> dict[str, ArtifactRef]:
     record_stages(run, stages)
     done = _run_stages(planned, done)
     _publish_to_ui(run, done)
+    get_run_logger().info("%s", promote_student(run, stages, done))
     return done
 
 

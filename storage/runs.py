@@ -23,7 +23,12 @@ class RunRecord(BaseModel):
     @property
     def id(self) -> str:
         """The name and a part of the digest of the artifacts: the same run has the same id."""
-        return f"{self.name}-{digest(self.artifacts)[:8]}"
+        return run_id(self.name, self.artifacts)
+
+
+def run_id(name: str, artifacts: Mapping[str, str]) -> str:
+    """How commands call the run of a name with these artifacts."""
+    return f"{name}-{digest(dict(artifacts))[:8]}"
 
 
 def record_run(store: ArtifactStore, name: str, artifacts: Mapping[str, str]) -> None:

@@ -115,6 +115,19 @@ class TrackingConfig(StrictModel):
     """A Weights & Biases project that gets the metrics; needs the package `wandb`."""
 
 
+class PromotionConfig(StrictModel):
+    """Which students count as the latest ones of the runs of a name."""
+
+    metric: Literal["forward_kl", "reverse_kl", "cross_entropy", "agreement"] | None = None
+    """The held-out figure that must not get worse; by default every student that a run comes to its
+    end with counts.
+    """
+    tolerance: float = Field(default=0.0, ge=0)
+    """By how much it may be worse than that of the student that counts now, over the held-out
+    samples that both were scored on.
+    """
+
+
 class RunConfig(StrictModel):
     """One complete run.
 
@@ -169,6 +182,8 @@ class RunConfig(StrictModel):
     """Where artifacts, checkpoints and copies are kept."""
     eval: EvalConfig = Field(default_factory=EvalConfig)
     """Held-out evaluation."""
+    promotion: PromotionConfig = Field(default_factory=PromotionConfig)
+    """Which students `student.start: latest` goes on with, and `kdflow history` marks."""
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     """Where metrics go besides JSON lines."""
 
@@ -261,6 +276,11 @@ class RunConfig(StrictModel):
             raise ValueError(
                 f"student.vocabulary_parallel is not for {what}, which needs whole output heads; "
                 "leave it out"
+            )
+        if kind == "self_distillation" and self.student.start == "latest":
+            raise ValueError(
+                "student.start=latest is not for algorithm.type=self_distillation, whose teacher "
+                "is the model that the student begins with; leave it out"
             )
         if kind == "self_distillation" and self.teacher.model != self.student.model:
             raise ValueError(

@@ -82,6 +82,11 @@ class StudentConfig(StrictModel):
     """The student's initial weights: a folder or hub name, a GGUF file, the teacher without some
     layers, or a model under another tokenizer. Its tokenizer may be another than the teacher's.
     """
+    start: Literal["fresh", "latest"] = "fresh"
+    """Begin with `model`, or with the `latest` promoted student of the runs of this name where
+    there is one (see `promotion`): each night goes on where the last one ended. With nothing new
+    since then, there is nothing to do.
+    """
     lora: LoraConfig | None = None
     """`{rank: 16}`: train low-rank adapters, which the result has merged (and by themselves, in
     `adapter/`, where PEFT reads them right).

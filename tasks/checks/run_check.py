@@ -27,6 +27,7 @@ from storage.memo import Memo
 from storage.places import check_places, check_writable
 from tasks.checks.cluster_check import check_cluster
 from tasks.checks.engine_check import check_engines
+from tasks.checks.start import started
 from tasks.execution.launch import ask_rank
 from tasks.presentation.tracking import check_tracking
 from tasks.stages.identity import StageIdentity, find, open_store, run_of_teacher
@@ -53,13 +54,14 @@ def planned_run(recipe: str, overrides: dict[str, Any], *, download: bool) -> Pl
 
 
 def checked_run(recipe: str, overrides: dict[str, Any]) -> RunConfig:
-    """Load and validate a run. Raises ConfigError.
+    """Load and validate a run, with the model that its student begins with. Raises ConfigError, and
+    with `student.start: latest` what planning raises.
 
     Whether its data and models are there is seen by planning its stages.
     """
     run = load_run(recipe, overrides)
     check_tracking(run)
-    return run
+    return started(run)
 
 
 def checked_plan(run: RunConfig, *, download: bool) -> dict[str, StageIdentity]:

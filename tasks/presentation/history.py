@@ -8,6 +8,7 @@ from typing import Any
 
 from configs.errors import ConfigError
 from storage.artifact import ArtifactRef
+from storage.promoted import promoted
 from storage.runs import RunRecord, list_runs
 from storage.store import ArtifactStore
 
@@ -68,6 +69,12 @@ def read_evaluation(store: ArtifactStore, ref: ArtifactRef) -> dict[str, Any]:
     path = store.local_copy(ref) / "evaluation.json"
     evaluation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return evaluation
+
+
+def latest_run(store: ArtifactStore, name: str) -> str | None:
+    """The id of the run of a name whose student is the promoted one."""
+    last = promoted(store, name)
+    return None if last is None else last.run
 
 
 def chosen_runs(store: ArtifactStore, names: Sequence[str]) -> list[FinishedRun]:

@@ -1,12 +1,14 @@
 """What held-out scores are made of, by model and sample: a file beside the scores."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from configs.errors import ConfigError
-from kdflow_core.eval.sample_sums import SUMS, SampleSums
+from kdflow_core.eval.intervals import difference_interval
+from kdflow_core.eval.sample_sums import RATIOS, SUMS, SampleSums
 
 SAMPLES_FILE = "samples.npz"
 
@@ -36,3 +38,47 @@ def read_sums(folder: Path, title: str) -> SampleSums:
             sources=arrays[f"{title}/sources"].tolist(),
             sums_SC=arrays[f"{title}/sums"][:, order],
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A run's mean minus the first run's over the samples that both were scored on: how many these
+    are, the difference, and its 95 % interval.
+    """
+
+    samples: int
+    value: float | None
+    interval: tuple[float, float] | None
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the interval is on one side of zero."""
+        return self.interval is not None and (self.interval[0] > 0 or self.interval[1] < 0)
+
+
+def differences(one: SampleSums, other: SampleSums) -> dict[str, Difference]:
+    """By the names of `RATIOS`."""
+    rows = _common(one, other)
+    found = {}
+    for name, (top, bottom) in RATIOS.items():
+        first, second = (
+            (sums.of(top)[chosen], sums.of(bottom)[chosen])
+            for sums, chosen in zip((one, other), rows, strict=True)
+        )
+        value = interval = None
+        if first[1].any() and second[1].any():
+            value = float(second[0].sum() / second[1].sum() - first[0].sum() / first[1].sum())
+            interval = difference_interval(first, second)
+        found[name] = Difference(samples=len(rows[0]), value=value, interval=interval)
+    return found
+
+
+def _common(one: SampleSums, other: SampleSums) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of the samples that both have, in one order. Of equal samples the first counts."""
+    places = [
+        {bytes(digest): row for row, digest in reversed(list(enumerate(sums.digests_S16)))}
+        for sums in (one, other)
+    ]
+    shared = [digest for digest in places[0] if digest in places[1]]
+    mine, theirs = ([place[digest] for digest in shared] for place in places)
+    return np.array(mine, np.int64), np.array(theirs, np.int64)

@@ -33,9 +33,13 @@ def plan_stages(run: RunConfig) -> dict[str, StageIdentity]:
 
 def record_stages(run: RunConfig, stages: Mapping[str, StageIdentity]) -> None:
     """Note in the store that a run uses the artifacts of its stages, and of its rounds."""
+    record_run(open_store(run), run.name, used_by(run, stages))
+
+
+def used_by(run: RunConfig, stages: Mapping[str, StageIdentity]) -> dict[str, str]:
+    """The artifacts of a run's stages, and of its rounds, as `kind/digest` by name."""
     made = {**stages, **round_identities(stages["train"], run)}
-    used = {name: f"{identity.kind}/{identity.digest}" for name, identity in made.items()}
-    record_run(open_store(run), run.name, used)
+    return {name: f"{identity.kind}/{identity.digest}" for name, identity in made.items()}
 
 
 def _identity(stage: Stage, own: Slice) -> StageIdentity:

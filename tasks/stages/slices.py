@@ -40,6 +40,7 @@ from tasks.stages.identity import StageIdentity, of_teacher, run_of_teacher
 
 OPERATIONAL_STUDENT_FIELDS = {
     "model",
+    "start",
     "chat_template",
     "activation_checkpointing",
     "compile",

@@ -88,6 +88,16 @@ def test_an_override_reaches_into_lists_and_sections(make_recipe: Callable[..., 
     assert run.loss.divergence.type == "reverse_kl"
 
 
+NARROW = {"student.weights_dtype": "bfloat16", "student.compute_dtype": "bfloat16"}
+RAY = {"type": "ray"}
+LATEST = {"student.start": "latest"}
+ROUNDS = {
+    "mode": "onpolicy",
+    "student.max_steps": None,
+    "on_policy": {"rounds": 1, "prompts_per_round": 8, "rollout": {"type": "transformers"}},
+}
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -105,6 +115,16 @@ def test_an_override_reaches_into_lists_and_sections(make_recipe: Callable[..., 
         ({"data.sources.3.path": "x"}, r"'3' is not an index below 1"),
         ({"student.lr.x": 1}, r"'student\.lr': it holds 0\.003, not a section"),
         ({"name": "Bad Name"}, r"name = 'Bad Name'"),
+        ({"student.weights_dtype": "bfloat16"}, r"needs compute_dtype=bfloat16"),
+        (NARROW | {"student.optimizer": {"type": "muon"}}, r"needs optimizer\.type=adamw"),
+        (NARROW | {"student.lora": {"rank": 2}}, r"needs lora=null"),
+        ({"workers": RAY | {"address": "localhost:6379"}}, r"Ray gives a node its network address"),
+        ({"workers": RAY | {"address": "ray://x:1"}}, r"workers\.address = 'ray://x:1'"),
+        ({"workers": RAY} | ROUNDS, r"on_policy\.rollout\.weights=broadcast"),
+        (
+            LATEST | {"algorithm": {"type": "self_distillation"}},
+            r"student\.start=latest is not for",
+        ),
     ],
 )
 def test_bad_values_are_refused_by_path(

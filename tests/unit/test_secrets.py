@@ -1,11 +1,14 @@
 """What is shown, recorded and hashed has no secrets, and loses nothing else."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
 from configs.errors import ConfigError
 from configs.load import load_run
 from configs.printable import fenced, printable
-from configs.secrets import public
+from configs.secrets import public, public_config
 from kdflow_core.errors import DataError
 
 
@@ -87,3 +90,14 @@ def test_nothing_closes_a_fence(text: str) -> None:
 
 def test_control_characters_are_spelled_out() -> None:
     assert printable("a\x1b[2Jb\r\x07\x9b\u202ec\td\n") == "a\\x1b[2Jb\\r\\x07\\x9b\\u202ec\td\n"
+
+
+def test_of_environment_variables_the_names_alone_are_shown(
+    make_recipe: Callable[..., Path],
+) -> None:
+    workers = {"type": "ray", "env": {"HF_TOKEN": "a-secret"}}
+    run = load_run(str(make_recipe()), {"workers": workers})
+    shown = public_config(run)
+    assert "a-secret" not in str(shown)
+    assert list(shown["workers"]["env"]) == ["HF_TOKEN"]
+    assert run.workers.env == {"HF_TOKEN": "a-secret"}  # type: ignore[union-attr]

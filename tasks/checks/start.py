@@ -1,0 +1,51 @@
+"""What the student of a run begins with: the recipe's model, or the one that was promoted last."""
+
+from configs.schema.models import PretrainedModel
+from configs.schema.run import RunConfig
+from storage.promoted import promoted
+from tasks.stages.identity import find, made_of, open_store
+from tasks.stages.planning import plan_stages
+
+
+def started(run: RunConfig) -> RunConfig:
+    """A run with the model that its student begins with.
+
+    With `student.start: latest` it is the promoted student of the runs of this name, if there is
+    one. But where nothing has changed since that one was made, it is what that one began with: then
+    there is nothing to do. Raises StoreError, DataError and ModelError.
+    """
+    if run.student.start == "fresh":
+        return run
+    last = promoted(open_store(run), run.name)
+    if last is None:
+        return run
+    again = run if last.started_from is None else _from(run, last.started_from)
+    plan = plan_stages(again)
+    made = {f"{identity.kind}/{identity.digest}" for identity in plan.values()}
+    if last.student in made and all(find(again, identity) for identity in plan.values()):
+        return again
+    return _from(run, last.student)
+
+
+def started_from(run: RunConfig) -> str | None:
+    """The artifact that a `started` run begins with; None: the recipe's model."""
+    last = promoted(open_store(run), run.name) if run.student.start == "latest" else None
+    if last is None or not isinstance(run.student.model, PretrainedModel):
+        return None
+    for name in (last.student, last.started_from):
+        if name is not None and run.student.model.path == _path(run, name):
+            return name
+    return None
+
+
+def _from(run: RunConfig, student: str) -> RunConfig:
+    trusts = made_of(run, "student").trust_remote_code
+    model = PretrainedModel(type="pretrained", path=_path(run, student), trust_remote_code=trusts)
+    return run.model_copy(update={"student": run.student.model_copy(update={"model": model})})
+
+
+def _path(run: RunConfig, student: str) -> str:
+    """The model's folder of a student's artifact. Raises StoreError."""
+    store = open_store(run)
+    kind, _, digest = student.partition("/")
+    return str(store.local_copy(store.ref(store.manifest(kind, digest))) / "model")
