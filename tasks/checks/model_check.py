@@ -18,6 +18,7 @@ from kdflow_core.models.loading import load_config
 from kdflow_core.models.structure import meta_model
 from tasks.checks.chat_check import chat_format, check_pair, check_two_tokenizers
 from tasks.checks.device_check import check_devices
+from tasks.checks.room_check import check_room
 from tasks.stages.identity import made_of, run_of_teacher
 
 
@@ -66,6 +67,7 @@ def check_folders(run: RunConfig, folders: Mapping[str, Path]) -> None:
         except ModelError as error:
             field = name if name in ("student", "teacher") else f"algorithm.teachers.{name}.teacher"
             raise ModelError(f"{field}.model: {error}") from error
+    check_room(run, folders)
     if "student" not in folders:
         _check_student_to_be_made(run, folders.get("teacher"))
     if "student" not in folders:

@@ -12,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from configs.load import load_run
 from configs.schema.models import PretrainedModel
 from configs.schema.run import RunConfig
@@ -36,7 +38,10 @@ from tasks.stages.planning import plan_stages
 CHECKED = "checked-models.sqlite"
 CHECKER = "tasks.jobs.model_checking:ModelChecking"
 # What of a run says how its models are used.
-CHECKED_SECTIONS = {"data", "teacher", "student", "algorithm", "loss", "alignment", "on_policy"}
+CHECKED_SECTIONS = {
+    "data", "delivery", "teacher", "student", "algorithm", "loss", "alignment", "on_policy",
+    "workers",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +141,10 @@ def _memo(run: RunConfig) -> Memo:
 def _key(run: RunConfig, folders: Mapping[str, Path]) -> str:
     """What models are checked for: these very files, for this very run, on these devices."""
     gpus = sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
+    memory = psutil.virtual_memory().total
     return digest(
         {
-            "devices": [os.cpu_count(), os.environ.get("CUDA_VISIBLE_DEVICES"), *gpus],
+            "devices": [os.cpu_count(), os.environ.get("CUDA_VISIBLE_DEVICES"), memory, *gpus],
             "versions": [version("transformers"), version("kdflow")],
             "files": {name: _states(folder) for name, folder in sorted(folders.items())},
             "run": public(run.model_dump(mode="json", include=CHECKED_SECTIONS)),

@@ -4,14 +4,16 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from configs.schema.algorithm import DualSpaceConfig, SelfDistillationConfig
 from configs.schema.models import PretrainedModel
 from configs.schema.on_policy import OnPolicyConfig
 from configs.schema.rollout import Rollout, TransformersRollout
-from configs.schema.student import MuonConfig
-from configs.schema.teacher import InProcessTeacher
+from configs.schema.run import RunConfig
+from configs.schema.student import MuonConfig, StudentConfig
+from configs.schema.teacher import InProcessTeacher, Teacher
 from kdflow_core.models.checkpoints import read_checkpoint
 from kdflow_core.models.families.base import cached_values
 from kdflow_core.models.folders import context_length, resolve_folder, text_config
@@ -20,6 +22,7 @@ from tasks.stages.identity import StageSpec, open_store
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 WIDE = 4  # bytes of a number in float32
+STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # others take one at the least
 ADAMW_MOMENTS, MUON_MOMENTS = 2, 1  # of a weight; Muon's are of a matrix in a numbered layer
 NUMBERED = re.compile(r"\.\d+\.")
 PHASES = ("roll out", "swap weights", "score", "train")
@@ -47,6 +50,49 @@ class _Part:
     leaves: bool = True
 
 
+@dataclass(frozen=True, kw_only=True)
+class StudentBytes:
+    """What training keeps of a whole student, in bytes."""
+
+    weights: int
+    moments: int
+    gradients: int
+
+
+def least_training(run: RunConfig, student: Path, teacher: Path | None) -> dict[str, int]:
+    """What a rank that trains holds on its device whatever its batches are, in bytes, with the
+    `teacher` that runs beside the student and does not leave for it. Activations come on top.
+    """
+    own = student_bytes(run.student, student)
+    spread = run.student.num_ranks // run.student.replicas
+    shared = spread if run.student.reduce_gradients == "every_micro_batch" else 1
+    parts = {
+        "weights": own.weights // spread,
+        "moments": own.moments // spread,
+        "gradients": own.gradients // shared,
+        "logits": run.loss.logits_memory_mb * 10**6,
+    }
+    if teacher is not None:
+        parts["teacher"] = least_teacher(run.teacher, teacher)
+    return parts
+
+
+def told(parts: Mapping[str, int]) -> str:
+    """Bytes by name, for people."""
+    total = sum(parts.values()) / 1e9
+    return f"{total:.2f} GB ({', '.join(f'{n} {s / 1e9:.2f}' for n, s in parts.items() if s)})"
+
+
+def least_teacher(config: Teacher, folder: Path) -> int:
+    """The bytes of one rank's part of a teacher, of which some files may be narrower than it is."""
+    wide = DTYPE_BYTES[config.dtype]
+    whole = sum(
+        math.prod(tensor.shape) * min(wide, STORED_BYTES.get(tensor.dtype, 1))
+        for tensor in read_checkpoint(folder).tensors.values()
+    )
+    return whole // config.ranks_per_replica
+
+
 def memory_phases(spec: StageSpec) -> list[Phase]:
     """The phases of a round, on the device of a rank that also has the rollout engine, if one has.
 
@@ -57,15 +103,12 @@ def memory_phases(spec: StageSpec) -> list[Phase]:
     assert run.on_policy is not None
     ranks = run.student.num_ranks
     student = num_parameters(_folder(spec, "student"))
-    trained = 0 if run.student.lora else student  # adapters are small
-    moments = _moment_bytes(spec) if trained else 0
+    own = student_bytes(run.student, _folder(spec, "student"))
     spread = ranks // run.student.replicas
-    reduced = run.student.reduce_gradients == "every_micro_batch"
-    shared = spread if reduced else 1
-    gradient = DTYPE_BYTES[run.student.weights_dtype] if reduced else WIDE
+    shared = spread if run.student.reduce_gradients == "every_micro_batch" else 1
     parts = {
         "student": _Part(
-            size=(student * _weight_bytes(spec) + moments) // spread,
+            size=(own.weights + own.moments) // spread,
             needed=frozenset({"swap weights", "train"}),
             leaves=run.student.sleep,
         ),
@@ -83,7 +126,7 @@ def memory_phases(spec: StageSpec) -> list[Phase]:
         "states": _Part(
             size=_state_bytes(spec, run.on_policy), needed=frozenset({"score", "train"})
         ),
-        "gradients": _Part(size=trained * gradient // shared, needed=frozenset({"train"})),
+        "gradients": _Part(size=own.gradients // shared, needed=frozenset({"train"})),
         "logits": _Part(size=run.loss.logits_memory_mb * 10**6, needed=frozenset({"train"})),
     }
     return [
@@ -146,26 +189,31 @@ def memory_lines(phases: list[Phase]) -> list[str]:
     return lines
 
 
-def _weight_bytes(spec: StageSpec) -> int:
-    """The bytes of a weight of the student."""
-    student = spec.run.student
-    if student.lora is None:
-        return DTYPE_BYTES[student.weights_dtype]
-    held = read_checkpoint(_folder(spec, "student")).exact_in(student.compute_dtype)
-    return DTYPE_BYTES[student.compute_dtype] if held else WIDE
-
-
-def _moment_bytes(spec: StageSpec) -> int:
-    """The bytes that the optimizer keeps of a student that is trained whole."""
-    tensors = read_checkpoint(_folder(spec, "student")).tensors
-    optimizer = spec.run.student.optimizer
+def student_bytes(student: StudentConfig, folder: Path) -> StudentBytes:
+    """Of a whole student, by the headers of its files."""
+    checkpoint = read_checkpoint(folder)
+    wide = DTYPE_BYTES[student.weights_dtype]
+    held = checkpoint.exact_in(student.compute_dtype)
+    narrow = min(wide, DTYPE_BYTES[student.compute_dtype]) if held else wide
+    optimizer = student.optimizer
     muon = isinstance(optimizer, MuonConfig)
-    size = WIDE if isinstance(optimizer, MuonConfig) else DTYPE_BYTES[optimizer.moments_dtype]
-    numbers = 0
-    for name, own in tensors.items():
-        by_muon = muon and len(own.shape) == 2 and NUMBERED.search(name)
-        numbers += math.prod(own.shape) * (MUON_MOMENTS if by_muon else ADAMW_MOMENTS)
-    return numbers * size
+    moment = WIDE if isinstance(optimizer, MuonConfig) else DTYPE_BYTES[optimizer.moments_dtype]
+    weights = moments = gradients = 0
+    for name, tensor in checkpoint.tensors.items():
+        size = math.prod(tensor.shape)
+        if student.lora is not None or _is_frozen(student, name):  # adapters are small
+            weights += size * narrow
+            continue
+        by_muon = muon and len(tensor.shape) == 2 and NUMBERED.search(name)
+        weights += size * wide
+        moments += size * moment * (MUON_MOMENTS if by_muon else ADAMW_MOMENTS)
+        gradients += size * (wide if student.reduce_gradients == "every_micro_batch" else WIDE)
+    return StudentBytes(weights=weights, moments=moments, gradients=gradients)
+
+
+def _is_frozen(student: StudentConfig, name: str) -> bool:
+    group = next((g for g in student.parameter_groups if fnmatchcase(name, g.names)), None)
+    return group is not None and group.frozen
 
 
 def num_parameters(folder: Path) -> int:

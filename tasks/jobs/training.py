@@ -14,6 +14,7 @@ from kdflow_core.workers.rank_side import stoppable
 from storage.artifact import ArtifactRef
 from storage.log_probs import LogProbs
 from storage.tokens import TokenTable
+from tasks.forecast.memory import least_training, told
 from tasks.jobs import parts
 from tasks.jobs.stage_run import StageRun, job
 from tasks.jobs.stored import LOG_PROBS_FILE, StoredLogProbs, StoredStates, TokenExamples
@@ -35,6 +36,7 @@ def train_student(stage: StageRun) -> ArtifactRef | None:
     tables = stage.tables()
     table = tables["train"]
     teachers = _stored_teachers(stage, table)
+    _tell_memory(stage)
     schedule, states = _schedule_and_states(stage, table, teachers)
     session = TrainingSession(
         stage,
@@ -49,6 +51,13 @@ def train_student(stage: StageRun) -> ArtifactRef | None:
     steps = session.trainer.step
     tokens = int(sum(schedule.lengths[schedule.sequences(s)].sum() for s in range(steps)))
     return session.finish({"steps": steps, "tokens": tokens}, files={})
+
+
+def _tell_memory(stage: StageRun) -> None:
+    if stage.context.rank == 0:
+        beside = stage.model_folder("teacher") if stage.run.delivery == "live" else None
+        parts_of_rank = least_training(stage.run, stage.model_folder("student"), beside)
+        stage.reporter.message(f"each rank holds {told(parts_of_rank)}; activations come on top")
 
 
 def _stored_teachers(stage: StageRun, table: TokenTable) -> dict[str, TeacherAtHand[StoredStates]]:

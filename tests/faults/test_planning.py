@@ -22,9 +22,12 @@ from tasks.checks.run_check import checked_plan
 from tasks.stages.slices import tokens_slice
 from tests.command import kdflow
 from tests.conftest import CHATML, VOCABULARY, make_llama, make_tokenizer, run_inline
+from tests.small_training import NARROW
 from tests.tiny_models import tiny_model
 
 Make = Callable[..., RunConfig]
+Fields = dict[str, Any]
+NARROWED = {f"student.{name}": value for name, value in NARROW.items()}
 
 
 @pytest.fixture
@@ -346,3 +349,55 @@ def test_the_command_says_it_in_one_line(make_recipe: Callable[..., Path], stude
         assert "pytorch_model.bin, which is not safetensors and may run code" in said
         assert said.startswith("error: ")
         assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("fields", "bytes_each"),
+    [
+        ({}, 16),
+        ({"student.num_ranks": 2}, 8),
+        (NARROWED, 8),
+        ({"student.lora": {"rank": 2}}, 4),
+        ({"student.num_ranks": 2, "student.reduce_gradients": "every_step"}, 10),
+    ],
+    ids=["alone", "ranks", "narrow", "adapters", "whole gradients"],
+)
+def test_what_no_batch_size_makes_fit(
+    make: Make, student: Path, monkeypatch: pytest.MonkeyPatch, fields: Fields, bytes_each: int
+) -> None:
+    """Weights, gradients and moments, on a device that lacks a little of them, or has it."""
+    logits = 1_000_000
+    count = sum(t.numel() for t in load_file(student / "model.safetensors").values())
+    run = make(fields | {"teacher.model.path": str(student)})
+    rooms = iter((count * bytes_each, count * bytes_each + logits))
+    monkeypatch.setattr("tasks.checks.room_check._device", lambda: ("GPU 0", next(rooms)))
+    refused(
+        run,
+        r"training \(student\.num_ranks=\d\) takes 0\.00 GB \(weights 0\.00, .* on each rank at the",
+    )
+    checked_plan(run, download=False)
+
+
+def test_a_teacher_that_the_device_cannot_hold(
+    make: Make, student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the student, where it runs with it and does not leave."""
+    teacher = make().teacher.model
+    assert teacher.type == "pretrained"
+    sizes = [
+        sum(t.numel() for t in load_file(folder / "model.safetensors").values())
+        for folder in (student, Path(teacher.path))
+    ]
+    room = 16 * sizes[0] + 1_000_000 + 2 * sizes[1]
+    monkeypatch.setattr("tasks.checks.room_check._device", lambda: ("GPU 0", room))
+    checked_plan(make(), download=False)
+    refused(
+        make({"delivery": "live"}),
+        r"moments 0\.00, .*teacher 0\.00\) on .*, and GPU 0 has 0\.00 GB",
+    )
+    checked_plan(make({"delivery": "live", "teacher.sleep": True}), download=False)
+    monkeypatch.setattr("tasks.checks.room_check._device", lambda: ("GPU 0", 4 * sizes[1] - 1))
+    refused(
+        make({"student.lora": {"rank": 2}}),
+        r"the teacher takes 0\.00 GB \(weights 0\.00\) on each rank",
+    )
