@@ -17,10 +17,11 @@ from configs.load import load_run, parse_overrides, recipe_names
 from configs.printable import printable
 from configs.schema.run import RunConfig
 from configs.secrets import public, public_config
-from flows import history_commands, show_commands, store_commands
+from flows import history_commands, init_command, service_commands, show_commands, store_commands
 from flows.foreground import Foreground, foreground
 from flows.prefect_api import configured_api, load_prefect, prefect_api
 from storage.artifact import ArtifactRef
+from tasks.checks.anew import forget_from
 from tasks.checks.run_check import (
     PlannedRun,
     all_artifacts,
@@ -38,13 +39,15 @@ from tasks.stages.planning import record_stages
 app = typer.Typer(
     help="Knowledge distillation of language models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(store_commands.app, name="store")
 app.add_typer(show_commands.app, name="show")
+app.add_typer(service_commands.app, name="service")
+app.command()(init_command.init)
 app.command()(history_commands.history)
 app.command()(history_commands.compare)
+app.command()(history_commands.report)
 console = Console()
 RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")]
 OverrideArgument = Annotated[
@@ -53,7 +56,14 @@ OverrideArgument = Annotated[
 
 
 @app.command()
-def run(recipe: RecipeArgument, overrides: OverrideArgument = None) -> None:
+def run(
+    recipe: RecipeArgument,
+    overrides: OverrideArgument = None,
+    first: Annotated[
+        str | None,
+        typer.Option("--from", help="Make this stage and those behind it anew, from nothing."),
+    ] = None,
+) -> None:
     """Run the flow `kd` here and now, without a server to start by hand."""
     with foreground(["kdflow", "run", recipe, *(overrides or [])]) as process:
         settings = parse_overrides(overrides or [])
@@ -63,6 +73,9 @@ def run(recipe: RecipeArgument, overrides: OverrideArgument = None) -> None:
             warm_up(config)  # loads on one core, while Prefect loads on another
             load_prefect()
         planned = PlannedRun(run=config, stages=checked_plan(config, download=True))
+        if first is not None:
+            removed = forget_from(config, planned.stages, first)
+            typer.echo(f"made anew: {', '.join(removed) or 'what was not there yet'}")
         there = all_artifacts(planned)
         if there is None:
             warm_up(config, planned.stages.values())

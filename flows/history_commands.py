@@ -1,6 +1,7 @@
 """Commands that look at runs which have come to their end: `kdflow history`, `kdflow compare`."""
 
 import json
+import webbrowser
 from pathlib import Path
 from typing import Annotated
 
@@ -70,6 +71,21 @@ def compare(
         raise ConfigError(f"{', '.join(runs)}: give two runs or more; kdflow history lists them")
     write_comparison(store, chosen, output)
     typer.echo(f"{output.absolute()}")
+
+
+def report(
+    name: Annotated[str, typer.Argument(help="An id of `kdflow history`, or a run's name.")],
+    root: Root = DEFAULTS.root,
+    scratch: Scratch = DEFAULTS.scratch,
+    show: Annotated[bool, typer.Option("--open", help="Open it in the browser, too.")] = False,
+) -> None:
+    """Say where the report of a finished run is."""
+    store = ArtifactStore(root=root, scratch=scratch)
+    (run,) = chosen_runs(store, [name])
+    path = store.local_copy(run.refs["report"]) / "report.html"
+    typer.echo(f"{path}")
+    if show and not webbrowser.open(path.as_uri()):
+        raise ConfigError(f"no browser can be opened here; the report is {path}")
 
 
 def _plain(run: FinishedRun) -> dict[str, object]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from prefect import flow
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.client.orchestration import get_client
+from prefect.concurrency.sync import concurrency
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
@@ -15,6 +17,7 @@ from configs.explain import explain
 from configs.schema.run import RunConfig
 from flows.crashed_runs import marked, set_crashed
 from flows.on_policy_round import train_on_policy
+from flows.service_commands import limit_exists, limit_name
 from storage.artifact import ArtifactRef
 from tasks.checks.run_check import PlannedRun, checked_plan, planned_run
 from tasks.execution.caching import run_cached
@@ -65,8 +68,21 @@ def kd(
     scratch = planned.run.storage.scratch
     if crashed := set_crashed(scratch):
         get_run_logger().info("%d runs whose process is gone are now shown as crashed", crashed)
-    with marked(scratch, flow_run.id):
+    with marked(scratch, flow_run.id), _alone(planned.run.device_pool):
         return _run(planned)
+
+
+@contextmanager
+def _alone(pool: str) -> Iterator[None]:
+    """Within, no other run of a pool of devices is at work, where the server has a limit for it."""
+    with get_client(sync_client=True) as client:
+        limited = limit_exists(client, pool)
+    if not limited:
+        yield
+        return
+    get_run_logger().info("waiting for the devices of the pool %s, if others use them", pool)
+    with concurrency(limit_name(pool), occupy=1):
+        yield
 
 
 def _run(planned: PlannedRun) -> dict[str, ArtifactRef]:

@@ -60,7 +60,7 @@ def prefect_api(on_death: Callable[[str], None]) -> Iterator[None]:
     from prefect.settings import PREFECT_API_URL, temporary_settings  # noqa: PLC0415 - loaded now
 
     if url is not None:
-        _check(url)
+        require_answer(url)
         yield
         return
     with _TemporaryServer(on_death) as url:
@@ -86,7 +86,8 @@ def _send_what_waits() -> None:
         service.drain_all(timeout=SEND_S)
 
 
-def _check(url: str) -> None:
+def require_answer(url: str) -> None:
+    """Raises ConfigError when no server answers there."""
     try:
         httpx.get(f"{url.rstrip('/')}/health", timeout=ANSWER_S)
     except (httpx.TransportError, httpx.InvalidURL) as error:

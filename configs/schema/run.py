@@ -23,6 +23,8 @@ from configs.schema.student import StudentConfig
 from configs.schema.teacher import InProcessTeacher, Teacher
 from configs.schema.workers import LocalWorkers, RayWorkers, Workers
 
+DEFAULT_POOL = "default"
+
 
 class StorageConfig(StrictModel):
     """Where artifacts, checkpoints and copies are kept."""
@@ -155,6 +157,10 @@ class RunConfig(StrictModel):
     workers: Workers = Field(default_factory=LocalWorkers)
     """Where the ranks of a stage are started: on this machine (`{type: local}`), or on those of a
     Ray cluster (`{type: ray}`: `address`, `strategy`, `cpus_per_rank`, `gpus_per_rank`, `env`).
+    """
+    device_pool: str = Field(default=DEFAULT_POOL, pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=50)
+    """A name for the devices that the run uses: of the runs of a pool on one Prefect server, one is
+    at work at a time, once `kdflow service init` has created its limit.
     """
     stall_limit_s: float = Field(default=1800, gt=0)
     """After how many seconds without progress a rank ends its stage, which is then tried again."""

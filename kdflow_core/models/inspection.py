@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from configs.schema.student import ParameterGroup
 from kdflow_core.errors import ModelError
 from kdflow_core.models.checkpoints import Checkpoint, read_checkpoint
-from kdflow_core.models.families import family_of
+from kdflow_core.models.families import architecture_of, family_of
 from kdflow_core.models.heads import head_tensor
 from kdflow_core.models.loading import (
     check_attention,
@@ -40,15 +40,17 @@ DTYPES = {
 class Use:
     """What a run wants of a model.
 
-    `attentions` are those with which transformers runs it; `in_sglang`: SGLang loads it. `trained`:
-    it is the student, maybe with its rows packed by an attention (`packs_with`), with adapters on
-    `lora_targets` (None: no adapters; empty: on all layers), with some parameters in
-    `parameter_groups`, with a weight of its routers' balance, with compiled layers or activations
-    computed again (`checkpointing`), or with its head spread over ranks.
+    `attentions` are those with which transformers runs it; `in_sglang`: SGLang loads it, and
+    `answers_in_sglang`: also to write answers. `trained`: it is the student, maybe with its rows
+    packed by an attention (`packs_with`), with adapters on `lora_targets` (None: no adapters;
+    empty: on all layers), with some parameters in `parameter_groups`, with a weight of its routers'
+    balance, with compiled layers or activations computed again (`checkpointing`), or with its head
+    spread over ranks.
     """
 
     attentions: tuple[str, ...] = ()
     in_sglang: bool = False
+    answers_in_sglang: bool = False
     trained: bool = False
     packs_with: str | None = None
     lora_targets: tuple[str, ...] | None = None
@@ -77,9 +79,22 @@ def check_model(folder: Path, use: Use) -> None:
     _check_head(folder, config, checkpoint, use)
     if use.in_sglang:
         _check_names(folder, config, checkpoint)
+    if use.answers_in_sglang and not torch.cuda.is_available():
+        _check_caps(config)
     if use.trained:
         check_trainable(model, use)
         rehearse_export(folder, trust_remote_code=use.trust_remote_code)
+
+
+def _check_caps(config: PretrainedConfig) -> None:
+    """SGLang's decoding on a CPU leaves out soft-caps, of attention without a word."""
+    family = family_of(config)
+    attention = family.capped_attention and getattr(config, family.capped_attention, None)
+    if attention or family.scale_and_softcap(config)[1] is not None:
+        raise ModelError(
+            f"SGLang on a CPU writes answers without the soft-caps that {architecture_of(config)} "
+            "has; set the type of the engine that writes them to transformers"
+        )
 
 
 def _check_tensors(

@@ -34,7 +34,12 @@ NO_MATTER = ("AWS_", "PREFECT_", "PYTEST_CURRENT_TEST", "OMP_NUM_THREADS", "PYTH
 
 def can_fork() -> bool:
     """Whether ranks of this machine may be forked."""
-    return sys.platform == "linux" and not any(Path(device).exists() for device in DEVICES)
+    return sys.platform == "linux" and not has_accelerator()
+
+
+def has_accelerator() -> bool:
+    """Whether a driver has put devices here. Loads nothing to find out."""
+    return any(Path(device).exists() for device in DEVICES)
 
 
 class ForkedProcess:

@@ -33,11 +33,13 @@ def use_of(run: RunConfig, side: str) -> Use:
     if isinstance(run.teacher, TransformersTeacher) and not trained:
         attentions.add(run.teacher.attention)
     attentions |= {engine.attention for engine in engines if engine.type == "transformers"}
+    answers_in_sglang = any(engine.type == "sglang" for engine in engines)
     teaches_in_sglang = not trained and run.teacher.type == "sglang"
     lora = run.student.lora if trained else None
     return Use(
         attentions=tuple(sorted(attentions)),
-        in_sglang=teaches_in_sglang or any(engine.type == "sglang" for engine in engines),
+        in_sglang=teaches_in_sglang or answers_in_sglang,
+        answers_in_sglang=answers_in_sglang,
         trained=trained,
         packs_with=run.student.attention if trained and run.student.packing is True else None,
         lora_targets=None if lora is None else lora.targets or (),

@@ -373,7 +373,7 @@ def test_what_no_batch_size_makes_fit(
     monkeypatch.setattr("tasks.checks.room_check._device", lambda: ("GPU 0", next(rooms)))
     refused(
         run,
-        r"training \(student\.num_ranks=\d\) takes 0\.00 GB \(weights 0\.00, .* on each rank at the",
+        r"training \(student\.num_ranks=\d\) takes 0\.00 GB \(weights 0\.00, .* on each rank",
     )
     checked_plan(run, download=False)
 
@@ -401,3 +401,22 @@ def test_a_teacher_that_the_device_cannot_hold(
         make({"student.lora": {"rank": 2}}),
         r"the teacher takes 0\.00 GB \(weights 0\.00\) on each rank",
     )
+
+
+@pytest.mark.parametrize("by", ["rounds", "answers"])
+def test_answers_of_a_model_with_soft_caps_in_sglang_on_a_cpu(
+    make: Make, student: Path, by: str
+) -> None:
+    """They would be another model's, and nothing would say so."""
+    tiny_model("Gemma2ForCausalLM", student, vocab_size=416)
+    engine = {"type": "sglang", "dtype": "float32"}
+    fields: Fields = {"data.answers": {"by": "student", "engine": engine}}
+    field = "data.answers.engine"
+    if by == "rounds":
+        rounds = {"rounds": 1, "prompts_per_round": 8, "rollout": engine}
+        fields = {"mode": "onpolicy", "student.max_steps": None, "on_policy": rounds}
+        field = "on_policy.rollout"
+    fields |= {"student.attention": "eager", "student.packing": False}
+    refused(make(fields), r"student\.model: SGLang on a CPU writes answers without the soft-caps")
+    eager = {"type": "transformers", "attention": "eager"}
+    checked_plan(make(fields | {field: eager}), download=False)

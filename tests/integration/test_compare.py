@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from configs.errors import ConfigError
 from configs.load import load_run
 from storage.runs import RunRecord
+from tasks.checks.anew import forget_from
+from tasks.stages.identity import find
 from tasks.stages.planning import plan_stages, record_stages
 from tests.command import kdflow
 from tests.conftest import run_inline
@@ -93,3 +96,30 @@ def test_what_cannot_be_compared(
     del runs
     places = ["--root", str(compared / "root"), "--scratch", str(compared / "scratch")]
     assert message in kdflow("compare", *names, *places, code=1)
+
+
+def test_a_report_is_found_by_its_run(runs: list[str], compared: Path) -> None:
+    places = ["--root", str(compared / "root"), "--scratch", str(compared / "scratch")]
+    (path,) = kdflow("report", runs[0], *places).split()
+    assert "short" in Path(path).read_text()
+
+
+def test_stages_are_made_anew_from_one_on(
+    runs: list[str], compared: Path, make_recipe: Callable[..., Path]
+) -> None:
+    """Those before it come from cache; and the result is what it was."""
+    del runs
+    places = {f"storage.{part}": str(compared / part) for part in ("root", "scratch")}
+    run = load_run(str(make_recipe(max_steps=3)), places | {"name": "short"})
+    stages = plan_stages(run)
+    before = {name: find(run, identity) for name, identity in stages.items()}
+    weights = Path(before["train"].uri) / "model/model.safetensors"  # type: ignore[union-attr]
+    content = weights.read_bytes()
+    removed = forget_from(run, stages, "train")
+    assert [name.partition("/")[0] for name in removed] == ["student", "evaluation", "report"]
+    assert find(run, stages["extract"]) == before["extract"]
+    assert not weights.exists()
+    run_inline(run, until="report", launched=["train"])
+    assert weights.read_bytes() == content
+    with pytest.raises(ConfigError, match="no stage 'trian'; it has tokenize, extract, train"):
+        forget_from(run, stages, "trian")

@@ -1,14 +1,17 @@
 """A real server and a real worker run the deployment, as the README says."""
 
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextvars import copy_context
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 import yaml
+from prefect.concurrency.sync import concurrency
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from tests.command import kdflow
@@ -156,3 +159,52 @@ def test_a_cancelled_run_leaves_no_process(
     while server.runs(flow_runs={"id": {"any_": [running["id"]]}})[0]["state_type"] != "CANCELLED":
         assert time.monotonic() < deadline + 90
         time.sleep(0.5)
+
+
+def test_runs_of_a_pool_of_devices_take_turns(
+    server: Server, make_recipe: Callable[..., Path]
+) -> None:
+    """By the limit that `kdflow service init` creates, and `remove` takes away."""
+
+    def limits() -> dict[str, int]:
+        found = httpx.post(f"{server.api}/v2/concurrency_limits/filter", json={}).json()
+        return {limit["name"]: limit["active_slots"] for limit in found}
+
+    def automations() -> list[str]:
+        found = httpx.post(f"{server.api}/automations/filter", json={}).json()
+        return [own["name"] for own in found if "kdflow" in own["name"]]
+
+    with temporary_settings({PREFECT_API_URL: server.api}):
+        assert "created the limit kdflow-one" in kdflow("service", "init", "--pool", "one")
+        assert "the limit kdflow-one is there" in kdflow("service", "init", "--pool", "one")
+        assert limits()["kdflow-one"] == 0
+        assert len(automations()) == 1
+
+        seen: list[object] = []
+
+        def hold() -> None:
+            """The devices, until a run has waited for them for a while."""
+            running = {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}
+            with concurrency("kdflow-one", occupy=1):
+                held.set()
+                deadline = time.monotonic() + 60
+                while not server.runs(**running) and time.monotonic() < deadline:
+                    time.sleep(0.2)
+                time.sleep(3)
+                seen.extend(server.all_task_states(run["id"]) for run in server.runs(**running))
+
+        held = threading.Event()
+        holder = threading.Thread(target=copy_context().run, args=(hold,))
+        holder.start()
+        assert held.wait(60)
+        said = kdflow("run", str(make_recipe()), "device_pool=one")
+        holder.join()
+        assert seen == [[]], "a run was there, and none of its stages"
+        assert "promoted" in said
+        kdflow("service", "remove", "--pool", "one")
+        assert "kdflow-one" not in limits()
+        assert automations() == []
+
+
+def test_without_a_server_that_lasts_there_is_nothing_to_set_up() -> None:
+    assert "PREFECT_API_URL is not set" in kdflow("service", "init", code=1)
