@@ -21,9 +21,9 @@ from flows.service_commands import limit_exists, limit_name
 from storage.artifact import ArtifactRef
 from tasks.checks.run_check import PlannedRun, checked_plan, planned_run
 from tasks.execution.caching import run_cached
+from tasks.execution.promotion import promote_student
 from tasks.execution.stage_tasks import STAGE_TASKS, share_out
 from tasks.forecast.estimate import decided
-from tasks.presentation.promotion import promote_student
 from tasks.presentation.results import artifact_key, evaluation_rows, report_path, student_path
 from tasks.stages.catalogue import CATALOGUE
 from tasks.stages.identity import stage_spec
