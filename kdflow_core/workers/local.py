@@ -144,8 +144,10 @@ def rank_environment(placement: Placement, ranks: int) -> dict[str, str]:
     }
 
 
-def start_process(command: Sequence[str], env: Mapping[str, str]) -> LocalProcess:
-    """A process of this machine."""
+def start_process(
+    command: Sequence[str], env: Mapping[str, str], folder: str | None = None
+) -> LocalProcess:
+    """A process of this machine, in a working folder: by default that of this one."""
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -154,6 +156,7 @@ def start_process(command: Sequence[str], env: Mapping[str, str]) -> LocalProces
         text=True,
         errors="replace",
         env=env,
+        cwd=folder,
         start_new_session=True,
     )
     return LocalProcess(process)

@@ -155,12 +155,13 @@ class Ranks:
             )
             for number, (bundle, own) in enumerate(zip(bundles, addresses, strict=True))
         )
+        group = self._group
         plain = {"name": self._group.placement.name, "num_ranks": ranks}
         plain["env"] = dict(self._group.placement.env)
         self._all(
             "start",
             [
-                (self._group.job, k, plain, self._group.given, own, addresses.count(own))
+                (group.job, k, plain, group.folder, group.given, own, addresses.count(own))
                 for k, own in enumerate(addresses)
             ],
         )

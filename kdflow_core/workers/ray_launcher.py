@@ -222,6 +222,7 @@ class RayLauncher:
             cluster=Cluster(address=config.address),
             job=job,
             placement=replace(placement, env=dict(placement.env)),
+            folder=os.getcwd(),
             given=_forwarded() | config.env,
             strategy=config.strategy,
             cpus=config.cpus_per_rank,

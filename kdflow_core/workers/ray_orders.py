@@ -20,11 +20,14 @@ class Cluster(_Message):
 
 
 class Group(_Message):
-    """Ranks that are to be started on a cluster, `given` variables of the environment."""
+    """Ranks that are to be started on a cluster, in a working `folder` that all nodes have, `given`
+    variables of the environment.
+    """
 
     cluster: Cluster
     job: str
     placement: Placement
+    folder: str
     given: dict[str, str]
     strategy: Literal["pack", "spread"]
     cpus: int

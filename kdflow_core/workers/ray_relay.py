@@ -45,19 +45,20 @@ class Relay:
         job: str,
         number: int,
         placement: Mapping[str, Any],
+        folder: str,
         given: Mapping[str, str],
         address: str,
         ranks: int,
     ) -> None:
-        """Start the rank, with variables that it is `given`; it is one of so many on this node,
-        which has the address.
+        """Start the rank in a working folder, with variables that it is `given`; it is one of so
+        many on this node, which has the address.
         """
         os.environ.update(given)
         for name in INTERFACES:
             os.environ.setdefault(name, interface_of(address))
         rank = Placement(**placement)
         env = rank_environment(rank, ranks)
-        self._process = start_process(rank_command(job, number, rank), env)
+        self._process = start_process(rank_command(job, number, rank), env, folder)
         with contextlib.suppress(OSError):  # Ray's workers are nice, which a training is not
             os.setpriority(os.PRIO_PROCESS, self._process.pid, 0)
 

@@ -3,7 +3,7 @@
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,9 +13,8 @@ from configs.schema.workers import RayWorkers
 from kdflow_core.workers.ray_launcher import nodes_of
 from kdflow_core.workers.ray_orders import Node
 from kdflow_core.workers.ray_relay import differences
-from storage.store import ArtifactStore
 from tasks.stages.catalogue import CATALOGUE, devices_of
-from tasks.stages.identity import StageIdentity, open_store
+from tasks.stages.identity import StageIdentity, made_of, open_store
 
 CLOCK_S = 30.0  # leases go by the clock
 
@@ -25,12 +24,11 @@ def check_cluster(run: RunConfig, stages: Iterable[StageIdentity]) -> None:
     WorkerError.
     """
     assert isinstance(run.workers, RayWorkers)
-    store = open_store(run)
-    shared = [store.scratch, *([Path(store.root)] if store.is_local else [])]
-    with _marks(shared) as marks:
-        nodes = nodes_of(run.workers, marks)
+    with _marks(run) as marks:
+        places = _places(run) | marks
+        nodes = nodes_of(run.workers, tuple(places))
     problems = [text for node in nodes for text in _problems(node, run.workers)]
-    problems += [text for node in nodes for text in _unseen(node, marks, store)]
+    problems += [text for node in nodes for text in _unseen(node, places)]
     problems += _too_many(run, nodes, stages)
     if problems:
         raise ConfigError("workers.type=ray: " + "; ".join(problems))
@@ -67,32 +65,46 @@ def room(nodes: Sequence[Node], cpus: int, gpus: int) -> int:
 
 
 @contextmanager
-def _marks(folders: Sequence[Path]) -> Iterator[tuple[str, ...]]:
-    """A new file in each folder, which whoever shares the folder sees."""
-    paths = [folder / f".kdflow-{uuid.uuid4().hex}" for folder in folders]
+def _marks(run: RunConfig) -> Iterator[dict[str, str]]:
+    """A new file in each folder that ranks write to, which whoever shares the folder sees; with the
+    field that the folder is of.
+    """
+    store = open_store(run)
+    folders = {"storage.scratch": store.scratch}
+    if store.is_local:
+        folders["storage.root"] = Path(store.root)
+    marks = {folder / f".kdflow-{uuid.uuid4().hex}": field for field, folder in folders.items()}
     try:
-        for path in paths:
+        for path in marks:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
-        yield tuple(map(str, paths))
+        yield {str(path): f"{field}={path.parent}" for path, field in marks.items()}
     finally:
-        for path in paths:
+        for path in marks:
             path.unlink(missing_ok=True)
 
 
-def _unseen(node: Node, paths: Sequence[str], store: ArtifactStore) -> list[str]:
-    found = []
-    for path in paths:
-        if path in node.seen:
-            continue
-        field, remedy = "storage.root", "or an fsspec URL"
-        if Path(path).parent == store.scratch:
-            field, remedy = "storage.scratch", "a network file system, say"
-        found.append(
-            f"node {node.address} does not see {field}={os.path.dirname(path)}; set it to a folder "
-            f"that all nodes share under one name, {remedy}"
-        )
-    return found
+def _places(run: RunConfig) -> dict[str, str]:
+    """What of this machine ranks read, with what it is: models and data, where they are local, and
+    the folder that relative paths start at.
+    """
+    named = {f"{side}.model.path": made_of(run, side).path for side in ("teacher", "student")}
+    for number, source in enumerate(run.data.sources):
+        named[f"data.sources.{number}.path"] = source.path
+    places = {os.getcwd(): f"the current folder {os.getcwd()}"}
+    for field, path in named.items():
+        if path is not None and Path(path).exists():
+            places[path] = f"{field}={path}"
+    return places
+
+
+def _unseen(node: Node, places: Mapping[str, str]) -> list[str]:
+    return [
+        f"node {node.address} does not see {what}; all nodes must share it under one name (or, of "
+        "the store and data, by a URL)"
+        for path, what in places.items()
+        if path not in node.seen
+    ]
 
 
 def _too_many(run: RunConfig, nodes: Sequence[Node], stages: Iterable[StageIdentity]) -> list[str]:

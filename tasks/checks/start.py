@@ -20,11 +20,23 @@ def started(run: RunConfig) -> RunConfig:
     if last is None:
         return run
     again = run if last.started_from is None else _from(run, last.started_from)
-    plan = plan_stages(again)
-    made = {f"{identity.kind}/{identity.digest}" for identity in plan.values()}
-    if last.student in made and all(find(again, identity) for identity in plan.values()):
+    if _is_done(again, last.student):
         return again
     return _from(run, last.student)
+
+
+def _is_done(run: RunConfig, student: str) -> bool:
+    """Whether a run has made a student, and all that comes behind it, by either delivery where an
+    estimate would decide.
+    """
+    deliveries = ("replay", "live") if run.delivery == "auto" else (run.delivery,)
+    for delivery in deliveries:
+        decided = run.model_copy(update={"delivery": delivery})
+        plan = plan_stages(decided)
+        made = {f"{identity.kind}/{identity.digest}" for identity in plan.values()}
+        if student in made and all(find(decided, identity) for identity in plan.values()):
+            return True
+    return False
 
 
 def started_from(run: RunConfig) -> str | None:

@@ -66,6 +66,11 @@ def test_nights_go_on_where_the_last_one_ended(
     assert len(common) > 5
     np.testing.assert_allclose(*map(np.array, zip(*common, strict=True)), rtol=1e-4, atol=1e-5)
 
+    said, again = night("--from", "evaluate")
+    assert "made anew: evaluation/" in said
+    assert "the student of " + second + " counts already" in said
+    assert again == second
+
     data.write_text(rows(0, 16))
     said, third = night("promotion.metric=forward_kl", "student.lr=10")
     assert "not promoted: forward_kl is worse by" in said

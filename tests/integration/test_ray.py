@@ -55,6 +55,7 @@ def ray_run(make_recipe: Callable[..., Path], tmp_path: Path, cluster: RayCluste
 
 
 Load = Callable[..., RunConfig]
+Accident = Callable[[RayCluster, psutil.Process], None]
 
 
 def weights_of(done: dict[str, ArtifactRef]) -> dict[str, torch.Tensor]:
@@ -124,6 +125,12 @@ def kill_bridge(_: RayCluster, rank: psutil.Process) -> None:
             process.kill()
 
 
+def ranks_on(cluster: RayCluster) -> list[psutil.Process]:
+    return [
+        rank for raylet in cluster.raylets.values() for rank in stage_ranks(psutil.Process(raylet))
+    ]
+
+
 def stop_relay(_: RayCluster, rank: psutil.Process) -> None:
     """As where a machine is cut off."""
     parent = rank.parent()
@@ -131,13 +138,7 @@ def stop_relay(_: RayCluster, rank: psutil.Process) -> None:
     parent.suspend()
 
 
-def kill_raylet(cluster: RayCluster, rank: psutil.Process) -> None:
-    """Of the node that has no head: the cluster then has one node."""
-    del rank
-    os.kill(cluster.raylets["second"], signal.SIGKILL)
-
-
-LATER = (kill_rank, kill_bridge, stop_relay, kill_raylet)  # the last one is the cluster's end
+LATER = (kill_rank, kill_bridge, stop_relay)
 
 
 @pytest.mark.parametrize(
@@ -150,26 +151,23 @@ LATER = (kill_rank, kill_bridge, stop_relay, kill_raylet)  # the last one is the
 def test_whatever_dies_ends_the_group_and_the_next_attempt_goes_on(
     ray_run: Load,
     cluster: RayCluster,
-    accident: Callable[[RayCluster, psutil.Process], None],
+    accident: Accident,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("kdflow_core.workers.group.SILENT_S", 6.0)
-    # That a node is gone is found out after about 15 seconds.
-    steps = {"max_steps": 150 if accident is kill_raylet else 6}
-    expected = run_inline(ray_run("local", steps), until="train", launched={"train"})
-    run = ray_run("ray", steps)
+    ends_and_goes_on(ray_run, cluster, accident, steps=6)
+
+
+def ends_and_goes_on(ray_run: Load, cluster: RayCluster, accident: Accident, *, steps: int) -> None:
+    student = {"max_steps": steps}
+    expected = run_inline(ray_run("local", student), until="train", launched={"train"})
+    run = ray_run("ray", student)
     run_inline(run, until="extract")
     seen: list[int] = []
 
     def strike() -> None:
-        checkpoints = Path(run.storage.scratch).absolute() / "student"
-        while not list(checkpoints.glob("*/checkpoints/step-*/*.distcp")):
-            time.sleep(0.02)
-        ranks = [
-            rank
-            for raylet in cluster.raylets.values()
-            for rank in stage_ranks(psutil.Process(raylet))
-        ]
+        wait_for_a_checkpoint(run)
+        ranks = ranks_on(cluster)
         seen.extend(rank.pid for rank in ranks)
         accident(cluster, ranks[-1])
 
@@ -180,8 +178,39 @@ def test_whatever_dies_ends_the_group_and_the_next_attempt_goes_on(
     thread.join()
     assert len(seen) == 2
     wait_until_gone(seen)
-    done = run_inline(run, until="train", launched={"train"})
-    assert_equal(weights_of(done), weights_of(expected))
+    found = weights_of(run_inline(run, until="train", launched={"train"}))
+    assert_equal(found, weights_of(expected))
+
+
+def wait_for_a_checkpoint(run: RunConfig) -> None:
+    checkpoints = Path(run.storage.scratch).absolute() / "student"
+    while not list(checkpoints.glob("*/checkpoints/step-*/*.distcp")):
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_training_goes_on_with_other_ranks_on_other_nodes(
+    ray_run: Load, cluster: RayCluster
+) -> None:
+    """Two ranks on two nodes, then three on as few as hold them, where one machine alone ends."""
+    expected = weights_of(run_inline(ray_run("local", {}), until="train", launched={"train"}))
+    run = ray_run("ray", {})
+    run_inline(run, until="extract")
+
+    def strike() -> None:
+        wait_for_a_checkpoint(run)
+        kill_rank(cluster, ranks_on(cluster)[0])
+
+    thread = threading.Thread(target=strike, daemon=True)
+    thread.start()
+    with pytest.raises(WorkerError, match="SIGKILL"):
+        run_inline(run, until="train", launched={"train"})
+    thread.join()
+    more = {"student.num_ranks": 3, "workers.strategy": "pack"}
+    found = weights_of(run_inline(ray_run("ray", {}, **more), until="train", launched={"train"}))
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=2e-4)
 
 
 @pytest.mark.parametrize(
@@ -206,3 +235,21 @@ def test_what_a_cluster_lacks_is_said_before_the_run(
         monkeypatch.setenv(name, value)
     with pytest.raises((ConfigError, WorkerError), match=message):
         checked_plan(run, download=False)
+
+
+def kill_raylet(cluster: RayCluster, rank: psutil.Process) -> None:
+    """Of the node that has no head."""
+    del rank
+    os.kill(cluster.raylets["second"], signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_node_that_is_gone_ends_the_group_and_the_other_one_goes_on(ray_run: Load) -> None:
+    """In a cluster of its own, which then has one node. It is found out after about 15 seconds."""
+    with running_cluster() as cluster:
+        address = {"workers.address": cluster.address}
+
+        def load(name: str, student: dict[str, Any]) -> RunConfig:
+            return ray_run(name, student, **(address if name == "ray" else {}))
+
+        ends_and_goes_on(load, cluster, kill_raylet, steps=150)

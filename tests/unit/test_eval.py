@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from configs.schema.data import DataConfig
 from kdflow_core.eval.answers import answer_matches
-from kdflow_core.eval.distribution import COLUMNS, COUNTS, _scores
 from kdflow_core.eval.greedy import exact_match
+from kdflow_core.eval.sample_sums import COLUMNS, COUNTS, _scores
 from tasks.execution.progress import ProgressLog, clock
 
 
