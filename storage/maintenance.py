@@ -15,6 +15,7 @@ from storage.digest import BLOCK_BYTES
 from storage.errors import ArtifactMissingError, StoreCorruptError, StoreError
 from storage.kept_checkpoints import FOLDER
 from storage.lease import forget_leases, held_leases, is_held, lease_name
+from storage.promoted import all_promoted
 from storage.runs import list_runs
 from storage.store import MANIFEST, ArtifactStore
 
@@ -47,6 +48,9 @@ def entries(store: ArtifactStore) -> list[Entry]:
     for run in list_runs(store):
         for name in run.artifacts.values():
             users.setdefault(name, []).append(run.id)
+    for own in all_promoted(store):
+        for name in (own.student, own.evaluation):
+            users.setdefault(name, []).append(f"{own.name} (promoted)")
     root = f"{store.root}/artifacts"
     found = [
         _entry(store, name, files, users.get(name, []))

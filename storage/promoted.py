@@ -1,6 +1,7 @@
 """Which student of a run's name counts as the latest good one: a small record that moves whole."""
 
 import json
+from contextlib import suppress
 from datetime import UTC, datetime
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -9,15 +10,18 @@ from storage.digest import digest
 from storage.errors import StoreCorruptError
 from storage.store import ArtifactStore
 
+FOLDER = "promoted"
+
 
 class Promoted(BaseModel):
-    """A promoted student: the run that made it, its artifact and its evaluation as `kind/digest`,
-    and the student that it began with (None: the recipe's). `before` are the runs whose students
-    were promoted earlier, the newest first.
+    """The promoted student of the runs of a name: the run that made it, its artifact and its
+    evaluation as `kind/digest`, and the student that it began with (None: the recipe's). `before`
+    are the runs whose students were promoted earlier, the newest first.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    name: str
     run: str
     student: str
     evaluation: str
@@ -28,7 +32,7 @@ class Promoted(BaseModel):
 
 def promoted(store: ArtifactStore, name: str) -> Promoted | None:
     """The promoted student of the runs of a name. Raises StoreCorruptError."""
-    path = _path(store, name)
+    path = promoted_path(store, name)
     content = store.read_many([path]).get(path)
     if content is None:
         return None
@@ -39,6 +43,17 @@ def promoted(store: ArtifactStore, name: str) -> Promoted | None:
             f"{path} is no record of a promoted student ({error}); remove it, and the next run of "
             "this name begins with the student of its recipe"
         ) from error
+
+
+def all_promoted(store: ArtifactStore) -> list[Promoted]:
+    """Those of all names; damaged records are left out."""
+    folder = f"{store.root}/{FOLDER}"
+    paths = [f"{folder}/{name}" for name in store.list_names(folder) if name.endswith(".json")]
+    found = []
+    for content in store.read_many(paths).values():
+        with suppress(ValidationError, ValueError):
+            found.append(Promoted.model_validate(json.loads(content)))
+    return found
 
 
 def promote(
@@ -53,6 +68,7 @@ def promote(
     """Have a student be the one that counts. Raises StoreError."""
     earlier = promoted(store, name)
     record = Promoted(
+        name=name,
         run=run,
         student=student,
         evaluation=evaluation,
@@ -60,8 +76,9 @@ def promote(
         promoted_at=datetime.now(UTC).isoformat(timespec="seconds"),
         before=() if earlier is None else (earlier.run, *earlier.before),
     )
-    store.write_whole(_path(store, name), record.model_dump_json(indent=1).encode())
+    store.write_whole(promoted_path(store, name), record.model_dump_json(indent=1).encode())
 
 
-def _path(store: ArtifactStore, name: str) -> str:
-    return f"{store.root}/promoted/{name}-{digest(name)[:8]}.json"
+def promoted_path(store: ArtifactStore, name: str) -> str:
+    """Where the record of a name is."""
+    return f"{store.root}/{FOLDER}/{name}-{digest(name)[:8]}.json"

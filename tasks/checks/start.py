@@ -2,7 +2,8 @@
 
 from configs.schema.models import PretrainedModel
 from configs.schema.run import RunConfig
-from storage.promoted import promoted
+from storage.errors import StoreError
+from storage.promoted import promoted, promoted_path
 from tasks.stages.identity import find, made_of, open_store
 from tasks.stages.planning import plan_stages
 
@@ -16,9 +17,17 @@ def started(run: RunConfig) -> RunConfig:
     """
     if run.student.start == "fresh":
         return run
-    last = promoted(open_store(run), run.name)
+    store = open_store(run)
+    last = promoted(store, run.name)
     if last is None:
         return run
+    kind, _, digest = last.student.partition("/")
+    if store.find(kind, digest) is None:
+        raise StoreError(
+            f"student.start=latest: the promoted student of {last.run}, {last.student}, is not in "
+            f"{store.root} any more; remove {promoted_path(store, run.name)} to begin with "
+            "student.model, or set student.start=fresh"
+        )
     again = run if last.started_from is None else _from(run, last.started_from)
     if _is_done(again, last.student):
         return again

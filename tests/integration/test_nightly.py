@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from storage.maintenance import entries, find_garbage, remove_artifact
 from storage.promoted import promoted
 from storage.store import ArtifactStore
 from tasks.presentation.sample_scores import read_sums
@@ -79,3 +80,12 @@ def test_nights_go_on_where_the_last_one_ended(
     record = promoted(store, "night")
     assert record is not None
     assert record.before == (first,)
+
+    # A student that counts is kept though its run is forgotten; one that is gone is missed.
+    kdflow("store", *places, "rm", second)
+    (entry,) = [e for e in entries(store) if e.name == record.student]
+    assert entry.runs == ("night (promoted)",)
+    assert record.student not in {garbage.what for garbage in find_garbage(store, older_than_s=0)}
+    remove_artifact(store, entry)
+    said = kdflow("run", recipe, source, "name=night", code=1)
+    assert f"the promoted student of {second}, {record.student}, is not in" in said

@@ -138,16 +138,8 @@ def stop_relay(_: RayCluster, rank: psutil.Process) -> None:
     parent.suspend()
 
 
-LATER = (kill_rank, kill_bridge, stop_relay)
-
-
-@pytest.mark.parametrize(
-    "accident",
-    [
-        kill_relay,
-        *(pytest.param(one, marks=pytest.mark.slow) for one in LATER),
-    ],
-)
+@pytest.mark.slow  # the contract has deaths of ranks and launchers on a cluster, too: test_workers
+@pytest.mark.parametrize("accident", [kill_rank, kill_relay, kill_bridge, stop_relay])
 def test_whatever_dies_ends_the_group_and_the_next_attempt_goes_on(
     ray_run: Load,
     cluster: RayCluster,
