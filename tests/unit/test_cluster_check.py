@@ -65,7 +65,7 @@ def test_nodes_that_are_alike_and_leave_nothing_behind(
     [
         ({"versions": versions() | {"torch": "1.0"}}, r"node 10\.0\.0\.2 has torch 1\.0 \(here 2"),
         ({"token": False}, r"node 10\.0\.0\.2 was started without RAY_AUTH_MODE=token"),
-        ({"clock": time.time() - 3600}, r"the clock of node 10\.0\.0\.2 is 3,6\d\d s off"),
+        ({"clock": 0.0}, r"the clock of node 10\.0\.0\.2 is [\d,]+ s off"),
         ({"resources": {"CPU": 1.0}}, r"stage train has 3 ranks, and the 2 nodes have room for 2"),
     ],
 )
