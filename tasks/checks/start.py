@@ -4,6 +4,7 @@ from configs.schema.models import PretrainedModel
 from configs.schema.run import RunConfig
 from storage.errors import StoreError
 from storage.promoted import promoted, promoted_path
+from storage.store import ArtifactStore
 from tasks.stages.identity import find, made_of, open_store
 from tasks.stages.planning import plan_stages
 
@@ -21,16 +22,17 @@ def started(run: RunConfig) -> RunConfig:
     last = promoted(store, run.name)
     if last is None:
         return run
-    kind, _, digest = last.student.partition("/")
-    if store.find(kind, digest) is None:
+    if not _is_there(store, last.student):
         raise StoreError(
             f"student.start=latest: the promoted student of {last.run}, {last.student}, is not in "
             f"{store.root} any more; remove {promoted_path(store, run.name)} to begin with "
             "student.model, or set student.start=fresh"
         )
-    again = run if last.started_from is None else _from(run, last.started_from)
-    if _is_done(again, last.student):
-        return again
+    base = last.started_from
+    if base is None or _is_there(store, base):
+        again = run if base is None else _from(run, base)
+        if _is_done(again, last.student):
+            return again
     return _from(run, last.student)
 
 
@@ -50,13 +52,21 @@ def _is_done(run: RunConfig, student: str) -> bool:
 
 def started_from(run: RunConfig) -> str | None:
     """The artifact that a `started` run begins with; None: the recipe's model."""
-    last = promoted(open_store(run), run.name) if run.student.start == "latest" else None
+    store = open_store(run)
+    last = promoted(store, run.name) if run.student.start == "latest" else None
     if last is None or not isinstance(run.student.model, PretrainedModel):
         return None
     for name in (last.student, last.started_from):
-        if name is not None and run.student.model.path == _path(run, name):
+        if name is None or not _is_there(store, name):
+            continue
+        if run.student.model.path == _path(run, name):
             return name
     return None
+
+
+def _is_there(store: ArtifactStore, student: str) -> bool:
+    kind, _, digest = student.partition("/")
+    return store.find(kind, digest) is not None
 
 
 def _from(run: RunConfig, student: str) -> RunConfig:

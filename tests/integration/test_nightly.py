@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from configs.load import load_run
 from storage.maintenance import entries, find_garbage, remove_artifact
 from storage.promoted import promoted
 from storage.store import ArtifactStore
+from tasks.checks.start import started
 from tasks.presentation.sample_scores import read_sums
 from tests.command import kdflow
 
@@ -80,6 +82,10 @@ def test_nights_go_on_where_the_last_one_ended(
     record = promoted(store, "night")
     assert record is not None
     assert record.before == (first,)
+
+    # What a night began with may go: the next one goes on all the same.
+    kdflow("store", *places, "rm", "--yes", listed[first]["student"].rpartition("/")[2])
+    assert started(load_run(recipe, {"data.sources.0.path": str(data), "name": "night"}))
 
     # A student that counts is kept though its run is forgotten; one that is gone is missed.
     kdflow("store", *places, "rm", second)
