@@ -165,6 +165,7 @@ class Ranks:
                 for k, own in enumerate(addresses)
             ],
         )
+        tell(placed=self.contexts)  # before anything that ranks print
         for number in range(ranks):
             threading.Thread(target=self._read, args=(number,), daemon=True).start()
         threading.Thread(target=self._beat, daemon=True).start()
@@ -278,7 +279,6 @@ def main() -> int:
         ranks = Ranks(order.group)
         try:
             ranks.start()
-            tell(placed=ranks.contexts)
             for line in requests:
                 ranks.take(ToRank.model_validate_json(line))
         finally:

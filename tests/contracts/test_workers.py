@@ -143,7 +143,7 @@ run({module!r}, Path({folder!r}))
 
 
 def pids_in(folder: Path, count: int) -> list[int]:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while True:
         files = [f for f in folder.glob("pid-*") if f.read_text()]
         if len(files) == count:
