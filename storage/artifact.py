@@ -25,6 +25,11 @@ class ArtifactRef(BaseModel):
     counts: dict[str, int] = Field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
+    @property
+    def name(self) -> str:
+        """How records and commands call it: `kind/digest`."""
+        return f"{self.kind}/{self.digest}"
+
 
 class FileRecord(BaseModel):
     """One file of an artifact: its path inside the folder, its size in bytes, its XXH3-128."""

@@ -1,13 +1,13 @@
 """Which student of a run's name counts as the latest good one: a small record that moves whole."""
 
 import json
-from contextlib import suppress
 from datetime import UTC, datetime
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from storage.digest import digest
 from storage.errors import StoreCorruptError
+from storage.records import read_records
 from storage.store import ArtifactStore
 
 FOLDER = "promoted"
@@ -47,13 +47,7 @@ def promoted(store: ArtifactStore, name: str) -> Promoted | None:
 
 def all_promoted(store: ArtifactStore) -> list[Promoted]:
     """Those of all names; damaged records are left out."""
-    folder = f"{store.root}/{FOLDER}"
-    paths = [f"{folder}/{name}" for name in store.list_names(folder) if name.endswith(".json")]
-    found = []
-    for content in store.read_many(paths).values():
-        with suppress(ValidationError, ValueError):
-            found.append(Promoted.model_validate(json.loads(content)))
-    return found
+    return read_records(store, FOLDER, Promoted)
 
 
 def promote(

@@ -1,14 +1,16 @@
 """Which runs use which artifacts: one small record per run, written when it starts."""
 
-import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from storage.digest import digest
 from storage.errors import StoreError, StoreFullError
+from storage.records import read_records
 from storage.store import ArtifactStore
+
+FOLDER = "runs"
 
 
 class RunRecord(BaseModel):
@@ -48,14 +50,7 @@ def record_run(store: ArtifactStore, name: str, artifacts: Mapping[str, str]) ->
 
 def list_runs(store: ArtifactStore) -> list[RunRecord]:
     """All readable records, newest first."""
-    folder = f"{store.root}/runs"
-    paths = [f"{folder}/{name}" for name in store.list_names(folder) if name.endswith(".json")]
-    found = []
-    for content in store.read_many(paths).values():
-        try:
-            found.append(RunRecord.model_validate(json.loads(content)))
-        except (ValidationError, ValueError):
-            continue  # of another version, or damaged: it refers to nothing that can be named
+    found = read_records(store, FOLDER, RunRecord)
     return sorted(found, key=lambda run: run.created_at, reverse=True)
 
 
@@ -65,4 +60,4 @@ def forget_run(store: ArtifactStore, run: RunRecord) -> None:
 
 
 def _path(store: ArtifactStore, run_id: str) -> str:
-    return f"{store.root}/runs/{run_id}.json"
+    return f"{store.root}/{FOLDER}/{run_id}.json"

@@ -92,6 +92,11 @@ class ArtifactStore:
         """The reference of an intact artifact, else None."""
         return None if self.why_absent(kind, digest) else self.ref(self.manifest(kind, digest))
 
+    def find_named(self, name: str) -> ArtifactRef | None:
+        """The same of an artifact by its `kind/digest`."""
+        kind, _, digest = name.partition("/")
+        return self.find(kind, digest)
+
     def why_absent(self, kind: str, digest: str) -> str | None:
         """None if the artifact is intact, else what is wrong: no manifest, a file's size, or its
         content. A local file is read once, and again when its inode has changed; the rows of states

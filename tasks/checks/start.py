@@ -2,11 +2,12 @@
 
 from configs.schema.models import PretrainedModel
 from configs.schema.run import RunConfig
+from storage.artifact import ArtifactRef
 from storage.errors import StoreError
 from storage.promoted import promoted, promoted_path
 from storage.store import ArtifactStore
 from tasks.stages.identity import find, made_of, open_store
-from tasks.stages.planning import plan_stages
+from tasks.stages.planning import plan_stages, used_by
 
 
 def started(run: RunConfig) -> RunConfig:
@@ -22,18 +23,19 @@ def started(run: RunConfig) -> RunConfig:
     last = promoted(store, run.name)
     if last is None:
         return run
-    if not _is_there(store, last.student):
+    newest = store.find_named(last.student)
+    if newest is None:
         raise StoreError(
             f"student.start=latest: the promoted student of {last.run}, {last.student}, is not in "
             f"{store.root} any more; remove {promoted_path(store, run.name)} to begin with "
             "student.model, or set student.start=fresh"
         )
-    base = last.started_from
-    if base is None or _is_there(store, base):
+    base = None if last.started_from is None else store.find_named(last.started_from)
+    if last.started_from is None or base is not None:
         again = run if base is None else _from(run, base)
         if _is_done(again, last.student):
             return again
-    return _from(run, last.student)
+    return _from(run, newest)
 
 
 def _is_done(run: RunConfig, student: str) -> bool:
@@ -44,7 +46,7 @@ def _is_done(run: RunConfig, student: str) -> bool:
     for delivery in deliveries:
         decided = run.model_copy(update={"delivery": delivery})
         plan = plan_stages(decided)
-        made = {f"{identity.kind}/{identity.digest}" for identity in plan.values()}
+        made = used_by(decided, plan).values()
         if student in made and all(find(decided, identity) for identity in plan.values()):
             return True
     return False
@@ -57,26 +59,20 @@ def started_from(run: RunConfig) -> str | None:
     if last is None or not isinstance(run.student.model, PretrainedModel):
         return None
     for name in (last.student, last.started_from):
-        if name is None or not _is_there(store, name):
-            continue
-        if run.student.model.path == _path(run, name):
+        ref = None if name is None else store.find_named(name)
+        if ref is not None and run.student.model.path == _model_folder(store, ref):
             return name
     return None
 
 
-def _is_there(store: ArtifactStore, student: str) -> bool:
-    kind, _, digest = student.partition("/")
-    return store.find(kind, digest) is not None
-
-
-def _from(run: RunConfig, student: str) -> RunConfig:
-    trusts = made_of(run, "student").trust_remote_code
-    model = PretrainedModel(type="pretrained", path=_path(run, student), trust_remote_code=trusts)
+def _from(run: RunConfig, student: ArtifactRef) -> RunConfig:
+    model = PretrainedModel(
+        type="pretrained",
+        path=_model_folder(open_store(run), student),
+        trust_remote_code=made_of(run, "student").trust_remote_code,
+    )
     return run.model_copy(update={"student": run.student.model_copy(update={"model": model})})
 
 
-def _path(run: RunConfig, student: str) -> str:
-    """The model's folder of a student's artifact. Raises StoreError."""
-    store = open_store(run)
-    kind, _, digest = student.partition("/")
-    return str(store.local_copy(store.ref(store.manifest(kind, digest))) / "model")
+def _model_folder(store: ArtifactStore, student: ArtifactRef) -> str:
+    return str(store.local_copy(student) / "model")

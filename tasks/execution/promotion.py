@@ -10,7 +10,7 @@ from storage.runs import run_id
 from storage.store import ArtifactStore
 from tasks.checks.start import started_from
 from tasks.presentation.history import STUDENT
-from tasks.presentation.sample_scores import Difference, differences, read_sums
+from tasks.presentation.sample_scores import differences, read_sums
 from tasks.stages.identity import StageIdentity, open_store
 from tasks.stages.planning import used_by
 
@@ -26,18 +26,18 @@ def promote_student(
     store = open_store(run)
     try:
         last = promoted(store, run.name)
-        student, evaluation = (_name(done[output]) for output in ("student", "evaluation"))
-        if last is not None and last.student == student:
+        student, evaluation = done["student"], done["evaluation"]
+        if last is not None and last.student == student.name:
             return f"the student of {last.run} counts already"
-        worse = None if last is None else _worse(run, store, last, done["evaluation"])
+        worse = None if last is None else _worse(run, store, last, evaluation)
         if worse is not None:
             return f"not promoted: {worse}"
         promote(
             store,
             run.name,
             run=run_id(run.name, used_by(run, stages)),
-            student=student,
-            evaluation=evaluation,
+            student=student.name,
+            evaluation=evaluation.name,
             started_from=started_from(run),
         )
     except StoreError as error:
@@ -52,12 +52,11 @@ def _worse(
     cannot be compared.
     """
     metric = run.promotion.metric
-    kind, _, digest = last.evaluation.partition("/")
-    before = store.find(kind, digest)
+    before = store.find_named(last.evaluation)
     if metric is None or before is None:
         return None
     sums = [read_sums(store.local_copy(ref), STUDENT) for ref in (before, evaluation)]
-    found: Difference = differences(sums[0], sums[1])[metric]
+    found = differences(sums[0], sums[1])[metric]
     if found.value is None:
         return None
     loss = -found.value if metric in BETTER_HIGH else found.value
@@ -67,7 +66,3 @@ def _worse(
         f"{metric} is worse by {loss:.4f} than that of {last.run}, over the {found.samples:,} "
         f"held-out samples of both (promotion.tolerance={run.promotion.tolerance:g})"
     )
-
-
-def _name(ref: ArtifactRef) -> str:
-    return f"{ref.kind}/{ref.digest}"

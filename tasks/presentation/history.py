@@ -46,8 +46,7 @@ def finished_runs(store: ArtifactStore) -> list[FinishedRun]:
 def _finished(store: ArtifactStore, record: RunRecord) -> FinishedRun | None:
     refs = {}
     for stage, name in record.artifacts.items():
-        kind, _, digest = name.partition("/")
-        ref = store.find(kind, digest)
+        ref = store.find_named(name)
         if ref is None:
             return None
         refs[stage] = ref
