@@ -34,6 +34,7 @@ from tasks.execution.launch import warm_up
 from tasks.forecast.estimate import Estimate, Prospect, check_room
 from tasks.presentation.results import evaluation_rows, report_path, student_path
 from tasks.stages.explanation import stage_status
+from tasks.stages.identity import open_store
 from tasks.stages.planning import record_stages
 
 app = typer.Typer(
@@ -85,11 +86,12 @@ def run(
             record_stages(planned.run, planned.stages)
             typer.echo(f"served from cache: {', '.join(planned.stages)}")
             done = there
-    console.print(score_table(evaluation_rows(config, done["evaluation"])))
+    store = open_store(config)
+    console.print(score_table(evaluation_rows(store, done["evaluation"])))
     _print_paths(
         {
-            "student": str(student_path(config, done["student"])),
-            "report": str(report_path(config, done["report"])),
+            "student": str(student_path(store, done["student"])),
+            "report": str(report_path(store, done["report"])),
         }
     )
 

@@ -14,6 +14,7 @@ from configs.schema.run import StorageConfig
 from storage.store import ArtifactStore
 from tasks.execution.progress import clock
 from tasks.presentation.history import FinishedRun, chosen_runs, finished_runs, latest_run
+from tasks.presentation.results import report_path
 
 DEFAULTS = StorageConfig()
 console = Console()
@@ -82,7 +83,7 @@ def report(
     """Say where the report of a finished run is."""
     store = ArtifactStore(root=root, scratch=scratch)
     (run,) = chosen_runs(store, [name])
-    path = store.local_copy(run.refs["report"]) / "report.html"
+    path = report_path(store, run.refs["report"])
     typer.echo(f"{path}")
     if show and not webbrowser.open(path.as_uri()):
         raise ConfigError(f"no browser can be opened here; the report is {path}")

@@ -26,7 +26,7 @@ from tasks.execution.stage_tasks import STAGE_TASKS, share_out
 from tasks.forecast.estimate import decided
 from tasks.presentation.results import artifact_key, evaluation_rows, report_path, student_path
 from tasks.stages.catalogue import CATALOGUE
-from tasks.stages.identity import stage_spec
+from tasks.stages.identity import open_store, stage_spec
 from tasks.stages.planning import record_stages
 
 _PLANNED: ContextVar[PlannedRun | None] = ContextVar("the run of this process", default=None)
@@ -115,7 +115,8 @@ def _run_stages(planned: PlannedRun, done: dict[str, ArtifactRef]) -> dict[str, 
 
 
 def _publish_to_ui(run: RunConfig, done: dict[str, ArtifactRef]) -> None:
-    rows = evaluation_rows(run, done["evaluation"])
+    store = open_store(run)
+    rows = evaluation_rows(store, done["evaluation"])
     key = artifact_key(run.name)
     table = [{k: _shown(v) for k, v in row.items()} for row in rows]
     create_table_artifact(key=f"{key}-evaluation", table=table, description="Held-out evaluation")
@@ -125,9 +126,9 @@ def _publish_to_ui(run: RunConfig, done: dict[str, ArtifactRef]) -> None:
         markdown=f"| artifact | digest | bytes |\n|---|---|---|\n{sizes}\n",
         description="The run's artifacts",
     )
-    path = report_path(run, done["report"])
+    path = report_path(store, done["report"])
     create_link_artifact(key=f"{key}-report", link=path.as_uri(), description="The HTML report")
-    get_run_logger().info("student: %s", student_path(run, done["student"]))
+    get_run_logger().info("student: %s", student_path(store, done["student"]))
     get_run_logger().info("report: %s", path)
 
 

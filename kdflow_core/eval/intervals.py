@@ -4,7 +4,7 @@ the tokens of one sample belong together.
 Dimensions: S samples, R resamples of them, C columns.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -12,33 +12,41 @@ RESAMPLES = 1000
 SHARE = 0.95
 AT_A_TIME = 50  # resamples, of which each is a count for every sample
 LEAST_SAMPLES = 2
+Ratio = tuple[np.ndarray, np.ndarray]
+Interval = tuple[float, float]
 
 
-def mean_interval(top_S: np.ndarray, bottom_S: np.ndarray) -> tuple[float, float] | None:
-    """The 95 % interval of sum(`top_S`) / sum(`bottom_S`), as sums of tokens over numbers of them
-    are. None where there is nothing to resample.
+def mean_intervals(ratios: Sequence[Ratio]) -> list[Interval | None]:
+    """The 95 % intervals of means of the same samples, each as (top, bottom): sum(top) /
+    sum(bottom), as sums of tokens over numbers of them are. None where nothing can be resampled.
     """
-    if len(top_S) < LEAST_SAMPLES or not bottom_S.any():
-        return None
-    return _interval(
-        np.concatenate([_ratio(counts_RS, top_S, bottom_S) for counts_RS in _resamples(len(top_S))])
-    )
+    if len(ratios[0][0]) < LEAST_SAMPLES:
+        return [None] * len(ratios)
+    known = [bool(bottom_S.any()) for _, bottom_S in ratios]
+    return _intervals(_resampled(ratios), known)
 
 
-def difference_interval(
-    one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]
-) -> tuple[float, float] | None:
-    """The 95 % interval of the other mean minus the one, of the same samples in the same order,
+def difference_intervals(ones: Sequence[Ratio], others: Sequence[Ratio]) -> list[Interval | None]:
+    """The 95 % intervals of each other mean minus the one, of the same samples in the same order,
     which are resampled together.
     """
-    count = len(one[0])
-    if count < LEAST_SAMPLES or not one[1].any() or not other[1].any():
-        return None
-    return _interval(
-        np.concatenate(
-            [_ratio(counts_RS, *other) - _ratio(counts_RS, *one) for counts_RS in _resamples(count)]
-        )
-    )
+    if len(ones[0][0]) < LEAST_SAMPLES:
+        return [None] * len(ones)
+    pairs = zip(ones, others, strict=True)
+    known = [bool(one[1].any() and other[1].any()) for one, other in pairs]
+    values_RC = _resampled([*ones, *others])
+    return _intervals(values_RC[:, len(ones) :] - values_RC[:, : len(ones)], known)
+
+
+def _resampled(ratios: Sequence[Ratio]) -> np.ndarray:
+    """The ratios of every resample, [R, C]; not a number for one without anything at the bottom."""
+    tops_SC, bottoms_SC = (np.stack(side, 1) for side in zip(*ratios, strict=True))
+    parts = []
+    for counts_RS in _resamples(len(tops_SC)):
+        tops_RC, bottoms_RC = counts_RS @ tops_SC, counts_RS @ bottoms_SC
+        unknown_RC = np.full(tops_RC.shape, np.nan)
+        parts.append(np.divide(tops_RC, bottoms_RC, out=unknown_RC, where=bottoms_RC != 0))
+    return np.concatenate(parts)
 
 
 def _resamples(count: int) -> Iterator[np.ndarray]:
@@ -49,15 +57,11 @@ def _resamples(count: int) -> Iterator[np.ndarray]:
         yield rng.multinomial(count, np.full(count, 1 / count), size=size)
 
 
-def _ratio(counts_RS: np.ndarray, top_S: np.ndarray, bottom_S: np.ndarray) -> np.ndarray:
-    """Not a number for a resample without anything at the bottom."""
-    top_R, bottom_R = counts_RS @ top_S, counts_RS @ bottom_S
-    unknown_R = np.full(len(top_R), np.nan)
-    ratio_R: np.ndarray = np.divide(top_R, bottom_R, out=unknown_R, where=bottom_R != 0)
-    return ratio_R
+def _intervals(values_RC: np.ndarray, known: Sequence[bool]) -> list[Interval | None]:
+    return [_interval(values_RC[:, k]) if own else None for k, own in enumerate(known)]
 
 
-def _interval(values_R: np.ndarray) -> tuple[float, float]:
+def _interval(values_R: np.ndarray) -> Interval:
     tail = (1 - SHARE) / 2
     low, high = np.nanquantile(values_R, [tail, 1 - tail])
     return float(low), float(high)

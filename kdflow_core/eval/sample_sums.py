@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kdflow_core.eval.intervals import mean_interval
+from kdflow_core.eval.intervals import Ratio, mean_intervals
 
 COMPARED = ("forward_kl", "reverse_kl", "agreement", "ce_model", "ce_teacher", "shared_mass")
 COLUMNS = (*COMPARED, "ends_right")
@@ -66,6 +66,10 @@ class SampleSums:
         column: np.ndarray = self.sums_SC[:, SUMS.index(name)]
         return column
 
+    def ratios(self, rows: np.ndarray) -> list[Ratio]:
+        """The sums of some samples whose quotients `RATIOS` names, in its order."""
+        return [(self.of(top)[rows], self.of(bottom)[rows]) for top, bottom in RATIOS.values()]
+
     def scores(self, *, aligned: bool) -> dict[str, DistributionScores]:
         """By source, and over all under the name `all`."""
         return {
@@ -79,10 +83,10 @@ class SampleSums:
         """
         found: dict[str, dict[str, list[float]]] = {}
         for source, rows in self._rows().items():
-            for name, (top, bottom) in RATIOS.items():
-                interval = mean_interval(self.of(top)[rows], self.of(bottom)[rows])
-                if interval is not None:
-                    found.setdefault(source, {})[name] = list(interval)
+            intervals = mean_intervals(self.ratios(rows))
+            known = {n: list(own) for n, own in zip(RATIOS, intervals, strict=True) if own}
+            if known:
+                found[source] = known
         return found
 
     def _rows(self) -> dict[str, np.ndarray]:

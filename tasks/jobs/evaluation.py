@@ -29,6 +29,7 @@ from tasks.jobs.reference import lacking_room, state_limit
 from tasks.jobs.stage_run import SIDES, StageRun, job
 from tasks.jobs.stored import StoredStates, TokenExamples, evenly_spread
 from tasks.jobs.student_module import build_comparison
+from tasks.presentation.results import EVALUATION_FILE
 from tasks.presentation.sample_scores import write_sums
 from tasks.stages.slices import Side
 
@@ -65,7 +66,7 @@ def evaluate_student(stage: StageRun) -> ArtifactRef:
         }
         for number, example in enumerate(shown)
     ]
-    path = stage.workdir / "evaluation.json"
+    path = stage.workdir / EVALUATION_FILE
     result = {"models": models, "samples": samples}
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
     write_sums(stage.workdir, sums)

@@ -8,9 +8,10 @@ import numpy as np
 
 from kdflow_core.metrics import STEP_METRICS, Metric
 from storage.store import ArtifactStore
-from tasks.presentation.history import STUDENT, FinishedRun, read_evaluation, student_folder
+from tasks.presentation.history import STUDENT, FinishedRun
 from tasks.presentation.pages import curve, page_template
 from tasks.presentation.report_page import HELDOUT_CURVE, HELDOUT_SERIES
+from tasks.presentation.results import read_evaluation
 from tasks.presentation.sample_scores import differences, read_sums
 from tasks.presentation.tracking import HELDOUT_FILE, METRICS_FILE, read_metrics
 
@@ -81,7 +82,7 @@ def _means(run: FinishedRun) -> dict[str, tuple[float, list[float] | None]]:
 
 
 def _figures(store: ArtifactStore, runs: Sequence[FinishedRun]) -> list[str]:
-    folders = [student_folder(store, run) for run in runs]
+    folders = [store.local_copy(run.refs["train"]) for run in runs]
     labels = [run.id for run in runs]
     steps = [read_metrics(folder / METRICS_FILE) for folder in folders]
     heldout = [read_metrics(folder / HELDOUT_FILE) for folder in folders]

@@ -1,9 +1,7 @@
 """The runs of a store that have come to their end, and what came of each."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError
@@ -11,6 +9,7 @@ from storage.artifact import ArtifactRef
 from storage.promoted import promoted
 from storage.runs import RunRecord, list_runs
 from storage.store import ArtifactStore
+from tasks.presentation.results import read_evaluation
 
 STUDENT = "student after"
 
@@ -63,13 +62,6 @@ def _finished(store: ArtifactStore, record: RunRecord) -> FinishedRun | None:
     )
 
 
-def read_evaluation(store: ArtifactStore, ref: ArtifactRef) -> dict[str, Any]:
-    """An evaluation's scores and samples."""
-    path = store.local_copy(ref) / "evaluation.json"
-    evaluation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return evaluation
-
-
 def latest_run(store: ArtifactStore, name: str) -> str | None:
     """The id of the run of a name whose student is the promoted one."""
     last = promoted(store, name)
@@ -90,8 +82,3 @@ def chosen_runs(store: ArtifactStore, names: Sequence[str]) -> list[FinishedRun]
             )
         found.append(fitting[0])
     return found
-
-
-def student_folder(store: ArtifactStore, run: FinishedRun) -> Path:
-    """The artifact that a run has trained."""
-    return store.local_copy(run.refs["train"])

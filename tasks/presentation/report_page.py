@@ -1,6 +1,5 @@
 """The HTML report of a run: one self-contained file."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from storage.artifact import Manifest
 from storage.store import ArtifactStore
 from tasks.execution.progress import clock
 from tasks.presentation.pages import Points, curve, page_template
+from tasks.presentation.results import read_evaluation
 from tasks.presentation.tracking import HELDOUT_FILE, METRICS_FILE, read_metrics
 from tasks.rounds.round_record import RoundRecord, read_rounds
 from tasks.stages.identity import StageSpec
@@ -32,8 +32,7 @@ def write_report(*, spec: StageSpec, store: ArtifactStore, target: Path) -> None
     manifests = {name: store.manifest(r.kind, r.digest) for name, r in spec.inputs.items()}
     student = store.local_copy(spec.inputs["student"])
     metrics, rounds = read_metrics(student / METRICS_FILE), read_rounds(student)
-    path = store.local_copy(spec.inputs["evaluation"]) / "evaluation.json"
-    evaluation = json.loads(path.read_text(encoding="utf-8"))
+    evaluation = read_evaluation(store, spec.inputs["evaluation"])
     tokens, kept = manifests["tokens"], manifests["student"].info.get("kept_step")
     sources = [*tokens.info["read"]]
     page = page_template("report.html.jinja").render(

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from configs.schema.run import RunConfig
 from kdflow_core.errors import ModelError
 from storage.artifact import ArtifactRef
-from tasks.stages.identity import open_store
+from storage.store import ArtifactStore
 
+EVALUATION_FILE = "evaluation.json"
+REPORT_FILE = "report.html"
 SCORE_COLUMNS = (
     "forward_kl",
     "reverse_kl",
@@ -24,10 +25,16 @@ def artifact_key(name: str) -> str:
     return name.replace("_", "-").replace(".", "-")
 
 
-def evaluation_rows(run: RunConfig, ref: ArtifactRef) -> list[dict[str, Any]]:
+def read_evaluation(store: ArtifactStore, ref: ArtifactRef) -> dict[str, Any]:
+    """An evaluation's scores and samples."""
+    path = store.local_copy(ref) / EVALUATION_FILE
+    evaluation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return evaluation
+
+
+def evaluation_rows(store: ArtifactStore, ref: ArtifactRef) -> list[dict[str, Any]]:
     """One row per model and source (`all` first), with the scores that exist."""
-    path = open_store(run).local_copy(ref) / "evaluation.json"
-    models = json.loads(path.read_text(encoding="utf-8"))["models"]
+    models = read_evaluation(store, ref)["models"]
     sources = sorted(
         {s for scores in models.values() for s in scores}, key=lambda s: (s != "all", s)
     )
@@ -41,14 +48,14 @@ def evaluation_rows(run: RunConfig, ref: ArtifactRef) -> list[dict[str, Any]]:
     return rows
 
 
-def report_path(run: RunConfig, ref: ArtifactRef) -> Path:
+def report_path(store: ArtifactStore, ref: ArtifactRef) -> Path:
     """The HTML report as a local file."""
-    return open_store(run).local_copy(ref) / "report.html"
+    return store.local_copy(ref) / REPORT_FILE
 
 
-def student_path(run: RunConfig, ref: ArtifactRef) -> Path:
+def student_path(store: ArtifactStore, ref: ArtifactRef) -> Path:
     """The trained student as a local Hugging Face folder. Raises ModelError when it is not one."""
-    path = open_store(run).local_copy(ref) / "model"
+    path = store.local_copy(ref) / "model"
     if not (path / "config.json").is_file():
         raise ModelError(f"{path} is not a model folder")
     return path

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from configs.errors import ConfigError
-from kdflow_core.eval.intervals import difference_interval
+from kdflow_core.eval.intervals import difference_intervals
 from kdflow_core.eval.sample_sums import RATIOS, SUMS, SampleSums
 
 SAMPLES_FILE = "samples.npz"
@@ -58,18 +58,15 @@ class Difference:
 
 def differences(one: SampleSums, other: SampleSums) -> dict[str, Difference]:
     """By the names of `RATIOS`."""
-    rows = _common(one, other)
+    mine, theirs = _common(one, other)
+    ones, others = one.ratios(mine), other.ratios(theirs)
+    intervals = difference_intervals(ones, others)
     found = {}
-    for name, (top, bottom) in RATIOS.items():
-        first, second = (
-            (sums.of(top)[chosen], sums.of(bottom)[chosen])
-            for sums, chosen in zip((one, other), rows, strict=True)
-        )
-        value = interval = None
+    for name, first, second, interval in zip(RATIOS, ones, others, intervals, strict=True):
+        value = None
         if first[1].any() and second[1].any():
             value = float(second[0].sum() / second[1].sum() - first[0].sum() / first[1].sum())
-            interval = difference_interval(first, second)
-        found[name] = Difference(samples=len(rows[0]), value=value, interval=interval)
+        found[name] = Difference(samples=len(mine), value=value, interval=interval)
     return found
 
 

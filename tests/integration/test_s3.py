@@ -118,14 +118,16 @@ def test_store_and_data_on_s3(
     run = load_run(recipe, overrides)
     assert all(status.cached for status in stage_status(run, plan_stages(run)))
     assert refs["states"].uri.startswith(f"{bucket}/store/artifacts/states/")
-    assert evaluation_rows(run, refs["evaluation"])[0]["source"] == "all"
-    assert "Held-out evaluation" in report_path(run, refs["report"]).read_text()
-    AutoModelForCausalLM.from_pretrained(student_path(run, refs["student"]))
+    assert evaluation_rows(open_store(run), refs["evaluation"])[0]["source"] == "all"
+    assert "Held-out evaluation" in report_path(open_store(run), refs["report"]).read_text()
+    AutoModelForCausalLM.from_pretrained(student_path(open_store(run), refs["student"]))
 
     # The same run on the local disk has the same weights: the store's place does not matter.
     local = run_all(recipe, {"eval.max_generations": 1})
     content = (Path(local["student"].uri) / "model/model.safetensors").read_bytes()
-    assert (student_path(run, refs["student"]) / "model.safetensors").read_bytes() == content
+    assert (
+        student_path(open_store(run), refs["student"]) / "model.safetensors"
+    ).read_bytes() == content
 
     # Credentials are in no manifest and no log of the store.
     for path in files.find(f"{bucket}/store"):

@@ -4,7 +4,11 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from kdflow_core.eval.intervals import difference_interval, mean_interval
+from kdflow_core.eval.intervals import Interval, difference_intervals, mean_intervals
+
+
+def mean_interval(top_S: np.ndarray, bottom_S: np.ndarray) -> Interval | None:
+    return mean_intervals([(top_S, bottom_S)])[0]
 
 
 def sums(seed: int, samples: int) -> tuple[np.ndarray, np.ndarray]:
@@ -48,7 +52,7 @@ def test_of_the_same_samples_a_small_difference_is_sure() -> None:
     assert one is not None
     assert other is not None
     assert other[1] > one[0]
-    difference = difference_interval((top_S, tokens_S), (better_S, tokens_S))
+    (difference,) = difference_intervals([(top_S, tokens_S)], [(better_S, tokens_S)])
     assert difference is not None
     assert difference[1] < 0
     assert difference[0] < -0.03 * (top_S.sum() / tokens_S.sum()) < difference[1]
@@ -58,4 +62,4 @@ def test_of_the_same_samples_a_small_difference_is_sure() -> None:
 def test_too_little_has_no_interval(count: int) -> None:
     assert mean_interval(np.ones(count), np.ones(count)) is None
     assert mean_interval(np.ones(5), np.zeros(5)) is None
-    assert difference_interval((np.ones(3), np.zeros(3)), (np.ones(3), np.ones(3))) is None
+    assert difference_intervals([(np.ones(3), np.zeros(3))], [(np.ones(3), np.ones(3))]) == [None]
