@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -28,8 +28,17 @@ from ray.util.scheduling_strategies import (
 )
 
 from kdflow_core.workers.base import RankContext
-from kdflow_core.workers.ray_orders import Cluster, FromBridge, Group, Node, Order, ToRank
-from kdflow_core.workers.ray_relay import BEAT_S, Relay, differences, look_around
+from kdflow_core.workers.ray_orders import (
+    Cluster,
+    FromBridge,
+    Group,
+    Node,
+    Order,
+    ToRank,
+    bundle_of,
+    room_for,
+)
+from kdflow_core.workers.ray_relay import BEAT_S, Relay, look_around, unlike_here
 
 ANSWER_S = 10.0  # what a node that is there takes for an answer at most
 LOOK_S = 120.0  # torch is loaded for it
@@ -95,27 +104,22 @@ class Ranks:
     def __init__(self, group: Group) -> None:
         self._group = group
         connect(group.cluster)
+        resources = [node["Resources"] for node in alive()]
+        self._bundle = bundle_of(group.cpus, group.gpus, group.placement.devices, resources)
         self._placed: PlacementGroup = self._place()
         self._relays: list[Any] = []
         self.contexts: tuple[RankContext, ...] = ()
 
-    def _bundle(self) -> dict[str, float]:
-        gpus = self._group.gpus
-        if gpus is None:
-            there = any(node["Resources"].get("GPU") for node in alive())
-            gpus = self._group.placement.devices if there else 0
-        return {"CPU": self._group.cpus, **({"GPU": gpus} if gpus else {})}
-
     def _place(self) -> PlacementGroup:
         """Room for all ranks. Raises BridgeError, which says what there is."""
-        bundle, count = self._bundle(), self._group.placement.num_ranks
-        fitting = sum(_fits(bundle, node["Resources"]) for node in alive())
+        bundle, count, nodes = self._bundle, self._group.placement.num_ranks, alive()
+        fitting = room_for(bundle, [node["Resources"] for node in nodes])
         if fitting < count:
             raise BridgeError(
                 f"{count} ranks of {_told(bundle)} each do not fit onto this cluster, which has "
                 "room for "
                 + f"{fitting} when it is empty ("
-                + "; ".join(f"{n['NodeManagerAddress']}: {_told(n['Resources'])}" for n in alive())
+                + "; ".join(f"{n['NodeManagerAddress']}: {_told(n['Resources'])}" for n in nodes)
                 + ")"
             )
         placed = placement_group([bundle] * count, strategy=self._group.strategy.upper())
@@ -132,6 +136,7 @@ class Ranks:
 
     def start(self) -> None:
         """Start them. Those of one node stand together. Raises BridgeError."""
+        group, ranks = self._group, self._group.placement.num_ranks
         node_of: dict[int, str] = placement_group_table(self._placed)["bundles_to_node_id"]
         nodes = list(dict.fromkeys(node_of[bundle] for bundle in sorted(node_of)))
         bundles = sorted(node_of, key=lambda bundle: (nodes.index(node_of[bundle]), bundle))
@@ -140,9 +145,9 @@ class Ranks:
         self._relays = [self._relay(bundle) for bundle in bundles]
         places = self._all("place", [(own,) for own in addresses])
         for own, place in zip(addresses, places, strict=True):
-            _require_same(place["versions"], own)
+            if unlike := unlike_here(own, place["versions"]):
+                raise BridgeError(unlike)
         meeting = f"tcp://{addresses[0]}:{places[0]['port']}"
-        ranks = self._group.placement.num_ranks
         self.contexts = tuple(
             RankContext(
                 rank=number,
@@ -155,13 +160,18 @@ class Ranks:
             )
             for number, (bundle, own) in enumerate(zip(bundles, addresses, strict=True))
         )
-        group = self._group
-        plain = {"name": self._group.placement.name, "num_ranks": ranks}
-        plain["env"] = dict(self._group.placement.env)
         self._all(
             "start",
             [
-                (group.job, k, plain, group.folder, group.given, own, addresses.count(own))
+                (
+                    group.job,
+                    k,
+                    group.placement,
+                    group.folder,
+                    group.given,
+                    own,
+                    addresses.count(own),
+                )
                 for k, own in enumerate(addresses)
             ],
         )
@@ -174,10 +184,9 @@ class Ranks:
         kind = ray.remote(
             max_restarts=0, max_task_retries=0, concurrency_groups={"talk": 1, "ask": 1}
         )(Relay)
-        size = self._bundle()
         return kind.options(
-            num_cpus=size["CPU"],
-            num_gpus=size.get("GPU", 0),
+            num_cpus=self._bundle["CPU"],
+            num_gpus=self._bundle.get("GPU", 0),
             runtime_env={"env_vars": OWN_CHILDREN},
             scheduling_strategy=PlacementGroupSchedulingStrategy(
                 self._placed, placement_group_bundle_index=bundle
@@ -243,17 +252,7 @@ class Ranks:
         remove_placement_group(self._placed)
 
 
-def _require_same(found: dict[str, str], address: str) -> None:
-    if other := differences(found):
-        raise BridgeError(f"node {address} has {'; '.join(other)}; install the same there")
-
-
-def _fits(bundle: dict[str, float], resources: dict[str, float]) -> int:
-    """How many bundles an empty node has room for."""
-    return int(min(resources.get(name, 0.0) // size for name, size in bundle.items()))
-
-
-def _told(resources: dict[str, float]) -> str:
+def _told(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
 
 
@@ -262,14 +261,10 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else ""
 
 
-def _requests() -> Iterator[str]:
-    yield from sys.stdin
-
-
 def main() -> int:
     """Do what the first line says. The exit code."""
     os.dup2(sys.stderr.fileno(), 1)  # what Ray prints is nobody's message
-    requests = _requests()
+    requests = iter(sys.stdin)
     order = Order.model_validate_json(next(requests))
     try:
         if order.look is not None:

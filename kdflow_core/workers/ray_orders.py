@@ -1,5 +1,6 @@
 """What goes between a launcher and its bridge to a Ray cluster: JSON, a line each."""
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -33,6 +34,24 @@ class Group(_Message):
     cpus: int
     gpus: int | None
     start_timeout_s: float
+
+
+def bundle_of(
+    cpus: int, gpus: int | None, devices: int, nodes: Sequence[Mapping[str, float]]
+) -> dict[str, int]:
+    """What Ray sets aside for a rank that uses so many `devices`, by the names of the `nodes`'
+    resources; `gpus` as `RayWorkers.gpus_per_rank`.
+    """
+    if gpus is None:
+        gpus = devices if any(own.get("GPU") for own in nodes) else 0
+    return {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
+
+
+def room_for(bundle: Mapping[str, int], nodes: Sequence[Mapping[str, float]]) -> int:
+    """How many such ranks nodes of these resources hold when they are empty."""
+    return sum(
+        min(int(own.get(name, 0.0) // size) for name, size in bundle.items()) for own in nodes
+    )
 
 
 class Order(_Message):

@@ -44,7 +44,7 @@ class Relay:
         self,
         job: str,
         number: int,
-        placement: Mapping[str, Any],
+        placement: Placement,
         folder: str,
         given: Mapping[str, str],
         address: str,
@@ -56,9 +56,8 @@ class Relay:
         os.environ.update(given)
         for name in INTERFACES:
             os.environ.setdefault(name, interface_of(address))
-        rank = Placement(**placement)
-        env = rank_environment(rank, ranks)
-        self._process = start_process(rank_command(job, number, rank), env, folder)
+        env = rank_environment(placement, ranks)
+        self._process = start_process(rank_command(job, number, placement), env, folder)
         with contextlib.suppress(OSError):  # Ray's workers are nice, which a training is not
             os.setpriority(os.PRIO_PROCESS, self._process.pid, 0)
 
@@ -102,13 +101,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def differences(found: Mapping[str, str]) -> list[str]:
-    """In what the versions that were found elsewhere are others than here."""
-    return [
+def unlike_here(address: str, found: Mapping[str, str]) -> str | None:
+    """In what the versions of a node are others than here, as an error; None where they are not."""
+    other = [
         f"{name} {found.get(name, 'missing')} (here {own})"
         for name, own in versions().items()
         if found.get(name) != own
     ]
+    return f"node {address} has {', '.join(other)}; install the same there" if other else None
 
 
 def interface_of(address: str) -> str:

@@ -11,8 +11,8 @@ from configs.errors import ConfigError
 from configs.schema.run import RunConfig
 from configs.schema.workers import RayWorkers
 from kdflow_core.workers.ray_launcher import nodes_of
-from kdflow_core.workers.ray_orders import Node
-from kdflow_core.workers.ray_relay import differences
+from kdflow_core.workers.ray_orders import Node, bundle_of, room_for
+from kdflow_core.workers.ray_relay import unlike_here
 from tasks.stages.catalogue import CATALOGUE, devices_of
 from tasks.stages.identity import StageIdentity, made_of, open_store
 
@@ -41,8 +41,8 @@ def examined_nodes(config: RayWorkers) -> list[tuple[Node, list[str]]]:
 
 def _problems(node: Node, config: RayWorkers) -> list[str]:
     found = []
-    if other := differences(node.versions):
-        found.append(f"node {node.address} has {', '.join(other)}; install the same there")
+    if unlike := unlike_here(node.address, node.versions):
+        found.append(unlike)
     if config.require_token and not node.token:
         found.append(
             f"node {node.address} was started without RAY_AUTH_MODE=token; start it with that, or "
@@ -52,16 +52,6 @@ def _problems(node: Node, config: RayWorkers) -> list[str]:
     if late_s > CLOCK_S:
         found.append(f"the clock of node {node.address} is {late_s:,.0f} s off; set it")
     return found
-
-
-def room(nodes: Sequence[Node], cpus: int, gpus: int) -> int:
-    """How many ranks with so many CPUs and GPUs an empty cluster holds."""
-    fitting = 0
-    for node in nodes:
-        by_cpus = int(node.resources.get("CPU", 0) // cpus)
-        by_gpus = int(node.resources.get("GPU", 0) // gpus) if gpus else by_cpus
-        fitting += min(by_cpus, by_gpus)
-    return fitting
 
 
 @contextmanager
@@ -108,25 +98,19 @@ def _unseen(node: Node, places: Mapping[str, str]) -> list[str]:
 
 
 def _too_many(run: RunConfig, nodes: Sequence[Node], stages: Iterable[StageIdentity]) -> list[str]:
-    found = []
+    assert isinstance(run.workers, RayWorkers)
+    cpus, gpus = run.workers.cpus_per_rank, run.workers.gpus_per_rank
+    resources, found = [node.resources for node in nodes], []
     for identity in stages:
         needed = {devices_of(run, identity.stage): CATALOGUE[identity.stage].ranks(run)}
         if run.on_policy is not None and identity.stage == "train":
             width = run.on_policy.rollout.ranks_per_replica
             needed[width] = needed.get(width, 0) + run.on_policy.rollout.num_engines
         for devices, ranks in needed.items():
-            cpus, gpus = _size(run, nodes, devices)
-            if ranks > (most := room(nodes, cpus, gpus)):
+            bundle = bundle_of(cpus, gpus, devices, resources)
+            if ranks > (most := room_for(bundle, resources)):
                 found.append(
                     f"stage {identity.name} has {ranks} ranks, and the {len(nodes)} nodes have "
-                    f"room for {most} of {cpus} CPUs and {gpus} GPUs each"
+                    f"room for {most} of {cpus} CPUs and {bundle.get('GPU', 0)} GPUs each"
                 )
     return found
-
-
-def _size(run: RunConfig, nodes: Sequence[Node], devices: int) -> tuple[int, int]:
-    """The CPUs and GPUs that are set aside for a rank."""
-    assert isinstance(run.workers, RayWorkers)
-    there = devices if any(node.resources.get("GPU") for node in nodes) else 0
-    given = run.workers.gpus_per_rank
-    return run.workers.cpus_per_rank, there if given is None else given
