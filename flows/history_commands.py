@@ -10,16 +10,13 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from configs.errors import ConfigError
-from configs.schema.run import StorageConfig
+from flows.store_commands import DEFAULTS, Root, Scratch
 from storage.store import ArtifactStore
 from tasks.execution.progress import clock
 from tasks.presentation.history import FinishedRun, chosen_runs, finished_runs, latest_run
 from tasks.presentation.results import report_path
 
-DEFAULTS = StorageConfig()
 console = Console()
-Root = Annotated[str, typer.Option(help="As storage.root.")]
-Scratch = Annotated[str, typer.Option(help="As storage.scratch.")]
 
 
 def history(

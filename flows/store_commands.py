@@ -32,14 +32,16 @@ console = Console()
 Name = Annotated[
     str, typer.Argument(help="The beginning of an artifact's digest, with or without `kind/`.")
 ]
+Root = Annotated[str, typer.Option(help="As storage.root.")]
+Scratch = Annotated[str, typer.Option(help="As storage.scratch.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
 
 @app.callback()
 def store_options(
     context: typer.Context,
-    root: Annotated[str, typer.Option(help="As storage.root.")] = DEFAULTS.root,
-    scratch: Annotated[str, typer.Option(help="As storage.scratch.")] = DEFAULTS.scratch,
+    root: Root = DEFAULTS.root,
+    scratch: Scratch = DEFAULTS.scratch,
 ) -> None:
     """Look after the artifact store."""
     context.obj = ArtifactStore(root=root, scratch=scratch)

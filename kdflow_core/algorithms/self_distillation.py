@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import ClassVar, Self
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from configs.schema.algorithm import SelfDistillationConfig
@@ -27,6 +26,7 @@ from kdflow_core.algorithms.base import (
 from kdflow_core.contracts import HiddenSignal
 from kdflow_core.losses.chunked import LossOutput
 from kdflow_core.models.heads import live_head
+from kdflow_core.models.partial_loading import own_part
 
 
 class SelfDistillation(Algorithm):
@@ -78,9 +78,4 @@ class SelfDistillation(Algorithm):
         if self.average is None:
             return
         for mine, new in zip(self.average.parameters(), model.parameters(), strict=True):
-            _local(mine).lerp_(_local(new).to(mine.dtype), 1 - self._decay)
-
-
-def _local(parameter: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a parameter (a view)."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            own_part(mine).lerp_(own_part(new).to(mine.dtype), 1 - self._decay)

@@ -68,6 +68,11 @@ def fill_own_part_(model: PreTrainedModel, folder: Path) -> None:
                 _fill_(own[name], file, name, tensors[name].shape)
 
 
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank has of a tensor that may be sharded (a view)."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 @torch.no_grad()
 def _fill_(tensor: torch.Tensor, file: Any, name: str, shape: tuple[int, ...]) -> None:
     if not isinstance(tensor, DTensor):

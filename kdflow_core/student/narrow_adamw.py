@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
+from kdflow_core.models.partial_loading import own_part
+
 CHUNK = 1 << 22  # elements at a time, each of which takes about 40 bytes meanwhile
 CUT_BITS = 16  # float32 has so many more than bfloat16
 
@@ -64,8 +66,8 @@ class NarrowAdamW(torch.optim.Optimizer):
         state["step"] += 1
         step = int(state["step"])
         assert parameter.grad is not None
-        weight_E, gradient_E = _own_part(parameter), _own_part(parameter.grad)
-        mean_E, square_E = _own_part(state["exp_avg"]), _own_part(state["exp_avg_sq"])
+        weight_E, gradient_E = _own_row(parameter), _own_row(parameter.grad)
+        mean_E, square_E = _own_row(state["exp_avg"]), _own_row(state["exp_avg_sq"])
         draws = torch.Generator(weight_E.device)
         seed = np.random.SeedSequence([step, place, _part_number(parameter)])
         draws.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> np.uint64(1)))
@@ -115,10 +117,9 @@ def _keep_(kept_E: torch.Tensor, exact_E: torch.Tensor, draws: torch.Generator) 
     kept_E.copy_(torch.where(exact_E.isfinite(), rounded_E, exact_E))
 
 
-def _own_part(tensor: torch.Tensor) -> torch.Tensor:
+def _own_row(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's elements of a tensor, as one row (a view)."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.reshape(-1)
+    return own_part(tensor).reshape(-1)
 
 
 def _part_number(parameter: torch.Tensor) -> int:

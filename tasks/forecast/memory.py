@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -52,7 +52,7 @@ class _Part:
 
 @dataclass(frozen=True, kw_only=True)
 class StudentBytes:
-    """What training keeps of a whole student, in bytes."""
+    """What a rank that trains keeps of the student, in bytes."""
 
     weights: int
     moments: int
@@ -63,13 +63,7 @@ def least_training(run: RunConfig, student: Path, teacher: Path | None) -> dict[
     """What a rank that trains holds on its device whatever its batches are, in bytes, with the
     `teacher` that runs beside the student and does not leave for it. Activations come on top.
     """
-    own = student_bytes(run.student, student)
-    spread = run.student.num_ranks // run.student.replicas
-    shared = spread if run.student.reduce_gradients == "every_micro_batch" else 1
-    parts = {
-        "weights": own.weights // spread,
-        "moments": own.moments // spread,
-        "gradients": own.gradients // shared,
+    parts = asdict(student_bytes(run.student, student)) | {
         "logits": run.loss.logits_memory_mb * 10**6,
     }
     if teacher is not None:
@@ -105,10 +99,9 @@ def memory_phases(spec: StageSpec) -> list[Phase]:
     student = num_parameters(_folder(spec, "student"))
     own = student_bytes(run.student, _folder(spec, "student"))
     spread = ranks // run.student.replicas
-    shared = spread if run.student.reduce_gradients == "every_micro_batch" else 1
     parts = {
         "student": _Part(
-            size=(own.weights + own.moments) // spread,
+            size=own.weights + own.moments,
             needed=frozenset({"swap weights", "train"}),
             leaves=run.student.sleep,
         ),
@@ -126,7 +119,7 @@ def memory_phases(spec: StageSpec) -> list[Phase]:
         "states": _Part(
             size=_state_bytes(spec, run.on_policy), needed=frozenset({"score", "train"})
         ),
-        "gradients": _Part(size=own.gradients // shared, needed=frozenset({"train"})),
+        "gradients": _Part(size=own.gradients, needed=frozenset({"train"})),
         "logits": _Part(size=run.loss.logits_memory_mb * 10**6, needed=frozenset({"train"})),
     }
     return [
@@ -190,7 +183,7 @@ def memory_lines(phases: list[Phase]) -> list[str]:
 
 
 def student_bytes(student: StudentConfig, folder: Path) -> StudentBytes:
-    """Of a whole student, by the headers of its files."""
+    """By the headers of a student's files."""
     checkpoint = read_checkpoint(folder)
     wide = DTYPE_BYTES[student.weights_dtype]
     held = checkpoint.exact_in(student.compute_dtype)
@@ -198,6 +191,8 @@ def student_bytes(student: StudentConfig, folder: Path) -> StudentBytes:
     optimizer = student.optimizer
     muon = isinstance(optimizer, MuonConfig)
     moment = WIDE if isinstance(optimizer, MuonConfig) else DTYPE_BYTES[optimizer.moments_dtype]
+    spread = student.num_ranks // student.replicas
+    in_parts = student.reduce_gradients == "every_micro_batch"
     weights = moments = gradients = 0
     for name, tensor in checkpoint.tensors.items():
         size = math.prod(tensor.shape)
@@ -207,8 +202,12 @@ def student_bytes(student: StudentConfig, folder: Path) -> StudentBytes:
         by_muon = muon and len(tensor.shape) == 2 and NUMBERED.search(name)
         weights += size * wide
         moments += size * moment * (MUON_MOMENTS if by_muon else ADAMW_MOMENTS)
-        gradients += size * (wide if student.reduce_gradients == "every_micro_batch" else WIDE)
-    return StudentBytes(weights=weights, moments=moments, gradients=gradients)
+        gradients += size * (wide if in_parts else WIDE)
+    return StudentBytes(
+        weights=weights // spread,
+        moments=moments // spread,
+        gradients=gradients // spread if in_parts else gradients,
+    )
 
 
 def _is_frozen(student: StudentConfig, name: str) -> bool:
