@@ -8,6 +8,7 @@ import yaml
 
 from configs.errors import ConfigError
 from configs.load import load_run
+from configs.schema.data import FORMATS, PACKED
 from kdflow_core.workers.forking import has_accelerator
 
 RECIPE = """\
@@ -38,7 +39,6 @@ loss:
 eval: {{every_steps: 100}}     # the held-out curve in the report
 """
 SAVED = ("state.json", "dataset_dict.json")
-SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".gz", ".zst")
 
 
 def init(
@@ -96,7 +96,7 @@ def _source(data: str) -> dict[str, str]:
                 f"{data} is a folder, and not of `save_to_disk`; name its files, as {data}/*.jsonl"
             )
         return {"type": "save_to_disk", "path": _place(data)}
-    if "://" in data or "*" in data or data.endswith(SUFFIXES):
+    if "://" in data or "*" in data or data.endswith((*FORMATS, *PACKED)):
         return {"type": "files", "path": _place(data)}
     return {"type": "hub", "path": data, "split": "train"}
 

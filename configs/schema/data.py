@@ -23,6 +23,13 @@ Column = Literal[
     "answer",
 ]
 FileFormat = Literal["jsonl", "parquet", "arrow"]
+FORMATS: dict[str, FileFormat] = {
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+PACKED = (".gz", ".bz2", ".zst", ".lz4")
 
 
 class _Source(StrictModel):
@@ -66,16 +73,10 @@ class FilesSource(_Source):
         """The format given, else the one the suffix names, else None."""
         if self.format is not None:
             return self.format
-        suffixes: dict[str, FileFormat] = {
-            ".jsonl": "jsonl",
-            ".json": "jsonl",
-            ".parquet": "parquet",
-            ".arrow": "arrow",
-        }
         name = public(self.path)
-        for packed in (".gz", ".bz2", ".zst", ".lz4"):
+        for packed in PACKED:
             name = name.removesuffix(packed)
-        return next((fmt for end, fmt in suffixes.items() if name.endswith(end)), None)
+        return next((fmt for end, fmt in FORMATS.items() if name.endswith(end)), None)
 
     @model_validator(mode="after")
     def _known_format(self) -> "FilesSource":

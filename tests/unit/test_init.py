@@ -35,6 +35,7 @@ def test_it_asks_for_what_is_not_given(
     [
         ("HuggingFaceTB/smoltalk", "hub"),
         ("s3://bucket/part-*.parquet", "files"),
+        ("own.jsonl.bz2", "files"),
         ("saved", "save_to_disk"),
     ],
 )
