@@ -255,19 +255,17 @@ def _compared(
 ) -> tuple[torch.Tensor, ...]:
     """The columns `COMPARED` of some tokens."""
     over, folding, target_C1 = WholeVocabulary(), scored.folding, targets_C.unsqueeze(-1)
-    log_q_CV = torch.log_softmax(student_CV, -1)
+    log_q_CV, q_CV = over.distribution(student_CV)
     ce_model_C1 = -log_q_CV.gather(-1, target_C1)
     shared_C = torch.ones_like(ce_model_C1)
     if scored.is_shared_V is not None:
-        shared_C = log_q_CV[:, scored.is_shared_V].exp().sum(-1)
+        shared_C = q_CV[:, scored.is_shared_V].sum(-1)
     if folding is not None:
         student_CV, teacher_CV = folding.student(student_CV), folding.teacher(teacher_CV)
-        log_q_CV = torch.log_softmax(student_CV, -1)
+        log_q_CV, q_CV = over.distribution(student_CV)
         target_C1 = folding.student_class(targets_C).unsqueeze(-1)
-    log_p_CV = torch.log_softmax(teacher_CV, -1)
-    d = Distributions(
-        log_q_CV, log_q_CV.exp(), log_p_CV, log_p_CV.exp(), over, target_C1.squeeze(-1), None
-    )
+    log_p_CV, p_CV = over.distribution(teacher_CV)
+    d = Distributions(log_q_CV, q_CV, log_p_CV, p_CV, over, target_C1.squeeze(-1), None)
     return (
         ForwardKL().value_and_gradient(d)[0],
         ReverseKL().value_and_gradient(d)[0],

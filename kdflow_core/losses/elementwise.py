@@ -75,8 +75,7 @@ def block_terms(block: Block, spec: LossSpec) -> tuple[torch.Tensor, torch.Tenso
     if spec.folding is not None and block.teacher_BV is not None:
         return _folded_terms(block, spec, spec.folding, block.teacher_BV)
     over = spec.vocabulary
-    log_q_BV = over.log_softmax(block.student_BV)
-    q_BV = log_q_BV.exp()
+    log_q_BV, q_BV = over.distribution(block.student_BV)
     cross_entropy_B = -over.at(log_q_BV, block.target_ids_B)
     student_entropy_B = -over.dot(q_BV, log_q_BV)
     ce_weight_B = block.weights_B * (1 - spec.kd_ratio)
@@ -91,8 +90,7 @@ def block_terms(block: Block, spec: LossSpec) -> tuple[torch.Tensor, torch.Tenso
         terms["student_entropy"] = student_entropy_B
         gradient_BV = q_BV.mul_(ce_weight_B.unsqueeze(-1))
     else:
-        log_p_BV = over.log_softmax(block.teacher_BV)
-        p_BV = log_p_BV.exp()
+        log_p_BV, p_BV = over.distribution(block.teacher_BV)
         top_B = over.top1(block.teacher_BV)
         agreement_B = over.top1(block.student_BV) == top_B
         teacher_entropy_B = -over.dot(p_BV, log_p_BV)
@@ -196,11 +194,9 @@ def _tempered_divergence(
     if temperature == 1.0:
         return divergence.value_and_gradient(at_one)
     assert block.teacher_BV is not None
-    log_q_BV = at_one.over.log_softmax(block.student_BV / temperature)
-    log_p_BV = at_one.over.log_softmax(block.teacher_BV / temperature)
-    tempered = at_one._replace(
-        log_q_TV=log_q_BV, q_TV=log_q_BV.exp(), log_p_TV=log_p_BV, p_TV=log_p_BV.exp()
-    )
+    log_q_BV, q_BV = at_one.over.distribution(block.student_BV / temperature)
+    log_p_BV, p_BV = at_one.over.distribution(block.teacher_BV / temperature)
+    tempered = at_one._replace(log_q_TV=log_q_BV, q_TV=q_BV, log_p_TV=log_p_BV, p_TV=p_BV)
     value_B, gradient_BV = divergence.value_and_gradient(tempered)
     squared = temperature**2 if divergence.scale_by_temperature_squared else 1.0
     return value_B * squared, gradient_BV.mul_(squared / temperature)

@@ -17,6 +17,8 @@ import torch
 from kdflow_core.contracts import OutputHead
 
 WIDENED_BYTES = 2**26  # of weights, at a time
+# Of weights at a time on a CPU, where a product rearranges both factors first: in its caches.
+CACHED_BYTES = 2**22
 
 
 def accumulation_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -43,7 +45,7 @@ class LogitProducer:
         else:
             wide_CH = hidden_CH.to(self._dtype)
             with bfloat16_products(hidden_CH, self._weight_VH):
-                for rows, weight_WH in self._blocks():
+                for rows, weight_WH in self._blocks(cached=not hidden_CH.is_cuda):
                     torch.mm(wide_CH, weight_WH.T, out=out_CV[:, rows])
         if self._bias_V is not None:
             out_CV += self._bias_V
@@ -73,12 +75,15 @@ class LogitProducer:
                     grad_CH.addmm_(grad_CV[:, rows], weight_WH)
         return grad_CH
 
-    def _blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """The weight in the dtype of the logits, rows by rows; whole where it has that dtype."""
+    def _blocks(self, *, cached: bool = False) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The weight in the dtype of the logits, rows by rows; where it has that dtype, whole, or
+        as much as is `cached`.
+        """
         weight_VH = self._weight_VH
         size = len(weight_VH)
-        if weight_VH.dtype != self._dtype:
-            size = max(1, WIDENED_BYTES // (weight_VH.shape[1] * self._dtype.itemsize))
+        if cached or weight_VH.dtype != self._dtype:
+            most = CACHED_BYTES if weight_VH.dtype == self._dtype else WIDENED_BYTES
+            size = max(1, most // (weight_VH.shape[1] * self._dtype.itemsize))
         for begin in range(0, len(weight_VH), size):
             rows = slice(begin, begin + size)
             yield rows, weight_VH[rows].to(self._dtype)
