@@ -54,7 +54,8 @@ class InProcessTeacher(_Teacher):
 
 
 class TransformersTeacher(InProcessTeacher):
-    """The teacher, run by Hugging Face transformers: the reference, on any device. Here
+    """The teacher, run by Hugging Face transformers: the reference, on any device. Its sequences
+    stand behind one another where that is exact (see `student.packing`); where they do not,
     `tokens_per_batch` bounds the padded area.
     """
 

@@ -8,6 +8,7 @@ batch, padded on the right.
 Dimensions: B sequences, T tokens, Q heads, K key/value heads, D and E head sizes, R packed rows.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -18,8 +19,10 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PretrainedConfig
 
+from kdflow_core.batching import Division
 from kdflow_core.errors import ModelError
 from kdflow_core.models.families import architecture_of, known_family
+from kdflow_core.models.families.base import attention_length, batched_length
 from kdflow_core.uploads import upload
 
 PACKED = "kdflow_packed"
@@ -69,6 +72,31 @@ def packs(
     if reason is not None and packing is True:
         raise ModelError(f"packing=true: {reason}; set student.packing=auto")
     return reason is None
+
+
+def model_division(
+    config: PretrainedConfig,
+    text: Mapping[str, Any],
+    *,
+    tokens: int,
+    packing: bool | Literal["auto"],
+    attention: str,
+    trust_remote_code: bool,
+) -> Division:
+    """How sequences are divided into a model's batches of so many `tokens`, by its config and text
+    config; see `packs`. A packed model is loaded with `PACKED` in place of its `attention`.
+    """
+    return Division(
+        tokens=tokens,
+        batched_length=batched_length(text),
+        packed=packs(
+            config,
+            packing=packing,
+            attention=attention,
+            trust_remote_code=trust_remote_code,
+        ),
+        attention_length=attention_length(text),
+    )
 
 
 def packed_attention(

@@ -1,25 +1,27 @@
 """The teacher in Hugging Face transformers: the reference engine, on any device.
 
-Dimensions: B sequences of a batch, T tokens, N supervised tokens, R rows of the output (B * T),
-H hidden size.
+Dimensions: B rows of a batch, T tokens, N supervised tokens, R rows of the output (B * T), H hidden
+size.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from configs.schema.teacher import TransformersTeacher
-from kdflow_core.batching import batch_by_tokens, pad_right
+from kdflow_core.batching import pad_right
 from kdflow_core.contracts import HiddenRows, OutputHead, TokenSequence
 from kdflow_core.errors import ModelError
-from kdflow_core.models.families.base import batched_length
 from kdflow_core.models.folders import text_config
 from kdflow_core.models.forward import post_norm_states
 from kdflow_core.models.heads import verify_head
-from kdflow_core.models.loading import DTYPES, load_causal_lm
+from kdflow_core.models.loading import DTYPES, load_causal_lm, load_config
 from kdflow_core.models.offload import OffloadedModule
+from kdflow_core.models.packing import PACKED, PackedRows, model_division
 from kdflow_core.teacher import longest_allowed
+from kdflow_core.uploads import upload
 
 
 class TransformersTeacherEngine:
@@ -36,41 +38,54 @@ class TransformersTeacherEngine:
         longest: int,  # noqa: ARG002 - an engine without a pool needs no sizes beforehand
         device: torch.device,
     ) -> None:
+        trusts = config.model.trust_remote_code
+        self._division = model_division(
+            load_config(folder, trust_remote_code=trusts),
+            text_config(folder),
+            tokens=config.tokens_per_batch,
+            packing="auto",
+            attention=config.attention,
+            trust_remote_code=trusts,
+        )
         model = load_causal_lm(
             folder,
             dtype=DTYPES[config.dtype],
-            attention=config.attention,
+            attention=PACKED if self._division.packed else config.attention,
             device=device,
-            trust_remote_code=config.model.trust_remote_code,
+            trust_remote_code=trusts,
         )
         verify_head(model, head)
         self._model: torch.nn.Module | None = model.base_model
         self._offload = OffloadedModule(model.base_model)
         self._device = device
-        self._tokens_per_batch = config.tokens_per_batch
-        self._batched_length = batched_length(text_config(folder))
         self.max_length = longest_allowed(config, folder)
 
     def pack(self, lengths: Sequence[int]) -> list[list[int]]:
-        """See `TeacherEngine`; the budget bounds the padded area."""
-        return batch_by_tokens(lengths, self._tokens_per_batch, self._batched_length)
+        """See `TeacherEngine`; the budget bounds the area, of padding too where there is any."""
+        return self._division.batches(np.asarray(lengths, np.int64))
 
     @torch.no_grad()
     def forward(self, sequences: Sequence[TokenSequence]) -> list[HiddenRows]:
         """See `TeacherEngine`."""
         if self._model is None:
             raise ModelError("the teacher engine is closed")
-        ids_BT = pad_right([s.ids_T for s in sequences]).to(self._device)
-        hidden_BTH = post_norm_states(self._model, ids_BT)
+        ids, packed = [s.ids_T for s in sequences], None
+        if self._division.packed:
+            edges = np.cumsum([0, *(len(s.ids_T) for s in sequences)]).astype(np.int32)
+            ids_BT, packed = pad_right([np.concatenate(ids)]), PackedRows(edges=edges)
+            begins = edges[:-1].astype(np.int64)
+        else:
+            ids_BT = pad_right(ids)
+            begins = np.arange(len(ids)) * ids_BT.shape[1]
+        hidden_BTH = post_norm_states(self._model, upload(ids_BT, self._device), packed)
         buffer_RH = hidden_BTH.to(torch.bfloat16).flatten(0, 1)
-        width = ids_BT.shape[1]
         return [
             HiddenRows(
                 buffer_RH=buffer_RH,
                 # The state before a supervised token predicts it.
-                index_N=torch.from_numpy(row * width + s.target_positions_N - 1).to(self._device),
+                index_N=upload(torch.from_numpy(begin + s.target_positions_N - 1), self._device),
             )
-            for row, s in enumerate(sequences)
+            for begin, s in zip(begins, sequences, strict=True)
         ]
 
     def sleep(self) -> None:

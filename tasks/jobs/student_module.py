@@ -21,11 +21,10 @@ from kdflow_core.losses.surrogate import PolicyGradient
 from kdflow_core.losses.token_weights import build_token_weight
 from kdflow_core.losses.vocabulary import WholeVocabulary
 from kdflow_core.models.checkpoints import read_checkpoint
-from kdflow_core.models.families.base import attention_length, batched_length
 from kdflow_core.models.folders import text_config
 from kdflow_core.models.heads import load_head
 from kdflow_core.models.loading import DTYPES, load_causal_lm, load_config
-from kdflow_core.models.packing import PACKED, packs
+from kdflow_core.models.packing import PACKED, model_division
 from kdflow_core.models.partial_loading import fill_own_part_, unfilled_causal_lm
 from kdflow_core.models.routing import routing_of
 from kdflow_core.models.structure import decoder_layers
@@ -129,17 +128,13 @@ def division_of(stage: StageRun) -> Division:
     """How the student's sequences are divided into micro-batches."""
     config, folder = stage.run.student, stage.model_folder("student")
     trusts = stage.trusts("student")
-    model, text = load_config(folder, trust_remote_code=trusts), text_config(folder)
-    return Division(
+    return model_division(
+        load_config(folder, trust_remote_code=trusts),
+        text_config(folder),
         tokens=config.micro_batch_tokens,
-        batched_length=batched_length(text),
-        packed=packs(
-            model,
-            packing=config.packing,
-            attention=config.attention,
-            trust_remote_code=trusts,
-        ),
-        attention_length=attention_length(text),
+        packing=config.packing,
+        attention=config.attention,
+        trust_remote_code=trusts,
     )
 
 

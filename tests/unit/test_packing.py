@@ -82,8 +82,10 @@ def test_packed_is_alone_where_we_say_so(architecture: str, tmp_path: Path) -> N
     padded_BTH = post_norm_states(model.base_model, padded_BT)
     padded_TH = torch.cat([row[:n] for row, n in zip(padded_BTH, LENGTHS, strict=True)])
     torch.testing.assert_close(padded_TH, alone[0], rtol=1e-4, atol=1e-4)
+    # Some gradients, such as that of a key's bias, are nothing but rounding.
+    rounding = 1e-6 * max(float(expected.norm()) for expected in alone)
     for found, expected in zip(packed, alone, strict=True):
-        assert (found - expected).norm() <= 1e-4 * expected.norm() + 1e-6
+        assert (found - expected).norm() <= 1e-4 * expected.norm() + rounding
 
 
 class Calls(TorchDispatchMode):
