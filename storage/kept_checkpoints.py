@@ -1,5 +1,5 @@
-"""Checkpoints of a training that is not done, kept in the store: where the machine that wrote them
-is lost, another one goes on from them.
+"""Checkpoints of a training, kept in the store: where the machine that wrote them is lost, another
+one goes on from them; and the last one of a training that is done, for one that takes it up.
 
 `<root>/checkpoints/<kind>/<digest>/step-<8 digits>/`, where `complete` comes last. What is in the
 other files, and whether they are whole, is known to who wrote them.

@@ -159,11 +159,14 @@ def remove_damaged(store: ArtifactStore, entry: Entry, damaged: list[FileRecord]
 
 
 def remove_artifact(store: ArtifactStore, entry: Entry) -> None:
-    """Remove an artifact, its manifest first. Raises StoreError while somebody computes it."""
+    """Remove an artifact, its manifest first, and its checkpoints. Raises StoreError while somebody
+    computes it.
+    """
     if is_held(store, lease_name(entry.kind, entry.digest)):
         raise StoreError(f"{entry.name} is being computed; end that run first")
     store.retract(entry.kind, entry.digest)
     store.remove_tree(store.folder(entry.kind, entry.digest))
+    store.remove_tree(f"{store.root}/{FOLDER}/{entry.name}")
     forget_leases(store, lease_name(entry.kind, entry.digest))
 
 
@@ -203,7 +206,16 @@ def find_garbage(store: ArtifactStore, *, older_than_s: float) -> list[Garbage]:
         garbage.append(
             Garbage(what=entry.name, why=why, num_bytes=entry.num_bytes, path=folder, entry=entry)
         )
-    garbage += _kept_checkpoints(store, held, now - older_than_s)
+    finals = {
+        entry.name
+        for entry in known
+        if entry.manifest is not None and entry.manifest.info.get("final_checkpoint")
+    }
+    garbage += [
+        kept
+        for kept in _kept_checkpoints(store, held, now - older_than_s)
+        if kept.what.removeprefix(f"{FOLDER}/") not in finals
+    ]
     return [*garbage, *_scratch_garbage(store, known, now - older_than_s)]
 
 

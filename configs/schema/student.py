@@ -82,10 +82,15 @@ class StudentConfig(StrictModel):
     """The student's initial weights: a folder or hub name, a GGUF file, the teacher without some
     layers, or a model under another tokenizer. Its tokenizer may be another than the teacher's.
     """
-    start: Literal["fresh", "latest"] = "fresh"
+    start: Literal["fresh", "latest", "continue"] = "fresh"
     """Begin with `model`, or with the `latest` promoted student of the runs of this name where
     there is one (see `promotion`): each night goes on where the last one ended. With nothing new
-    since then, there is nothing to do.
+    since then, there is nothing to do. `continue` takes up that student's training itself, with
+    optimizer and step count, for more epochs or more data (it has to be there: `keep_final`).
+    """
+    continues: str | None = Field(default=None, pattern=r"^student/[0-9a-f]+$")
+    """With `start: continue`: the student whose training goes on, as `student/digest`; by default
+    the promoted one.
     """
     lora: LoraConfig | None = None
     """`{rank: 16}`: train low-rank adapters, which the result has merged (and by themselves, in
@@ -190,6 +195,10 @@ class StudentConfig(StrictModel):
     """Also a checkpoint after the first step that ends so many minutes after the last one."""
     keep_checkpoints: int = Field(default=2, gt=0, le=MOST)
     """How many checkpoints are kept."""
+    keep_final: bool = False
+    """Keep the last checkpoint in the store when training is done, for as long as its student is
+    there, so that it can go on (`start: continue`).
+    """
 
     def rising_steps(self, num_steps: int) -> int:
         """In how many of so many steps the learning rate rises."""
@@ -208,6 +217,14 @@ class StudentConfig(StrictModel):
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} is more than max_steps={most}: the learning "
                 "rate would never reach its peak"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _continues_something(self) -> "StudentConfig":
+        if self.continues is not None and self.start != "continue":
+            raise ValueError(
+                f"continues={self.continues} needs start=continue, which is {self.start}"
             )
         return self
 

@@ -1,4 +1,9 @@
-"""What the student of a run begins with: the recipe's model, or the one that was promoted last."""
+"""What the student of a run begins with: the recipe's model, the one that was promoted last, or
+that one's training.
+"""
+
+from collections.abc import Mapping
+from typing import Any
 
 from configs.schema.models import PretrainedModel
 from configs.schema.run import RunConfig
@@ -6,8 +11,9 @@ from storage.artifact import ArtifactRef
 from storage.errors import StoreError
 from storage.promoted import promoted, promoted_path
 from storage.store import ArtifactStore
+from tasks.stages.checkpoint_places import FinalCheckpoint
 from tasks.stages.identity import find, made_of, open_store
-from tasks.stages.planning import plan_stages, used_by
+from tasks.stages.planning import plan_stages
 
 
 def started(run: RunConfig) -> RunConfig:
@@ -15,45 +21,107 @@ def started(run: RunConfig) -> RunConfig:
 
     With `student.start: latest` it is the promoted student of the runs of this name, if there is
     one. But where nothing has changed since that one was made, it is what that one began with: then
-    there is nothing to do. Raises StoreError, DataError and ModelError.
+    there is nothing to do. With `student.start: continue` the same goes for that student's
+    training. Raises StoreError, DataError and ModelError.
     """
     if run.student.start == "fresh":
         return run
     store = open_store(run)
+    if run.student.continues is not None:
+        return _checked(run, _student(store, run.student.continues))
     last = promoted(store, run.name)
     if last is None:
         return run
     newest = store.find_named(last.student)
     if newest is None:
         raise StoreError(
-            f"student.start=latest: the promoted student of {last.run}, {last.student}, is not in "
-            f"{store.root} any more; remove {promoted_path(store, run.name)} to begin with "
-            "student.model, or set student.start=fresh"
+            f"student.start={run.student.start}: the promoted student of {last.run}, "
+            f"{last.student}, is not in {store.root} any more; remove "
+            f"{promoted_path(store, run.name)} to begin with student.model, or set "
+            "student.start=fresh"
         )
     base = None if last.started_from is None else store.find_named(last.started_from)
     if last.started_from is None or base is not None:
         again = run if base is None else _from(run, base)
         if _is_done(again, last.student):
             return again
-    return _from(run, newest)
+    return _checked(_from(run, newest), newest)
 
 
 def _is_done(run: RunConfig, student: str) -> bool:
-    """Whether a run has made a student, and all that comes behind it, by either delivery where an
-    estimate would decide.
-    """
+    """Whether a run has made a student, by either delivery where an estimate would decide."""
     deliveries = ("replay", "live") if run.delivery == "auto" else (run.delivery,)
     for delivery in deliveries:
         decided = run.model_copy(update={"delivery": delivery})
-        plan = plan_stages(decided)
-        made = used_by(decided, plan).values()
-        if student in made and all(find(decided, identity) for identity in plan.values()):
+        train = plan_stages(decided)["train"]
+        if student == f"{train.kind}/{train.digest}" and find(decided, train) is not None:
             return True
     return False
 
 
+def _student(store: ArtifactStore, name: str) -> ArtifactRef:
+    found = store.find_named(name)
+    if found is None:
+        raise StoreError(
+            f"student.continues: {name} is not in {store.root}; `kdflow history` lists students"
+        )
+    return found
+
+
+# Of a student's config, what says which tensors a checkpoint holds.
+CHECKPOINTED_FIELDS = ("lora", "optimizer", "parameter_groups", "weights_dtype")
+
+
+def _checked(run: RunConfig, student: ArtifactRef) -> RunConfig:
+    """A run that begins with a student. Raises StoreError where it cannot take up its training."""
+    if run.student.start != "continue":
+        return run
+    store, name = open_store(run), student.name
+    decided = run if run.delivery != "auto" else run.model_copy(update={"delivery": "live"})
+    own = plan_stages(decided)["train"]
+    if find(run, own) is not None:
+        return run
+    if not FinalCheckpoint(store, name).is_there:
+        raise StoreError(
+            f"student.start=continue: the store has no last checkpoint of {name}, which was "
+            "trained without student.keep_final; set that and train it again (kdflow run --from "
+            "train, with student.start=fresh), or go on with its weights (student.start=latest)"
+        )
+    manifest = store.manifest(student.kind, student.digest)
+    before = _checkpointed(manifest.code_version, manifest.config, manifest.inputs)
+    after = _checkpointed(own.code_version, own.config, own.inputs)
+    other = [f"{k}: {before[k]}, now {v}" for k, v in after.items() if before[k] != v]
+    if other:
+        raise StoreError(
+            f"student.start=continue: {name} was trained otherwise ({'; '.join(other)}), and its "
+            "last checkpoint does not fit; train as it was, or go on with its weights "
+            "(student.start=latest)"
+        )
+    done, most = manifest.counts["steps"], run.student.max_steps
+    if most is not None and most <= done:
+        raise StoreError(
+            f"student.start=continue: {name} has {done} steps, which student.max_steps={most} "
+            "counts, too; raise it"
+        )
+    return run
+
+
+def _checkpointed(
+    code_version: int, config: Mapping[str, Any], inputs: Mapping[str, str]
+) -> dict[str, Any]:
+    """What has to be alike for one training to go on with another one's checkpoint."""
+    student = config["student"]
+    return {
+        "code version": code_version,
+        "student.model": inputs["student_model"],
+        "algorithm": config["algorithm"],
+    } | {f"student.{field}": student.get(field) for field in CHECKPOINTED_FIELDS}
+
+
 def started_from(run: RunConfig) -> str | None:
     """The artifact that a `started` run begins with; None: the recipe's model."""
+    if run.student.continues is not None:
+        return run.student.continues
     store = open_store(run)
     last = promoted(store, run.name) if run.student.start == "latest" else None
     if last is None or not isinstance(run.student.model, PretrainedModel):
@@ -66,6 +134,9 @@ def started_from(run: RunConfig) -> str | None:
 
 
 def _from(run: RunConfig, student: ArtifactRef) -> RunConfig:
+    if run.student.start == "continue":
+        continuing = run.student.model_copy(update={"continues": student.name})
+        return run.model_copy(update={"student": continuing})
     model = PretrainedModel(
         type="pretrained",
         path=_model_folder(open_store(run), student),

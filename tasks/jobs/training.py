@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from configs.schema.teacher import InProcessTeacher
 from kdflow_core.contracts import OutputHead, TeacherAtHand
+from kdflow_core.errors import TrainingError
 from kdflow_core.student.prefetch import PrefetchedStates
 from kdflow_core.student.schedule import BatchSchedule
 from kdflow_core.teacher.live import LiveStates
@@ -45,12 +46,26 @@ def train_student(stage: StageRun) -> ArtifactRef | None:
         heldout=tables["heldout"],
         judged_by=teachers["teacher"] if stage.run.measures_heldout else None,
     )
+    before = _before(stage)
+    if session.trainer.step < before["steps"]:
+        raise TrainingError(
+            "the checkpoints of this training are gone or damaged, also the one that it began "
+            f"with; remove {stage.workdir}, and that one is fetched again"
+        )
     _train(session, schedule, table, states)
     for source in states:
         source.close()
-    steps = session.trainer.step
-    tokens = int(sum(schedule.lengths[schedule.sequences(s)].sum() for s in range(steps)))
-    return session.finish({"steps": steps, "tokens": tokens}, files={})
+    own = range(before["steps"], session.trainer.step)
+    tokens = int(sum(schedule.lengths[schedule.sequences(step)].sum() for step in own))
+    counts = {"steps": session.trainer.step, "tokens": before["tokens"] + tokens}
+    return session.finish(counts, files={})
+
+
+def _before(stage: StageRun) -> Mapping[str, int]:
+    """Steps and tokens of the training that goes on here."""
+    name = stage.run.student.continues
+    ref = None if name is None else stage.store.find_named(name)
+    return {"steps": 0, "tokens": 0} if ref is None else ref.counts
 
 
 def _tell_memory(stage: StageRun) -> None:

@@ -39,7 +39,11 @@ from tasks.jobs.stored import StoredStates, TokenExamples, evenly_spread
 from tasks.jobs.student_module import build_comparison, build_module, division_of, loss_spec
 from tasks.presentation.model_card import model_card
 from tasks.presentation.tracking import HELDOUT_FILE, MetricsLog, NoMetrics, read_metrics
-from tasks.stages.checkpoint_places import checkpoints_folder, stored_copies
+from tasks.stages.checkpoint_places import (
+    FinalCheckpoint,
+    checkpoints_folder,
+    stored_copies,
+)
 
 
 class TrainingSession:
@@ -172,13 +176,20 @@ class TrainingSession:
         for name, records in files.items():
             lines = "".join(json.dumps(record) + "\n" for record in records)
             (self.output / name).write_text(lines, encoding="utf-8")
+        if config.keep_final:  # first: a student that is there has it
+            final = FinalCheckpoint(stage.store, f"{stage.kind}/{stage.digest}")
+            final.keep(checkpoints_folder(stage.store, stage.spec.identity))
         published = stage.store.publish(stage.kind, stage.digest, self.output)
-        info: dict[str, Any] = {"num_ranks": dist.get_world_size()}
+        info: dict[str, Any] = {
+            "num_ranks": dist.get_world_size(),
+            "final_checkpoint": config.keep_final,
+        }
         if self.best is not None and self.best.best is not None:
             info["kept_step"] = self.best.best.step
         ref = stage.commit(files=published, counts=counts, info=info)
         shutil.rmtree(stage.workdir)  # the checkpoints have served
-        if self._copies is not None and (problem := self._copies.remove()) is not None:
+        copies = None if config.keep_final else self._copies
+        if copies is not None and (problem := copies.remove()) is not None:
             stage.reporter.message(f"the copies of its checkpoints stay: {problem}")
         return ref
 

@@ -1,12 +1,13 @@
 """Where a training keeps checkpoints: in a folder outside the store, seen by its ranks and its
-launcher; and, if so asked, copies in the store.
+launcher; and, if so asked, copies in the store, of which the last one may stay when it is done.
 """
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from kdflow_core.student.seal import METADATA
-from storage.errors import StoreError
+from kdflow_core.student.seal import METADATA, damage_of
+from storage.errors import StoreCorruptError, StoreError
 from storage.kept_checkpoints import KeptCheckpoints
 from storage.store import ArtifactStore
 from tasks.stages.identity import StageIdentity, StageSpec, open_store
@@ -32,6 +33,46 @@ def _saved(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob(f"{STEP}????????"))
 
 
+class FinalCheckpoint:
+    """The last checkpoint of a training that is done, in the store. Raises OSError or StoreError
+    where that cannot be read or written.
+    """
+
+    def __init__(self, store: ArtifactStore, student: str) -> None:
+        self._kept = KeptCheckpoints(store, *student.split("/"))
+        self._student = student
+
+    def keep(self, folder: Path) -> None:
+        """Put it there, whole, and what belongs to it, from a training's checkpoints."""
+        checkpoint = folder / _saved(folder)[-1]
+        names = sorted(path.name for path in checkpoint.iterdir())
+        self._kept.put(checkpoint, names, _records(folder))
+        self._kept.complete(checkpoint.name, keep=())
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there is one."""
+        return bool(self._kept.files())
+
+    def fetch(self, folder: Path, tell: Callable[[str], None]) -> None:
+        """Have it be the first checkpoint of another training."""
+        kept = self._kept.files()
+        if not kept:
+            raise StoreError(f"the last checkpoint of {self._student} is not in the store any more")
+        name = max(kept)
+        step = int(name.removeprefix(STEP))
+        tell(f"going on with the training of {self._student}, of which {step} steps are done")
+        self._kept.fetch_records(name, folder.parent)
+        self._kept.fetch(name, kept[name], folder / name)
+        damage = damage_of(folder / name)
+        if damage is not None:
+            shutil.rmtree(folder / name)
+            raise StoreCorruptError(
+                f"the last checkpoint of {self._student} is damaged: {damage}; train that student "
+                "again, or begin anew with student.start=fresh"
+            )
+
+
 class StoredCopies:
     """Copies of a training's checkpoints in the store. See `CheckpointCopies`.
 
@@ -44,7 +85,8 @@ class StoredCopies:
 
     def put(self, checkpoint: Path, names: Sequence[str]) -> str | None:
         """See `CheckpointCopies`."""
-        records = self._records() if METADATA in names else None  # rank 0's, as all of these are
+        # Rank 0's, as all of these are.
+        records = _records(self._folder) if METADATA in names else None
         return _problem(lambda: self._kept.put(checkpoint, names, records))
 
     def complete(self, checkpoint: Path) -> str | None:
@@ -68,10 +110,12 @@ class StoredCopies:
         """Remove them; what has gone wrong with it."""
         return _problem(self._kept.remove)
 
-    def _records(self) -> dict[str, Path]:
-        work = self._folder.parent
-        found = [path for pattern in RECORDS for path in sorted(work.glob(pattern))]
-        return {path.relative_to(work).as_posix(): path for path in found}
+
+def _records(folder: Path) -> dict[str, Path]:
+    """What belongs to the checkpoints in a folder, by its place in the working folder."""
+    work = folder.parent
+    found = [path for pattern in RECORDS for path in sorted(work.glob(pattern))]
+    return {path.relative_to(work).as_posix(): path for path in found}
 
 
 def _problem(work: Callable[[], None]) -> str | None:
@@ -94,6 +138,12 @@ def fetch_checkpoints(spec: StageSpec, tell: Callable[[str], None]) -> None:
     """Before a training's ranks look for checkpoints; for who holds its lease. Raises OSError or
     StoreError.
     """
-    copies = stored_copies(spec)
+    copies, student = stored_copies(spec), spec.run.student.continues
     if copies is not None:
         copies.fetch(tell)
+    if student is None or spec.identity.stage != "train":
+        return
+    store = open_store(spec.run)
+    folder = checkpoints_folder(store, spec.identity)
+    if not _saved(folder):
+        FinalCheckpoint(store, student).fetch(folder, tell)

@@ -41,6 +41,7 @@ from tasks.stages.identity import StageIdentity, of_teacher, run_of_teacher
 OPERATIONAL_STUDENT_FIELDS = {
     "model",
     "start",
+    "continues",
     "chat_template",
     "activation_checkpointing",
     "compile",
@@ -55,6 +56,7 @@ OPERATIONAL_STUDENT_FIELDS = {
     "checkpoint_every",
     "checkpoint_minutes",
     "keep_checkpoints",
+    "keep_final",
 }
 
 CURVE_FIELDS = {"every_steps", "curve_sequences", "keep_best", "patience"}
@@ -243,6 +245,8 @@ def student(known: Known) -> Iterator[Slice]:
         # Elsewhere stored states are of the held-out sequences alone, for a curve if there is one.
         if run.stores_training_states or run.measures_heldout or not key.startswith("states")
     }
+    if run.student.continues is not None:
+        inputs["continues"] = run.student.continues.partition("/")[2]
     scored = known.made("log_probs")
     if scored is not None:
         inputs["log_probs"] = scored
