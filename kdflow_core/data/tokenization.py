@@ -10,13 +10,14 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from configs.schema.data import DataConfig, Source
 from kdflow_core.contracts import Alignment, Example, TokenSequence
 from kdflow_core.data.conversations import Conversation, parse_row
+from kdflow_core.data.known_samples import sample_key
 from kdflow_core.data.many_cores import in_order
 from kdflow_core.data.messages import SampleError
 from kdflow_core.data.rendering import Renderer
@@ -37,13 +38,14 @@ MOST_HELD = 20_000
 @dataclass
 class Tally:
     """Samples read, those of them that are prompts alone, those held out because of a source that
-    is, and those dropped, by source and reason, with an example of each reason; and fields that
-    student's and teacher's templates leave out.
+    is, those that were known, and those dropped, by source and reason, with an example of each
+    reason; and fields that student's and teacher's templates leave out.
     """
 
     read: Counter[str] = field(default_factory=Counter)
     prompts: Counter[str] = field(default_factory=Counter)
     withheld: Counter[str] = field(default_factory=Counter)
+    known: Counter[str] = field(default_factory=Counter)
     dropped: dict[str, Counter[str]] = field(default_factory=dict)
     first_detail: dict[str, str] = field(default_factory=dict)
     ignored: dict[str, Counter[str]] = field(default_factory=dict)
@@ -63,21 +65,41 @@ class Tally:
         else:
             self.prompts[source] += rendered.is_prompt
             self.withheld[source] += rendered.is_withheld
+            self.known[source] += rendered.is_known
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Rendered:
-    """What has become of a sample: an example, or the reason why it is dropped; and whether it
-    would have been trained on, if a held-out source did not have its prompt.
+    """What has become of a sample: an example, or the reason why it is dropped; whether it would
+    have been trained on, if a held-out source did not have its prompt; what it is known by, and
+    whether it was known.
     """
 
     example: Example | None = None
     split: Split = "train"
+    key: bytes | None = None
     is_prompt: bool = False
     is_withheld: bool = False
+    is_known: bool = False
     reason: str = ""
     detail: str = ""
     ignored: dict[str, Counter[str]]
+
+
+class Tokenized(NamedTuple):
+    """An example, the split that it belongs to, and what its sample is known by (None: by nothing,
+    and it is tokenized anew each time).
+    """
+
+    split: Split
+    example: Example
+    key: bytes | None
+
+
+def unknown(key: bytes) -> Example | None:
+    """No sample was tokenized before."""
+    del key
+    return None
 
 
 class Aligner(Protocol):
@@ -125,9 +147,10 @@ def tokenize(
     reporter: Reporter,
     tally: Tally,
     cores: int = 1,
-) -> Iterator[tuple[Split, Example]]:
-    """Examples with their split, one by one, the same whatever the number of `cores`; counts go to
-    `tally`.
+    known: Callable[[bytes], Example | None] = unknown,
+) -> Iterator[Tokenized]:
+    """Examples, one by one, the same whatever the number of `cores`; counts go to `tally`. Samples
+    that are `known`, by their keys, are not rendered again.
 
     `readers` are by view, the student first. Where others render as it does, give the same renderer
     again: it then renders once. Those without an aligner have to supervise the student's tokens.
@@ -149,16 +172,27 @@ def tokenize(
             hashed = text_hash(conversation.prompt_text, seed)
             split = split_of(hashed, fraction)
             moved = split == "train" and hashed in withheld
-            found = _rendered(
-                conversation, source, readers, config.max_length, "heldout" if moved else split
+            split, key = "heldout" if moved else split, sample_key(conversation, source)
+            example = known(key)
+            if example is None:
+                found = _rendered(conversation, source, readers, config.max_length)
+            else:
+                found = _Rendered(example=example, is_known=True, ignored={})
+            # A known sample does not tell what templates leave out of it.
+            is_told = any(found.ignored.values())
+            return replace(
+                found,
+                split=split,
+                key=None if is_told else key,
+                is_prompt=found.example is not None and conversation.lacks_answer,
+                is_withheld=moved,
             )
-            return replace(found, is_withheld=moved)
 
         for found in in_order(rendered, iter(conversations), cores=cores):
             tally.take(name, found)
             if found.example is not None:
                 kept[found.split] += 1
-                yield found.split, found.example
+                yield Tokenized(found.split, found.example, found.key)
                 reporter.progress(done=kept.total(), total=0, unit="samples", detail=name)
         _refuse_dropped(name, tally, config.max_malformed_fraction)
     _refuse_empty(kept, tally, config)
@@ -336,7 +370,6 @@ def _rendered(
     source: str,
     readers: Mapping[str, ViewReader],
     max_length: int,
-    split: Split,
 ) -> _Rendered:
     """What becomes of a sample."""
     for reader in readers.values():
@@ -346,8 +379,7 @@ def _rendered(
     except SampleError as error:
         return _Rendered(reason=error.reason, detail=str(error), ignored={})
     ignored = {view: reader.renderer.ignored for view, reader in readers.items()}
-    is_prompt = conversation.lacks_answer
-    return _Rendered(example=example, split=split, is_prompt=is_prompt, ignored=ignored)
+    return _Rendered(example=example, ignored=ignored)
 
 
 def _render(

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from kdflow_core.rollout import build_rollout_engine, placed
 from kdflow_core.rollout.base import Sampling
 from kdflow_core.workers.devices import barrier
 from storage.artifact import ArtifactRef
+from storage.digest import digest
 from storage.sealed import is_whole, seal
 from storage.tokens import TokenTable, TokenWriter
 from tasks.jobs import aligning, chats, parts
+from tasks.jobs.earlier_answers import Held, earlier_answers
 from tasks.jobs.stage_run import StageRun, job
 from tasks.jobs.stored import TokenExamples, token_row
 from tasks.stages.slices import SPLITS, Side, Split
@@ -45,9 +48,18 @@ def generate_answers(stage: StageRun) -> ArtifactRef | None:
     tokens = stage.store.local_copy(stage.spec.inputs["tokens"])
     tables = {split: TokenTable(tokens / f"{split}.arrow") for split in SPLITS}
     wanted = {split: _wanted(stage.run, split, table) for split, table in tables.items()}
+    earlier = earlier_answers(stage, partial(_wanted, stage.run))
+    held = {split: earlier.of(tables[split], rows) for split, rows in wanted.items()}
+    anew = {split: [k for k in rows if k not in held[split]] for split, rows in wanted.items()}
+    copied = sum(map(len, held.values()))
+    if copied and rank == 0:
+        stage.reporter.message(
+            f"{copied} of {sum(map(len, wanted.values()))} answers are copied: this model has "
+            "written them for other runs"
+        )
     portions = [
         _Part(split=split, number=k, rows=rows[begin : begin + config.prompts_per_part])
-        for split, rows in wanted.items()
+        for split, rows in anew.items()
         for k, begin in enumerate(range(0, len(rows), config.prompts_per_part))
     ]
     folder = stage.workdir / "parts"
@@ -70,9 +82,9 @@ def generate_answers(stage: StageRun) -> ArtifactRef | None:
     for split, table in tables.items():
         paths = [part.path(folder) for part in portions if part.split == split]
         supervised += _merge(
-            TokenExamples(table), set(wanted[split]), paths, target / f"{split}.arrow"
+            TokenExamples(table), set(anew[split]), held[split], paths, target / f"{split}.arrow"
         )
-    translated = _translated(stage, config, folder, portions)
+    translated = _translated(stage, config, target, wanted)
     files = stage.store.publish(stage.kind, stage.digest, target)
     counts = {
         "sequences": len(tables["train"]),
@@ -80,7 +92,7 @@ def generate_answers(stage: StageRun) -> ArtifactRef | None:
         "heldout_answered": len(wanted["heldout"]),
         "supervised_tokens": supervised,
     }
-    info = {"by": config.by, "translated": translated}
+    info = {"by": config.by, "translated": translated, "copied": copied}
     ref = stage.commit(files=files, counts=counts, info=info)
     shutil.rmtree(stage.workdir)  # the parts have served
     return ref
@@ -101,8 +113,8 @@ class _Part:
 
     def path(self, folder: Path) -> Path:
         """Where its answers lie."""
-        prefix = "" if self.split == "train" else f"{self.split}-"
-        return folder / f"{prefix}{self.number:06d}.arrow"
+        # Which rows it has depends on what the store held when it was begun.
+        return folder / f"{self.split}-{self.number:06d}-{digest(self.rows)[:8]}.arrow"
 
 
 def _wanted(run: RunConfig, split: Split, table: TokenTable) -> list[int]:
@@ -190,20 +202,30 @@ def _write(path: Path, examples: Iterator[Example]) -> None:
     seal(path)
 
 
-def _merge(examples: TokenExamples, answered: set[int], parts: Sequence[Path], path: Path) -> int:
-    """All examples in their order, the answered ones from the parts; the supervised tokens."""
+def _merge(
+    examples: TokenExamples,
+    answered: set[int],
+    held: Mapping[int, Held],
+    parts: Sequence[Path],
+    path: Path,
+) -> int:
+    """All examples in their order, the answered ones from the parts, or from where they are held;
+    the supervised tokens.
+    """
     anew = chain.from_iterable(_rows(part) for part in parts)
     tokens = 0
     with TokenWriter(path) as writer:
         for index in range(len(examples)):
             row = next(anew) if index in answered else token_row(examples[index])
+            if index in held:
+                row = held[index].as_answer_of(row)
             writer.add(row)
             tokens += int(row["student_supervised"].sum())
     return tokens
 
 
 def _translated(
-    stage: StageRun, config: AnswersConfig, folder: Path, parts: Sequence[_Part]
+    stage: StageRun, config: AnswersConfig, folder: Path, answered: Mapping[Split, Sequence[int]]
 ) -> dict[str, int] | None:
     """What became of the answers on their way to the other side's tokens; None where both have the
     same.
@@ -211,8 +233,8 @@ def _translated(
     translator = aligning.translator(stage)
     if translator is None:
         return None
-    tables = [TokenExamples(TokenTable(part.path(folder))) for part in parts]
-    examples = (table[index] for table in tables for index in range(len(table)))
+    tables = {s: TokenExamples(TokenTable(folder / f"{s}.arrow")) for s in answered}
+    examples = (tables[split][row] for split, rows in answered.items() for row in rows)
     translated = translator.count(examples, config.by)
     aligning.tell_shortened(stage, translated)
     return asdict(translated)

@@ -11,14 +11,13 @@ Dimensions: N sequences or rows.
 from collections.abc import Mapping
 
 import numpy as np
-import torch.distributed as dist
 
 from kdflow_core.contracts import TokenSequence
 from storage.artifact import ArtifactRef, Manifest
 from storage.codecs import codec_named
 from storage.errors import StoreCorruptError
 from storage.states.reader import HiddenStateReader
-from tasks.jobs.parts import open_states, rank_and_size
+from tasks.jobs.parts import agreed, open_states
 from tasks.jobs.stage_run import StageRun
 from tasks.stages.catalogue import CATALOGUE
 
@@ -52,19 +51,16 @@ class EarlierStates:
 
 def earlier_states(stage: StageRun, head_digest: str, digests: np.ndarray) -> EarlierStates:
     """What is there of the stage's teacher and these sequences, on all ranks alike."""
-    refs: list[list[ArtifactRef]] = [[]]
-    rank, _ = rank_and_size()
-    if rank == 0:
-        manifests = stage.store.newest_manifests(EXTRACT.kind, MOST)
-        refs[0] = [
+
+    def serving() -> list[ArtifactRef]:
+        return [
             ref
-            for manifest in manifests
+            for manifest in stage.store.newest_manifests(EXTRACT.kind, MOST)
             if _serves(stage, manifest, head_digest)
             and (ref := stage.store.find(manifest.kind, manifest.digest)) is not None
         ]
-    if dist.is_initialized():
-        dist.broadcast_object_list(refs)
-    readers = {f"{ref.kind}/{ref.digest}": open_states(stage, ref) for ref in refs[0]}
+
+    readers = {ref.name: open_states(stage, ref) for ref in agreed(serving)}
     return EarlierStates(digests, readers)
 
 

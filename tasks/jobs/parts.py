@@ -1,6 +1,8 @@
 """The parts of a run as the core takes them: models' tokenizers, heads, stored signals, prompts."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,8 @@ from tasks.jobs.chats import tokenizer
 from tasks.jobs.stage_run import StageRun
 from tasks.jobs.stored import StoredStates
 from tasks.stages.slices import Side
+
+T = TypeVar("T")
 
 
 def device(stage: StageRun) -> torch.device:
@@ -78,6 +82,16 @@ def teacher_head(stage: StageRun, where: torch.device) -> OutputHead:
     head = load_head(folder, config, true_vocabulary_size(tokenizer(stage, "teacher")))
     bias_V = None if head.bias_V is None else head.bias_V.to(where)
     return replace(head, weight_VH=head.weight_VH.to(where), bias_V=bias_V)
+
+
+def agreed(find: Callable[[], T]) -> T:
+    """What rank 0 finds, on all ranks."""
+    rank, _ = rank_and_size()
+    found: list[Any] = [find() if rank == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    answer: T = found[0]
+    return answer
 
 
 def rank_and_size() -> tuple[int, int]:

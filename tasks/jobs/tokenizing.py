@@ -5,19 +5,20 @@ from pathlib import Path
 
 from kdflow_core.alignment.coverage import Coverage, plain, summary
 from kdflow_core.alignment.relation import relation
-from kdflow_core.contracts import Example
 from kdflow_core.data.chat import ChatFormat
 from kdflow_core.data.many_cores import usable_cores
 from kdflow_core.data.rendering import Renderer
-from kdflow_core.data.tokenization import Split, Tally, ViewReader, tokenize
+from kdflow_core.data.tokenization import Split, Tally, Tokenized, ViewReader, tokenize
 from kdflow_core.models.folders import context_length, text_config
 from kdflow_core.models.tokenizers import true_vocabulary_size
 from storage.artifact import ArtifactRef
 from storage.data_files import DataFiles
+from storage.token_keys import keys_path, write_keys
 from storage.tokens import TokenTable, TokenWriter
 from tasks.checks.chat_check import check_pair, check_two_tokenizers
 from tasks.jobs.aligning import pair_of
 from tasks.jobs.chats import chat
+from tasks.jobs.earlier_tokens import earlier_tokens
 from tasks.jobs.stage_run import SIDES, StageRun, job
 from tasks.jobs.stored import token_row
 from tasks.stages.slices import SPLITS, Side
@@ -48,6 +49,7 @@ def tokenize_data(stage: StageRun) -> ArtifactRef:
         reporter=stage.reporter,
         tally=tally,
         cores=usable_cores(),
+        known=earlier_tokens(stage),
     )
     coverage: dict[str, Coverage] = {}
     _write_examples(folder, examples, tuple(readers), coverage)
@@ -60,7 +62,9 @@ def tokenize_data(stage: StageRun) -> ArtifactRef:
     stage.reporter.message("; ".join([said, *([summary(coverage)] if coverage else [])]))
     stage.reporter.message(
         f"{counts['train_sequences']} training and "
-        f"{counts['heldout_sequences']} held-out samples; dropped: {dropped or 'none'}"
+        f"{counts['heldout_sequences']} held-out samples"
+        + (f", of which {known} were tokenized before" if (known := tally.known.total()) else "")
+        + f"; dropped: {dropped or 'none'}"
         + (
             f"; held out because a held-out source has their prompt: {dict(withheld)}"
             if (withheld := +tally.withheld)
@@ -75,6 +79,7 @@ def tokenize_data(stage: StageRun) -> ArtifactRef:
             "prompts": dict(tally.prompts),
             "dropped": dropped,
             "withheld": dict(+tally.withheld),
+            "known": dict(+tally.known),
             "first_dropped": tally.first_detail,
             "ignored": ignored,
             "tokenizers": said,
@@ -126,23 +131,27 @@ def _tokenizers(stage: StageRun, chats: Mapping[Side, ChatFormat], *, by_bytes: 
 
 def _write_examples(
     folder: Path,
-    examples: Iterable[tuple[Split, Example]],
+    examples: Iterable[Tokenized],
     views: Sequence[str],
     coverage: dict[str, Coverage],
 ) -> None:
-    """Both splits' tables; what is aligned is counted by source, and by teacher where that is not
-    the run's own.
+    """Both splits' tables, and what samples are known by; what is aligned is counted by source, and
+    by teacher where that is not the run's own.
     """
+    keys: dict[Split, list[bytes | None]] = {split: [] for split in SPLITS}
     with (
         TokenWriter(folder / "train.arrow", views) as train,
         TokenWriter(folder / "heldout.arrow", views) as heldout,
     ):
         writers = {"train": train, "heldout": heldout}
-        for split, example in examples:
+        for split, example, key in examples:
             writers[split].add(token_row(example))
+            keys[split].append(key)
             for view in example.alignments:
-                key = example.source if view == "teacher" else f"{example.source} ({view})"
-                coverage.setdefault(key, Coverage()).add(example, view)
+                counted = example.source if view == "teacher" else f"{example.source} ({view})"
+                coverage.setdefault(counted, Coverage()).add(example, view)
+    for split, own in keys.items():
+        write_keys(keys_path(folder / f"{split}.arrow"), own)
 
 
 def _counts(folder: Path) -> dict[str, int]:

@@ -137,7 +137,7 @@ def read(path: Path, pair: tuple[str, str]) -> tuple[list[Example], Tally]:
         reporter=SilentReporter(),
         tally=tally,
     )
-    return [example for _, example in examples], tally
+    return [example for _, example, _ in examples], tally
 
 
 def spelled(name: str, ids: list[int]) -> bytes:

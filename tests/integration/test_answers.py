@@ -1,5 +1,6 @@
 """Answers that a model writes in place of the data's, and training on them."""
 
+import json
 import logging
 from collections.abc import Callable
 from importlib import metadata
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.load import load_run
@@ -153,19 +155,21 @@ def test_a_stopped_generation_goes_on_with_its_parts(
 
 def keep_first_part(run: RunConfig, done: dict[str, ArtifactRef], parts: Path) -> list[Example]:
     """Put a first part with answers of sevens where the stage looks for it."""
+    from storage.digest import digest
     from storage.sealed import seal
     from storage.tokens import TokenWriter
     from tasks.jobs.stored import token_row
 
     parts.mkdir(parents=True)
     kept = examples(done["answers"])[:24]
-    with TokenWriter(parts / "000000.arrow") as writer:
+    path = parts / f"train-000000-{digest(list(range(24)))[:8]}.arrow"
+    with TokenWriter(path) as writer:
         for example in kept:
             row = token_row(example)
             ids_T = row["student_ids"].copy()
             ids_T[example.student.supervised_T] = 7
             writer.add(row | {"student_ids": ids_T})
-    seal(parts / "000000.arrow")
+    seal(path)
     return kept
 
 
@@ -186,3 +190,54 @@ def test_a_policy_gradient_without_its_samples_is_refused(
     overrides = {"loss.divergence": divergence, "data.answers": answers}
     with pytest.raises(ValueError, match="learns from what the student has sampled"):
         load_run(str(make_recipe()), overrides)
+
+
+def test_only_what_is_new_is_tokenized_answered_and_scored(
+    make_recipe: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """More data, before the old and behind it: what a run with all of it from the start makes."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    rows = [{"prompt": f"{a} plus {b}?"} for a in range(8) for b in range(5)]
+    rows.append(rows[12])  # one prompt twice: two answers
+    files = {"b": rows[10:30], "a": rows[:10], "c": rows[30:]}
+    source = {"type": "files", "path": str(folder / "*.jsonl"), "name": "rows"}
+    overrides = settings(by="teacher", temperature=0.0) | {"data.sources": [source]}
+    recipe = str(make_recipe())
+
+    def made(root: str, names: str = "") -> dict[str, ArtifactRef]:
+        for name in names:
+            lines = (json.dumps(row) + "\n" for row in files[name])
+            (folder / f"{name}.jsonl").write_text("".join(lines))
+        places = {"storage.root": str(tmp_path / root), "storage.scratch": str(tmp_path / root)}
+        run = load_run(recipe, overrides | places)
+        done: dict[str, ArtifactRef] = {}
+        for identity in plan_stages(run).values():
+            spec = stage_spec(identity, run, done)
+            done |= {identity.output: launch_stage(spec, LOG)}
+            if identity.stage == "train":
+                break
+        return done
+
+    caplog.set_level(logging.INFO)
+    made("store", "b")
+    assert "before" not in caplog.text
+    assert "copied" not in caplog.text
+    done = made("store", "ac")
+    assert "of which 21 were tokenized before" in caplog.text
+    assert f"20 of {len(rows)} answers are copied" in caplog.text
+    assert "the states of 20 of 40 sequences are copied" in caplog.text
+    whole = made("other")
+    assert {output: ref.digest for output, ref in done.items()} == {
+        output: ref.digest for output, ref in whole.items()
+    }
+    for output in ("tokens", "answers"):
+        for split in ("train", "heldout"):
+            mine, other = (Path(d[output].uri) / f"{split}.arrow" for d in (done, whole))
+            assert mine.read_bytes() == other.read_bytes()
+    weights, expected = (
+        load_file(Path(d["student"].uri) / "model/model.safetensors") for d in (done, whole)
+    )
+    # The teacher's states have the last bits of the batch that they were computed in.
+    for name, own in expected.items():
+        torch.testing.assert_close(weights[name], own, rtol=1e-3, atol=1e-4)

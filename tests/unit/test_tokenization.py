@@ -54,7 +54,7 @@ def run(
         tally=tally,
         cores=cores,
     )
-    return list(examples), tally
+    return [(split, example) for split, example, _ in examples], tally
 
 
 def files(path: Path | str, **fields: object) -> dict[str, object]:
