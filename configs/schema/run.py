@@ -115,6 +115,14 @@ class TrackingConfig(StrictModel):
     """Whether metrics are also written for TensorBoard."""
     wandb_project: str | None = None
     """A Weights & Biases project that gets the metrics; needs the package `wandb`."""
+    mlflow_experiment: str | None = None
+    """An MLflow experiment that gets the metrics, at `MLFLOW_TRACKING_URI`; needs the package
+    `mlflow-skinny`.
+    """
+    trackio_project: str | None = None
+    """A trackio project that gets the metrics; needs the package `trackio`."""
+    prometheus_port: int | None = Field(default=None, gt=0, lt=2**16)
+    """A port of the machine of rank 0 where Prometheus finds the last metrics of training."""
 
 
 class PromotionConfig(StrictModel):

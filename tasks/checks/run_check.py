@@ -31,7 +31,7 @@ from tasks.checks.cluster_check import check_cluster
 from tasks.checks.engine_check import check_engines
 from tasks.checks.start import started
 from tasks.execution.launch import ask_rank
-from tasks.presentation.tracking import check_tracking
+from tasks.presentation.trackers import check_tracking
 from tasks.stages.identity import StageIdentity, find, open_store, run_of_teacher
 from tasks.stages.planning import plan_stages
 

@@ -99,7 +99,11 @@ class TrainingSession:
         self.metrics: MetricsLog | NoMetrics = NoMetrics()
         if dist.get_rank() == 0:
             self.metrics = MetricsLog(
-                run=run, folder=self.output, run_id=stage.digest, first_step=self.trainer.step
+                run=run,
+                folder=self.output,
+                run_id=stage.digest,
+                first_step=self.trainer.step,
+                tell=stage.reporter.message,
             )
         self.best = None if run.eval.keep_best is None else self._best(run.eval)
 

@@ -1,34 +1,31 @@
-"""Training metrics: JSON lines always, TensorBoard and Weights & Biases by config."""
+"""Training metrics: JSON lines always, and what trackers are told of them."""
 
-import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from configs.errors import ConfigError
 from configs.schema.run import RunConfig
-from configs.secrets import public_config
 from kdflow_core.metrics import STEP_METRICS
+from tasks.presentation.trackers import Tracked, trackers
 
 METRICS_FILE = "metrics.jsonl"
 HELDOUT_FILE = "heldout.jsonl"
 PLOTTED = tuple(metric.name for metric in STEP_METRICS)
 
 
-def check_tracking(run: RunConfig) -> None:
-    """Refuse a tracker that is asked for and not installed. Raises ConfigError."""
-    if run.tracking.wandb_project and importlib.util.find_spec("wandb") is None:
-        raise ConfigError(
-            f"tracking.wandb_project={run.tracking.wandb_project!r} needs the package wandb: "
-            "pip install wandb, or leave the field out"
-        )
-
-
 class MetricsLog:
     """Writes the records of a run; a resumed run first drops those after its checkpoint."""
 
-    def __init__(self, *, run: RunConfig, folder: Path, run_id: str, first_step: int) -> None:
+    def __init__(
+        self,
+        *,
+        run: RunConfig,
+        folder: Path,
+        run_id: str,
+        first_step: int,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS_FILE
         kept = [r for r in read_metrics(path) if r["step"] <= first_step]
@@ -41,34 +38,13 @@ class MetricsLog:
         self._heldout.unlink(missing_ok=True)
         for point in points:
             self._append_heldout(point)
-        self._board: Any = None
-        self._wandb: Any = None
-        if run.tracking.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - optional
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
-        if run.tracking.wandb_project:
-            import wandb  # noqa: PLC0415 - optional
-
-            self._wandb = wandb.init(
-                project=run.tracking.wandb_project,
-                id=run_id,
-                name=run.name,
-                dir=str(folder),
-                resume="allow",
-                config=public_config(run),
-            )
+        self._trackers = trackers(Tracked(run, run_id, folder, first_step, tell))
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one step's record."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        plotted = [name for name in PLOTTED if name in record]
-        if self._board is not None:
-            for name in plotted:
-                self._board.add_scalar(f"train/{name}", record[name], record["step"])
-        if self._wandb is not None:
-            self._wandb.log({f"train/{n}": record[n] for n in plotted}, step=record["step"])
+        self._plot("train", {n: record[n] for n in PLOTTED if n in record}, record["step"])
 
     def write_round(self, figures: Mapping[str, float], step: int) -> None:
         """A round's figures for the curves; `step` is its last. Its record is kept elsewhere."""
@@ -84,20 +60,15 @@ class MetricsLog:
             file.write(json.dumps(point) + "\n")
 
     def _plot(self, group: str, figures: Mapping[str, float], step: int) -> None:
-        if self._board is not None:
-            for name, value in figures.items():
-                self._board.add_scalar(f"{group}/{name}", value, step)
-            self._board.flush()
-        if self._wandb is not None:
-            self._wandb.log({f"{group}/{n}": value for n, value in figures.items()}, step=step)
+        named = {f"{group}/{name}": value for name, value in figures.items()}
+        for tracker in self._trackers:
+            tracker.log(named, step)
 
     def close(self) -> None:
         """Flush and close all sinks."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 class NoMetrics:

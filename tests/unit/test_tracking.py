@@ -1,22 +1,27 @@
 """Metrics sinks: what a resumed run keeps, and what goes to Weights & Biases."""
 
-import importlib.util
 import json
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
 import time
+import urllib.request
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from configs.load import ConfigError, load_run
-from tasks.presentation.tracking import (
-    HELDOUT_FILE,
-    PLOTTED,
-    MetricsLog,
-    check_tracking,
-    read_metrics,
-)
+from configs.schema.run import RunConfig
+from tasks.presentation import trackers
+from tasks.presentation.trackers import KINDS, check_tracking
+from tasks.presentation.tracking import HELDOUT_FILE, PLOTTED, MetricsLog, read_metrics
+
+ROOT = Path(__file__).parents[2]
 
 
 def record(step: int) -> dict[str, Any]:
@@ -75,10 +80,104 @@ def test_weights_and_biases_gets_the_metrics(
     assert b"mine" in content
 
 
-def test_a_tracker_that_is_not_installed_is_refused(
-    make_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+def logged(run: RunConfig, folder: Path, *, first: int, last: int) -> list[str]:
+    """What is told of a training that goes from one step to another."""
+    told: list[str] = []
+    log = MetricsLog(run=run, folder=folder, run_id="abc", first_step=first, tell=told.append)
+    for step in range(first + 1, last + 1):
+        log.write(record(step))
+    log.write_heldout({"forward_kl": 0.25}, last)
+    log.close()
+    return told
+
+
+def test_mlflow_gets_the_metrics_of_both_parts_of_a_resumed_run(
+    make_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    run = load_run(str(make_recipe()), {"tracking.wandb_project": "mine"})
-    with pytest.raises(ConfigError, match="needs the package wandb: pip install wandb"):
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.chdir(tmp_path)  # MLflow puts files beside
+    settings = {"tracking.mlflow_experiment": "mine", "tracking.tensorboard": False}
+    run = load_run(str(make_recipe()), settings)
+    check_tracking(run)
+    assert not logged(run, tmp_path / "m", first=0, last=2)
+    assert not logged(run, tmp_path / "m", first=2, last=3)
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("mine")
+    assert experiment is not None
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert found.info.status == "FINISHED"
+    assert found.info.run_name == "tiny"
+    losses = client.get_metric_history(found.info.run_id, "train/loss")
+    assert {m.step: m.value for m in losses} == {1: 1.0, 2: 2.0, 3: 3.0}
+    assert found.data.metrics["heldout/forward_kl"] == 0.25
+    assert [file.path for file in client.list_artifacts(found.info.run_id)] == ["config.json"]
+
+
+def test_a_tracker_that_does_not_answer_ends_no_training(
+    make_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.create_server(("", 0)) as taken:
+        settings = {
+            "tracking.mlflow_experiment": "mine",
+            "tracking.prometheus_port": taken.getsockname()[1],
+        }
+        told = logged(load_run(str(make_recipe()), settings), tmp_path, first=0, last=2)
+    assert len(told) == 2
+    assert "MLflow does not have all figures of this training" in told[0]
+    assert "no figures for Prometheus: port" in told[1]
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_trackio_gets_the_metrics(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """In a process of its own: where it writes, it takes from the environment when it is loaded."""
+    code = (
+        "import sys; from pathlib import Path; from configs.load import load_run;"
+        "from tests.unit.test_tracking import logged;"
+        "run = load_run(sys.argv[1], {'tracking.trackio_project': 'mine'});"
+        "logged(run, Path('m'), first=0, last=2); logged(run, Path('m'), first=2, last=3)"
+    )
+    command = [sys.executable, "-c", code, str(make_recipe())]
+    environment = os.environ | {"TRACKIO_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    with closing(sqlite3.connect(tmp_path / "mine.db")) as database:
+        rows = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY step, id")
+        found = [(name, step, json.loads(metrics)) for name, step, metrics in rows]
+    assert {name for name, _, _ in found} == {"tiny-abc"}
+    losses = {step: m["train/loss"] for _, step, m in found if "train/loss" in m}
+    assert losses == {1: 1.0, 2: 2.0, 3: 3.0}
+
+
+def test_prometheus_finds_the_last_metrics(
+    make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    with socket.create_server(("", 0)) as free:
+        port = free.getsockname()[1]
+    run = load_run(str(make_recipe()), {"tracking.prometheus_port": port})
+    log = MetricsLog(run=run, folder=tmp_path, run_id="abc", first_step=0)
+    for step in (1, 2):
+        log.write(record(step))
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        text = answer.read().decode()
+    log.close()
+    assert 'kdflow_train_tokens_per_s{run="tiny"} 2.0' in text
+    assert 'kdflow_step{run="tiny"} 2.0' in text
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.field)
+def test_a_tracker_that_is_not_installed_is_refused(
+    make_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None if name == kind.module else name)
+    given = {"tensorboard": True, "prometheus_port": 9090}.get(kind.field, "mine")
+    run = load_run(
+        str(make_recipe()), {"tracking.tensorboard": False, f"tracking.{kind.field}": given}
+    )
+    with pytest.raises(ConfigError, match=f"needs the package {kind.package}: pip install"):
         check_tracking(run)
