@@ -17,7 +17,14 @@ from configs.load import load_run, parse_overrides, recipe_names
 from configs.printable import printable
 from configs.schema.run import RunConfig
 from configs.secrets import public, public_config
-from flows import history_commands, init_command, service_commands, show_commands, store_commands
+from flows import (
+    history_commands,
+    import_command,
+    init_command,
+    service_commands,
+    show_commands,
+    store_commands,
+)
 from flows.foreground import Foreground, foreground
 from flows.prefect_api import configured_api, load_prefect, prefect_api
 from storage.artifact import ArtifactRef
@@ -46,6 +53,7 @@ app.add_typer(store_commands.app, name="store")
 app.add_typer(show_commands.app, name="show")
 app.add_typer(service_commands.app, name="service")
 app.command()(init_command.init)
+app.command("import-config")(import_command.import_config)
 app.command()(history_commands.history)
 app.command()(history_commands.compare)
 app.command()(history_commands.report)

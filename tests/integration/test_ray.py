@@ -39,8 +39,17 @@ def cluster() -> Iterator[RayCluster]:
 
 
 @pytest.fixture
-def ray_run(make_recipe: Callable[..., Path], tmp_path: Path, cluster: RayCluster):
+def ray_run(
+    make_recipe: Callable[..., Path],
+    tmp_path: Path,
+    cluster: RayCluster,
+    monkeypatch: pytest.MonkeyPatch,
+):
     """Loads a run whose ranks are spread over the nodes, or are local, in a store of its own."""
+    # Of one machine, two ranks have the threads that each has on its node: the last bits of a
+    # product go by their number on some processors.
+    cores = os.cpu_count() or 1
+    monkeypatch.setattr(os, "cpu_count", lambda: 2 * cores)
 
     def load(name: str, student: dict[str, Any], **more: Any) -> RunConfig:
         workers = {"type": "ray", "address": cluster.address, "strategy": "spread"}
