@@ -100,6 +100,10 @@ class StudentConfig(StrictModel):
     """How the student's conversations are rendered; the student is exported with it."""
     compute_dtype: Dtype = "bfloat16"
     """The dtype that layers compute in."""
+    float32_residual: bool = False
+    """Beside `compute_dtype: bfloat16`, keep what is summed from layer to layer in float32, as
+    autocast does: gradients nearer to those of float32, for more time and memory.
+    """
     weights_dtype: Dtype = "float32"
     """The dtype of the weights in training (frozen ones, beside adapters say, are bfloat16 anyway
     where they are so in the student's files). `bfloat16` takes half the memory of weights and
@@ -217,6 +221,18 @@ class StudentConfig(StrictModel):
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} is more than max_steps={most}: the learning "
                 "rate would never reach its peak"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _residual_is_wider(self) -> "StudentConfig":
+        if self.float32_residual and self.compute_dtype == "float32":
+            raise ValueError(
+                "float32_residual=true is beside compute_dtype=bfloat16; in float32 all is"
+            )
+        if self.float32_residual and self.weights_dtype != "float32":
+            raise ValueError(
+                "float32_residual=true needs weights_dtype=float32; leave one of them out"
             )
         return self
 

@@ -118,6 +118,10 @@ def packed_attention(
             f"the attention of {type(module).__name__} has more than causal rows "
             f"({', '.join(unknown) or 'a mask'}); set student.packing=false"
         )
+    device = query_BQTD.device.type
+    if torch.is_autocast_enabled(device):  # rotary embeddings have made float32 of them
+        dtype = torch.get_autocast_dtype(device)
+        query_BQTD, key_BKTD, value_BKTE = (x.to(dtype) for x in (query_BQTD, key_BKTD, value_BKTE))
     # On the host, so that nothing waits for a device.
     edges = told.get("cu_seq_lens_k")
     if edges is None:

@@ -6,6 +6,11 @@ head and embedding (tied or not) get exact, reduced gradients from the chunked l
 Dimensions: H hidden size, N supervised tokens of the micro-batch.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -29,7 +34,8 @@ class DistillationModule(torch.nn.Module):
 
     With a `head_part`, the output head is spread over the ranks by vocabulary. A `packed` one reads
     the sequences of a micro-batch behind one another, without padding. With a `routing`, how even
-    that is has its weight in the loss.
+    that is has its weight in the loss. With a `product_dtype`, products are of that one, and what
+    is summed from layer to layer is float32, as autocast has it.
     """
 
     def __init__(
@@ -41,6 +47,7 @@ class DistillationModule(torch.nn.Module):
         head_part: HeadPart | None = None,
         packed: bool = False,
         routing: Routing | None = None,
+        product_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -48,6 +55,7 @@ class DistillationModule(torch.nn.Module):
         self.head_part = head_part
         self.packed = packed
         self.routing = routing
+        self.product_dtype = product_dtype
         self.vocabulary_size = vocabulary_size
 
     def begin_micro_batch(self, *, reduces: bool, last: bool) -> None:
@@ -75,18 +83,29 @@ class DistillationModule(torch.nn.Module):
         module's own where one is given: to measure.
         """
         if self.routing is None or algorithm is not None:
-            hidden_NH = batch.student.states_of(self.model)
+            with self._products(batch):
+                hidden_NH = batch.student.states_of(self.model)
             return self._loss(hidden_NH, batch, algorithm or self.algorithm)
-        hidden_NH, even = batch.student.balanced_states_of(self.model, self.routing)
+        with self._products(batch):
+            hidden_NH, even = batch.student.balanced_states_of(self.model, self.routing)
         output = self._loss(hidden_NH, batch, self.algorithm)
         return _balanced(output, even, self.routing.weight, batch)
 
+    def _products(self, batch: MicroBatch) -> AbstractContextManager[object]:
+        """Within, products take the module's own dtype for them."""
+        if self.product_dtype is None:
+            return nullcontext()
+        return torch.autocast(batch.student.ids_BT.device.type, self.product_dtype)
+
     def _loss(self, hidden_NH: torch.Tensor, batch: MicroBatch, algorithm: Algorithm) -> LossOutput:
-        head = (
-            live_head(self.model, self.vocabulary_size)
-            if self.head_part is None
-            else student_part(self.model, self.head_part)
-        )
+        if self.product_dtype is not None:
+            hidden_NH = hidden_NH.to(self.product_dtype)  # as the head's own product would
+        if self.head_part is None:
+            head = live_head(self.model, self.vocabulary_size)
+            if self.product_dtype is not None:
+                head = replace(head, weight_VH=head.weight_VH.to(self.product_dtype))
+        else:
+            head = student_part(self.model, self.head_part)
         student = Student(model=self.model, hidden_NH=hidden_NH, head=head)
         return algorithm.loss(student, batch)
 
@@ -120,9 +139,13 @@ def shard(
     reshard_after_forward: bool = True,
 ) -> None:
     """Shard each decoder layer, then the rest. Parameters stay float32; layers compute in
-    `compute_dtype`; gradients are reduced in float32. One rank that computes in float32 has nothing
-    to gather or to cast, and stays as it is. Raises ModelError.
+    `compute_dtype` (float32 where the module has a `product_dtype`, which autocast sees to);
+    gradients are reduced in float32. One rank that computes in float32 has nothing to gather or to
+    cast, and stays as it is. Raises ModelError.
     """
+    if module.product_dtype is not None:
+        compute_dtype = torch.float32
+        _spare_routers(module.model)
     if mesh.device_type == "cpu":
         _spare_embedding_gradient(module.model)
     if mesh.size() == 1 and compute_dtype == torch.float32 and module.head_part is None:
@@ -149,6 +172,18 @@ def shard(
     fully_shard(module, mesh=mesh, mp_policy=root_policy, ignored_params=spread)
     if not isinstance(module, FSDPModule):
         raise ModelError("FSDP2 did not take the student module")
+
+
+def _spare_routers(model: PreTrainedModel) -> None:
+    """Leave the routers among experts out of autocast: they choose in float32."""
+    for router in routers(model):
+        own = router.forward
+
+        def forward(*args: Any, own: Callable[..., Any] = own, **named: Any) -> Any:
+            with torch.autocast(args[0].device.type, enabled=False):
+                return own(*args, **named)
+
+        router.forward = forward
 
 
 def _cast_buffers(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -186,7 +186,7 @@ def student_bytes(student: StudentConfig, folder: Path) -> StudentBytes:
     """By the headers of a student's files."""
     checkpoint = read_checkpoint(folder)
     wide = DTYPE_BYTES[student.weights_dtype]
-    held = checkpoint.exact_in(student.compute_dtype)
+    held = checkpoint.exact_in(student.compute_dtype) and not student.float32_residual
     narrow = min(wide, DTYPE_BYTES[student.compute_dtype]) if held else wide
     optimizer = student.optimizer
     muon = isinstance(optimizer, MuonConfig)

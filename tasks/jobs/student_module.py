@@ -92,6 +92,7 @@ def build_module(
         head_part=part,
         packed=packed,
         routing=routing_of(model, config.router_aux_loss_coef, compiled=config.compile),
+        product_dtype=compute_dtype if config.float32_residual else None,
     )
     _hold_algorithm_(module.algorithm, config.weights_dtype, filled=not in_parts)
     shard(
@@ -110,7 +111,8 @@ def _hold_weights_(model: PreTrainedModel, stage: StageRun, *, filled: bool) -> 
     """Have the weights in the dtype of training, frozen ones in a narrower one that is exact."""
     config = stage.run.student
     hold_(model.parameters(), DTYPES[config.weights_dtype], filled=filled)
-    if read_checkpoint(stage.model_folder("student")).exact_in(config.compute_dtype):
+    checkpoint = read_checkpoint(stage.model_folder("student"))
+    if not config.float32_residual and checkpoint.exact_in(config.compute_dtype):
         frozen = [p for p in model.parameters() if not p.requires_grad]
         hold_(frozen, DTYPES[config.compute_dtype], filled=filled)
 

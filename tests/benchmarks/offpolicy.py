@@ -115,6 +115,7 @@ def recipe(args: argparse.Namespace, folder: Path) -> RunConfig:
             "student": {
                 "model": model | {"path": str(args.student.absolute())},
                 "compute_dtype": args.dtype,
+                "float32_residual": args.float32_residual,
                 "lr": LR,
                 "min_lr_ratio": 1.0,
                 "warmup_fraction": 0.0,
@@ -379,6 +380,7 @@ def main() -> None:
     parser.add_argument("--student", type=Path, help="by default the quick start's")
     parser.add_argument("--large", action="store_true", help="untrained models with 152k tokens")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--float32-residual", action="store_true", help="ours, beside bfloat16")
     parser.add_argument("--sequences", type=int, default=4, help="of a step")
     parser.add_argument("--words", type=int, nargs=2, default=(30, 450), help="of an answer")
     parser.add_argument("--micro-batch-tokens", type=int, default=2048)

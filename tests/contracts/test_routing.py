@@ -2,6 +2,7 @@
 that has such a loss.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
@@ -21,7 +23,7 @@ from kdflow_core.errors import ModelError
 from kdflow_core.losses.elementwise import LossSpec
 from kdflow_core.models.families import BY_ARCHITECTURE
 from kdflow_core.models.routing import balance, routers, routing_of
-from kdflow_core.models.structure import meta_model
+from kdflow_core.models.structure import decoder_layers, meta_model
 from kdflow_core.student.module import DistillationModule, shard, student_mesh
 from kdflow_core.student.step import collate
 from tests.processes import run_ranks
@@ -56,7 +58,9 @@ def padded() -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-def module_of(model: PreTrainedModel, weight: float | None) -> DistillationModule:
+def module_of(
+    model: PreTrainedModel, weight: float | None, product_dtype: torch.dtype | None = None
+) -> DistillationModule:
     """It learns the tokens, and to route evenly."""
     size = model.config.get_text_config().vocab_size
     spec = LossSpec(divergence=None, kd_ratio=0.0, logits_bytes=2**20)
@@ -66,6 +70,7 @@ def module_of(model: PreTrainedModel, weight: float | None) -> DistillationModul
         algorithm=build_algorithm(SFTConfig(type="sft"), ingredients),
         vocabulary_size=size,
         routing=routing_of(model, weight),
+        product_dtype=product_dtype,
     )
     module.train()
     return module
@@ -166,8 +171,8 @@ def test_what_cannot_be_had_is_refused_by_name() -> None:
         routing_of(moe, None, compiled=True)
 
 
-def step_in_bfloat16(rank: int, folder: str) -> None:
-    """What the routers of each model read and hold in a step."""
+def step_in_bfloat16(rank: int, folder: str, wide: bool) -> None:
+    """What the routers of each model read and hold in a step; and the dtypes of its states."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/met", rank=rank, world_size=1)
     found = {}
     for architecture in sorted(BY_ARCHITECTURE):
@@ -175,16 +180,22 @@ def step_in_bfloat16(rank: int, folder: str) -> None:
         seen: set[tuple[torch.dtype, ...]] = set()
         for router in routers(model):
             _spy(router, seen)
-        module = module_of(model, None)
+        module = module_of(model, None, torch.bfloat16 if wide else None)
         assert (module.routing is not None) == (architecture in BALANCED), architecture
         mesh = student_mesh(torch.device("cpu"), replicas=1)
         shard(module, mesh=mesh, compute_dtype=torch.bfloat16)
+        states: set[torch.dtype] = set()
+        for layer in decoder_layers(model):
+            layer.register_forward_hook(partial(_note_state, states))
         output = module(batch_of(module, SEQUENCES[0]))
         output.loss.backward()
+        assert not wide or states == {torch.float32}, (architecture, states)
         assert module.routing is None or output.terms["router_balance"].isfinite().all()
         for name, parameter in module.named_parameters():
             gradient = parameter.grad
-            assert gradient is None or gradient.to_local().isfinite().all(), (architecture, name)
+            if isinstance(gradient, DTensor):
+                gradient = gradient.to_local()
+            assert gradient is None or gradient.isfinite().all(), (architecture, name)
         found[architecture] = seen
     torch.save(found, f"{folder}/found.pt")
     dist.destroy_process_group()
@@ -200,9 +211,16 @@ def _spy(router: torch.nn.Module, seen: set[tuple[torch.dtype, ...]]) -> None:
     router.forward = forward
 
 
+def _note_state(states: set[torch.dtype], _module: torch.nn.Module, _inputs: Any, out: Any) -> None:
+    states.add((out[0] if isinstance(out, tuple) else out).dtype)
+
+
 @pytest.mark.ranks
-def test_every_architecture_trains_in_bfloat16_and_its_routers_in_float32(tmp_path: Path) -> None:
-    run_ranks(step_in_bfloat16, str(tmp_path), ranks=1)
+@pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide residual"])
+def test_every_architecture_trains_in_bfloat16_and_its_routers_in_float32(
+    tmp_path: Path, wide: bool
+) -> None:
+    run_ranks(step_in_bfloat16, str(tmp_path), wide, ranks=1)
     found = torch.load(tmp_path / "found.pt")
     assert found.keys() == BY_ARCHITECTURE.keys()
     for architecture in BALANCED:

@@ -216,10 +216,16 @@ def test_the_result_is_a_plain_hugging_face_folder(variant: Callable[..., Any]) 
     assert scores[1] < scores[0]
 
 
-def test_bfloat16_training_runs_and_learns(variant: Callable[..., Any]) -> None:
-    _, _, folder = variant(0, compute_dtype="bfloat16", save_dtype="bfloat16")
+@pytest.mark.parametrize("more", [{}, {"float32_residual": True}], ids=["narrow", "wide residual"])
+def test_bfloat16_training_runs_and_learns(
+    variant: Callable[..., Any], more: dict[str, Any]
+) -> None:
+    _, _, folder = variant(0, compute_dtype="bfloat16", save_dtype="bfloat16", **more)
     curve = losses(folder)
     assert curve[-1] < curve[0]
+    ranks = {"num_ranks": 2, "micro_batch_tokens": 90}
+    over_two = losses(variant(1, compute_dtype="bfloat16", **ranks, **more)[2])
+    np.testing.assert_allclose(over_two, curve, rtol=5e-3)
     tensors = load_file(folder / "model/model.safetensors").values()
     assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
     assert json.loads((folder / "model/config.json").read_text())["dtype"] == "bfloat16"
