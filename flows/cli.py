@@ -1,8 +1,10 @@
 """The command `kdflow`."""
 
+import json
 import logging
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.errors import ConfigError, KdflowError
-from configs.explain import explain
+from configs.explain import Explained, explain
 from configs.load import load_run, parse_overrides, recipe_names
 from configs.printable import printable
 from configs.schema.run import RunConfig
@@ -26,6 +28,7 @@ from flows import (
     store_commands,
 )
 from flows.foreground import Foreground, foreground
+from flows.json_output import AsJson, print_lines
 from flows.prefect_api import configured_api, load_prefect, prefect_api
 from storage.artifact import ArtifactRef
 from tasks.checks.anew import forget_from
@@ -72,6 +75,7 @@ def run(
         str | None,
         typer.Option("--from", help="Make this stage and those behind it anew, from nothing."),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Run the flow `kd` here and now, without a server to start by hand."""
     with foreground(["kdflow", "run", recipe, *(overrides or [])]) as process:
@@ -84,7 +88,8 @@ def run(
         planned = PlannedRun(run=config, stages=checked_plan(config, download=True))
         if first is not None:
             removed = forget_from(config, planned.stages, first)
-            typer.echo(f"made anew: {', '.join(removed) or 'what was not there yet'}")
+            made = ", ".join(removed) or "what was not there yet"
+            typer.echo(f"made anew: {made}", err=as_json)
         there = all_artifacts(planned)
         if there is None:
             warm_up(config, planned.stages.values())
@@ -92,16 +97,20 @@ def run(
             done = _run_flow(planned, recipe, settings, process)
         else:  # nobody could look at what a temporary server says of it
             record_stages(planned.run, planned.stages)
-            typer.echo(f"served from cache: {', '.join(planned.stages)}")
+            typer.echo(f"served from cache: {', '.join(planned.stages)}", err=as_json)
             done = there
     store = open_store(config)
-    console.print(score_table(evaluation_rows(store, done["evaluation"])))
-    _print_paths(
-        {
-            "student": str(student_path(store, done["student"])),
-            "report": str(report_path(store, done["report"])),
-        }
-    )
+    rows = evaluation_rows(store, done["evaluation"])
+    paths = {
+        "student": str(student_path(store, done["student"])),
+        "report": str(report_path(store, done["report"])),
+    }
+    if as_json:
+        artifacts = {name: ref.name for name, ref in done.items()}
+        print_lines([{**paths, "artifacts": artifacts, "evaluation": rows}])
+        return
+    console.print(score_table(rows))
+    _print_paths(paths)
 
 
 def _run_flow(
@@ -137,11 +146,25 @@ def worker(
 
 
 @app.command()
-def plan(recipe: RecipeArgument, overrides: OverrideArgument = None) -> None:
+def plan(
+    recipe: RecipeArgument, overrides: OverrideArgument = None, as_json: AsJson = False
+) -> None:
     """Say which stages would be served from cache, and what changed for the others."""
     planned = planned_run(recipe, parse_overrides(overrides or []), download=False)
+    statuses = stage_status(planned.run, planned.stages)
+    if as_json:
+        print_lines(
+            {
+                "stage": status.identity.name,
+                "artifact": f"{status.identity.kind}/{status.identity.digest}",
+                "cached": status.cached,
+                "reasons": status.reasons,
+            }
+            for status in statuses
+        )
+        return
     table = Table("stage", "artifact", "status", "reason", title=f"plan of {planned.run.name}")
-    for status in stage_status(planned.run, planned.stages):
+    for status in statuses:
         identity = status.identity
         table.add_row(
             identity.name,
@@ -153,7 +176,9 @@ def plan(recipe: RecipeArgument, overrides: OverrideArgument = None) -> None:
 
 
 @app.command()
-def estimate(recipe: RecipeArgument, overrides: OverrideArgument = None) -> None:
+def estimate(
+    recipe: RecipeArgument, overrides: OverrideArgument = None, as_json: AsJson = False
+) -> None:
     """Say what a run will take, and whether live or replay is cheaper: from a short probe.
 
     Prepares and tokenizes, which a run needs anyway. Fails when the states will not fit the disk.
@@ -168,7 +193,10 @@ def estimate(recipe: RecipeArgument, overrides: OverrideArgument = None) -> None
         )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     found, outcome = measure(config, logging.getLogger("kdflow"))
-    console.print(estimate_table(config, found, outcome))
+    if as_json:
+        print_lines([found.model_dump(mode="json") | outcome.model_dump(mode="json")])
+    else:
+        console.print(estimate_table(config, found, outcome))
     check_room(config, outcome)
 
 
@@ -179,24 +207,32 @@ def show_config(
     explain_fields: Annotated[
         bool, typer.Option("--explain", help="Say what each field is for, instead.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print a recipe with overrides and defaults filled in; with --explain, what each field is for:
     all fields, or those whose names begin with the given prefix.
     """
     if explain_fields:
-        console.print(field_table(recipe))
+        fields = explained(recipe)
+        if as_json:
+            print_lines(map(asdict, fields))
+            return
+        console.print(field_table(fields))
         return
     if not recipe:
         raise ConfigError("give a recipe's name, or a YAML file; `kdflow recipes` lists those here")
-    config = load_run(recipe, parse_overrides(overrides or []))
-    typer.echo(yaml.safe_dump(public_config(config), sort_keys=False))
+    config = public_config(load_run(recipe, parse_overrides(overrides or [])))
+    if as_json:
+        print_lines([config])
+        return
+    typer.echo(yaml.safe_dump(config, sort_keys=False))
 
 
 @app.command()
-def recipes() -> None:
+def recipes(as_json: AsJson = False) -> None:
     """List the recipes that ship with kdflow."""
     for name in recipe_names():
-        typer.echo(name)
+        typer.echo(json.dumps({"recipe": name}) if as_json else name)
 
 
 @app.command()
@@ -205,16 +241,20 @@ def doctor(
         str | None,
         typer.Option(help="What each node of a Ray cluster has, instead: HOST:PORT or `auto`."),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Say what works on this machine. Fails when nothing does, or a node is not alike."""
     from tasks.forecast.doctor import examine, examine_cluster  # noqa: PLC0415 - loads torch
 
     findings = examine(Path.cwd()) if cluster is None else examine_cluster(cluster)
-    table = Table("", "", "works")
-    for finding in findings:
-        works = {None: "", True: "yes", False: "no"}[finding.works]
-        table.add_row(finding.what, finding.detail, works)
-    console.print(table)
+    if as_json:
+        print_lines(map(asdict, findings))
+    else:
+        table = Table("", "", "works")
+        for finding in findings:
+            works = {None: "", True: "yes", False: "no"}[finding.works]
+            table.add_row(finding.what, finding.detail, works)
+        console.print(table)
     judged = [finding.works for finding in findings if finding.works is not None]
     if not (any(judged) if cluster is None else all(judged)):
         raise typer.Exit(1)
@@ -281,16 +321,21 @@ def estimate_table(run: RunConfig, found: Estimate, outcome: Prospect) -> Table:
     return table
 
 
-def field_table(prefix: str) -> Table:
-    """The fields of the config whose names begin with something."""
-    table = Table("field", "default", "meaning")
-    for field in explain():
-        if field.name.startswith(prefix):
-            table.add_row(field.name, field.default or "", field.text)
-    if not table.row_count:
+def explained(prefix: str) -> list[Explained]:
+    """The fields of the config whose names begin with something. Raises ConfigError."""
+    fields = [field for field in explain() if field.name.startswith(prefix)]
+    if not fields:
         raise ConfigError(
             f"no field's name begins with '{prefix}'; `kdflow config --explain` has all"
         )
+    return fields
+
+
+def field_table(fields: list[Explained]) -> Table:
+    """Fields of the config for people."""
+    table = Table("field", "default", "meaning")
+    for field in fields:
+        table.add_row(field.name, field.default or "", field.text)
     return table
 
 

@@ -1,6 +1,5 @@
 """Commands that look at runs which have come to their end: `kdflow history`, `kdflow compare`."""
 
-import json
 import webbrowser
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from configs.errors import ConfigError
+from flows.json_output import AsJson, print_lines
 from flows.store_commands import DEFAULTS, Root, Scratch
 from storage.store import ArtifactStore
 from tasks.execution.progress import clock
@@ -23,15 +23,14 @@ def history(
     root: Root = DEFAULTS.root,
     scratch: Scratch = DEFAULTS.scratch,
     name: Annotated[str | None, typer.Option(help="Runs of this name alone.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a run a line.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List the runs that have come to their end, with their students' held-out scores."""
     store = ArtifactStore(root=root, scratch=scratch)
     runs = finished_runs(store)
     runs = [run for run in runs if name in (None, run.record.name)]
     if as_json:
-        for run in runs:
-            typer.echo(json.dumps(_plain(run)))
+        print_lines(map(_plain, runs))
         return
     table = Table(
         Column("run", no_wrap=True), "started", "time", "KL", "95 %", "top-1", "perplexity", "right"

@@ -6,6 +6,7 @@ import typer
 
 from configs.load import parse_overrides
 from configs.printable import printable
+from flows.json_output import AsJson, print_lines
 from tasks.checks.run_check import checked_run
 from tasks.presentation.rollout_answers import answers_of
 
@@ -25,9 +26,13 @@ def rollouts(
     ] = None,
     number: Annotated[int, typer.Option("--round", min=1, help="Which round.")] = 1,
     limit: Annotated[int, typer.Option(min=1, help="How many answers to print.")] = 10,
+    as_json: AsJson = False,
 ) -> None:
     """Print what the student answered in a round: prompt, answer, and what is known of it."""
     answers = answers_of(checked_run(recipe, parse_overrides(overrides or [])), number)
+    if as_json:
+        print_lines(answer.model_dump(mode="json") for answer in answers[:limit])
+        return
     for answer in answers[:limit]:
         known = [
             answer.source,

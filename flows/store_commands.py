@@ -1,13 +1,14 @@
 """The commands `kdflow store ...`."""
 
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from configs.schema.run import StorageConfig
+from flows.json_output import AsJson, print_lines
 from storage.errors import StoreError
 from storage.maintenance import (
     Entry,
@@ -48,10 +49,13 @@ def store_options(
 
 
 @app.command("ls")
-def ls(context: typer.Context) -> None:
+def ls(context: typer.Context, as_json: AsJson = False) -> None:
     """List what is in the store: size, age, and the runs that use it."""
     store: ArtifactStore = context.obj
     found = entries(store)
+    if as_json:
+        print_lines(map(_plain, found))
+        return
     table = Table("artifact", "size", "age", "state", "runs", title=f"{store.root}")
     for entry in found:
         table.add_row(
@@ -67,10 +71,14 @@ def ls(context: typer.Context) -> None:
 
 
 @app.command()
-def show(context: typer.Context, name: Name) -> None:
+def show(context: typer.Context, name: Name, as_json: AsJson = False) -> None:
     """Print an artifact's manifest, without its list of files."""
     entry = _finished(context.obj, name)
     assert entry.manifest is not None
+    if as_json:
+        manifest = entry.manifest.model_dump(mode="json", exclude={"files"})
+        print_lines([{**_plain(entry), "manifest": manifest}])
+        return
     typer.echo(manifest_text(entry.manifest))
     typer.echo(f"files: {len(entry.manifest.files)}, {size_text(entry.manifest.num_bytes)}")
     typer.echo(f"runs: {', '.join(entry.runs) or 'none'}")
@@ -130,6 +138,17 @@ def _is_damaged(store: ArtifactStore, entry: Entry, *, repair: bool) -> bool:
     return bool(bad)
 
 
+def _plain(entry: Entry) -> dict[str, Any]:
+    """An artifact for programs."""
+    return {
+        "artifact": entry.name,
+        "bytes": entry.num_bytes,
+        "age_s": round(time.time() - entry.modified) if entry.modified else None,
+        "state": entry.state,
+        "runs": entry.runs,
+    }
+
+
 def _title_of(entry: Entry) -> str:
     return f"{entry.kind}/{entry.digest[:SHORT]}"
 
@@ -158,14 +177,20 @@ def gc(
     older_than_hours: Annotated[
         float, typer.Option(min=0, help="Leave what was written more recently.")
     ] = 24.0,
+    as_json: AsJson = False,
 ) -> None:
     """List what no manifest and no run refers to; with `--delete`, remove it."""
     store: ArtifactStore = context.obj
     garbage = find_garbage(store, older_than_s=older_than_hours * 3600)
     for item in garbage:
-        typer.echo(f"{size_text(item.num_bytes):>10}  {item.what}: {item.why}")
+        if as_json:
+            print_lines([{"what": item.what, "why": item.why, "bytes": item.num_bytes}])
+        else:
+            typer.echo(f"{size_text(item.num_bytes):>10}  {item.what}: {item.why}")
         if delete:
             remove_garbage(store, item)
+    if as_json:
+        return
     total = size_text(sum(item.num_bytes for item in garbage))
     done = "removed" if delete else "to remove with --delete"
     typer.echo(f"{len(garbage)} things, {total}, {done}")

@@ -1,14 +1,18 @@
 """The flow `kd` as users start it: from the command line, again from cache, after a kill."""
 
+import json
 import re
 import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from configs.load import load_run
+from flows.cli import app
 from tasks.stages.planning import plan_stages
 from tests.command import kdflow
 from tests.conftest import run_inline
@@ -55,6 +59,41 @@ def test_run_rerun_and_change(make_recipe: Callable[..., Path], tmp_path: Path) 
     mended = kdflow("run", recipe)
     assert cached_stages(mended) == {"tokenize", "train", "evaluate", "report"}
     assert kdflow("plan", recipe).count("be served from cache") == 5
+    assert_programs_can_read(recipe, tmp_path)
+
+
+def assert_programs_can_read(recipe: str, folder: Path) -> None:
+    """With `--json`, commands print objects, one a line, and nothing else."""
+
+    def told(*arguments: str) -> list[dict[str, Any]]:
+        result = CliRunner().invoke(app, [*arguments, "--json"])
+        assert result.exit_code == 0, result.output
+        return [json.loads(line) for line in result.stdout.splitlines()]
+
+    store = ["store", "--root", f"{folder}/store", "--scratch", f"{folder}/scratch"]
+    (done,) = told("run", recipe)
+    assert Path(done["report"]).is_file()
+    assert {row["model"] for row in done["evaluation"]} > {"student after"}
+    plan = {stage["stage"]: stage for stage in told("plan", recipe, "student.lr=0.1")}
+    assert plan["extract"]["cached"]
+    assert not plan["train"]["cached"]
+    assert plan["train"]["reasons"] == ["student.lr: 0.0001 -> 0.1"]
+    stored = {artifact["artifact"]: artifact for artifact in told(*store, "ls")}
+    student = stored[done["artifacts"]["student"]]
+    assert student["bytes"] > 10_000
+    assert student["state"] == "finished"
+    (shown,) = told(*store, "show", student["artifact"])
+    assert shown["manifest"]["counts"]["steps"] == 6
+    assert told(*store, "gc") == []
+    (config,) = told("config", recipe, "student.lr=0.1")
+    assert config["student"]["lr"] == 0.1
+    (field,) = told("config", "--explain", "student.lr_schedule")
+    assert field["default"] == "cosine"
+    assert {"recipe": "quickstart"} in told("recipes")
+    assert {"what", "detail", "works"} == told("doctor")[0].keys()
+    (estimate,) = told("estimate", recipe)
+    assert estimate["steps"] == 6
+    assert estimate["stored_bytes"]["raw"] > 0
 
 
 def test_extraction_mapped_over_two_workers(
