@@ -10,12 +10,16 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
+from string import Template
 from typing import Any, NamedTuple
 
 from configs.errors import ConfigError
 from configs.text import parse_yaml
 
 Flags = Mapping[str, Any]
+# `NAME=value` or `export NAME="value"` on a line of its own, of a value that holds no flags.
+ASSIGNED = re.compile(r"""^\s*(?:export\s+)?(\w+)=["']?([^"'\s]+)["']?\s*$""", re.MULTILINE)
+MOST_NESTED = 4  # variables that are made of others
 
 
 class Row(NamedTuple):
@@ -64,10 +68,18 @@ def read_settings(text: str, name: str) -> dict[str, Any]:
 
 
 def _flags(script: str) -> dict[str, Any]:
-    """`--name value`, `--name=value` and lone `--name` of a script, also inside of its strings."""
+    """`--name value`, `--name=value` and lone `--name` of a script, also inside of its strings,
+    with the variables that it sets. Raises ConfigError.
+    """
     lines = [line.partition(" #")[0] for line in script.splitlines() if not line.startswith("#")]
-    text = re.sub(r"""^\s*\w+\+?=["'](.*)["']\s*$""", r"\1", "\n".join(lines), flags=re.MULTILINE)
-    words = shlex.split(text.replace("\\\n", " "), comments=False)
+    text = "\n".join(lines)
+    for _ in range(MOST_NESTED):
+        text = Template(text).safe_substitute(dict(ASSIGNED.findall(text)))
+    text = re.sub(r"""^\s*\w+\+?=["'](.*)["']\s*$""", r"\1", text, flags=re.MULTILINE)
+    try:
+        words = shlex.split(text.replace("\\\n", " "), comments=False)
+    except ValueError as error:
+        raise ConfigError(f"the script cannot be read as a shell would ({error})") from error
     found: dict[str, Any] = {}
     for word, following in pairwise([*words, "--"]):
         if not word.startswith("--") or len(word) == 2:
@@ -99,6 +111,8 @@ def made(program: Program, settings: Flags) -> Imported:
     found = Imported(program=program.name, recipe={"name": "imported"})
     used = program.together(given, found)
     for name, value in given.items():
+        if "$" in str(value):
+            found.warnings.append(f"{name}={value}: the script does not set that variable")
         theirs = f"{name}={value}" + ("" if name in settings else " (default)")
         if name in program.rules:
             rule = program.rules[name]

@@ -45,7 +45,7 @@ class LogitProducer:
         else:
             wide_CH = hidden_CH.to(self._dtype)
             with bfloat16_products(hidden_CH, self._weight_VH):
-                for rows, weight_WH in self._blocks(cached=not hidden_CH.is_cuda):
+                for rows, weight_WH in self._blocks(cached=hidden_CH.device.type == "cpu"):
                     torch.mm(wide_CH, weight_WH.T, out=out_CV[:, rows])
         if self._bias_V is not None:
             out_CV += self._bias_V

@@ -64,7 +64,7 @@ class WholeVocabulary:
 
     def distribution(self, logits_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Vocabulary`."""
-        if logits_TV.is_cuda:
+        if logits_TV.device.type != "cpu":
             log_p_TV = self.log_softmax(logits_TV)
             return log_p_TV, log_p_TV.exp()
         # On a CPU an `exp` of its own takes longer than a softmax, which has it inside.
@@ -87,7 +87,7 @@ class WholeVocabulary:
 
     def top1(self, x_TV: torch.Tensor) -> torch.Tensor:
         """See `Vocabulary`."""
-        if x_TV.is_cuda:
+        if x_TV.device.type != "cpu":
             return x_TV.max(-1).indices
         # Vectorized, which torch's is not on a CPU: several times as fast.
         return torch.from_numpy(x_TV.detach().numpy().argmax(-1))

@@ -34,8 +34,11 @@ OPTS+=" --teacher_enable_sleep True"
 OPTS+=" --ring_attn_size 2"
 python -m kdflow.cli.train_kd_off_policy $OPTS
 """
-ON_POLICY = """python -m kdflow.cli.train_kd_on_policy --kd_loss_fn rkl \\
-  --student_name_or_path Qwen/Qwen3-4B --teacher_name_or_path=Qwen/Qwen3-30B-A3B \\
+ON_POLICY = """
+export MODELS=Qwen
+STUDENT="${MODELS}/Qwen3-4B"
+python -m kdflow.cli.train_kd_on_policy --kd_loss_fn rkl \\
+  --student_name_or_path $STUDENT --teacher_name_or_path=${MODELS}/Qwen3-30B-A3B \\
   --train_dataset_path some/set --rollout_num_engines 8 --rollout_batch_size 1024 --bf16 \\
   --teacher_tp_size 4 --rollout_enable_sleep True --lora_rank 8
 """
@@ -93,6 +96,10 @@ def test_flags_of_kdflow_on_policy(tmp_path: Path) -> None:
     assert (run.student.lora.rank, run.student.lora.alpha) == (8, 16)
     assert run.student.compute_dtype == "bfloat16"
     assert run.data.sources[0].type == "hub"
+    assert run.student.model.path == "Qwen/Qwen3-4B"
+    assert run.teacher.model.path == "Qwen/Qwen3-30B-A3B"
+    _, warnings = made(ON_POLICY.replace("MODELS=Qwen", "X=Qwen"), "run.sh", tmp_path)
+    assert "student_name_or_path=${MODELS}/Qwen3-4B: the script does not set" in warnings[-2]
 
 
 def test_the_config_of_gkd(tmp_path: Path) -> None:
@@ -174,6 +181,11 @@ def test_the_command(tmp_path: Path) -> None:
     said = kdflow("import-config", str(script), str(tmp_path / "new.yaml"), code=1)
     assert "no train_dataset_path: set data.sources" in said
     assert "is written, and not complete yet" in said
+
+
+def test_a_script_that_no_shell_would_read_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cannot be read as a shell would"):
+        read_settings("python x.py --a 'b", "run.sh")
 
 
 @pytest.mark.parametrize("text", ["python train.py --lr 1", "", "a: 1"])
