@@ -20,6 +20,7 @@ from kdflow_core.data.conversations import Conversation, parse_row
 from kdflow_core.data.known_samples import sample_key
 from kdflow_core.data.many_cores import in_order
 from kdflow_core.data.messages import SampleError
+from kdflow_core.data.overlap import PromptOverlap, spoken_hash
 from kdflow_core.data.rendering import Renderer
 from kdflow_core.data.sources import RowFiles, iterate_rows
 from kdflow_core.errors import DataError
@@ -39,7 +40,7 @@ MOST_HELD = 20_000
 class Tally:
     """Samples read, those of them that are prompts alone, those held out because of a source that
     is, those that were known, and those dropped, by source and reason, with an example of each
-    reason; and fields that student's and teacher's templates leave out.
+    reason; fields that student's and teacher's templates leave out; and prompts of both splits.
     """
 
     read: Counter[str] = field(default_factory=Counter)
@@ -49,6 +50,7 @@ class Tally:
     dropped: dict[str, Counter[str]] = field(default_factory=dict)
     first_detail: dict[str, str] = field(default_factory=dict)
     ignored: dict[str, Counter[str]] = field(default_factory=dict)
+    overlap: PromptOverlap = field(default_factory=PromptOverlap)
 
     def drop(self, source: str, error: SampleError) -> None:
         """Count a dropped sample."""
@@ -66,6 +68,7 @@ class Tally:
             self.prompts[source] += rendered.is_prompt
             self.withheld[source] += rendered.is_withheld
             self.known[source] += rendered.is_known
+            self.overlap.add(rendered.split, rendered.prompt_hash)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,7 @@ class _Rendered:
     example: Example | None = None
     split: Split = "train"
     key: bytes | None = None
+    prompt_hash: int = 0
     is_prompt: bool = False
     is_withheld: bool = False
     is_known: bool = False
@@ -184,6 +188,7 @@ def tokenize(
                 found,
                 split=split,
                 key=None if is_told else key,
+                prompt_hash=spoken_hash(conversation.prompt_text),
                 is_prompt=found.example is not None and conversation.lacks_answer,
                 is_withheld=moved,
             )

@@ -71,6 +71,12 @@ def tokenize_data(stage: StageRun) -> ArtifactRef:
             else ""
         )
         + (f"; fields that the chat template leaves out: {ignored}" if ignored else "")
+        + (
+            f"; {nearly} held-out prompts are those of training samples but for case, punctuation "
+            "and white space"
+            if (nearly := tally.overlap.count())
+            else ""
+        )
     )
     return stage.publish(
         counts=counts,
@@ -80,6 +86,7 @@ def tokenize_data(stage: StageRun) -> ArtifactRef:
             "dropped": dropped,
             "withheld": dict(+tally.withheld),
             "known": dict(+tally.known),
+            "nearly_trained_on": tally.overlap.count(),
             "first_dropped": tally.first_detail,
             "ignored": ignored,
             "tokenizers": said,

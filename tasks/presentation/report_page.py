@@ -49,6 +49,7 @@ def write_report(*, spec: StageSpec, store: ArtifactStore, target: Path) -> None
         dropped=tokens.info["dropped"],
         read=tokens.info["read"],
         first_dropped=tokens.info["first_dropped"],
+        nearly_trained_on=tokens.info.get("nearly_trained_on", 0),
         stages=[_stage_row(name, m) for name, m in manifests.items()],
         counts=tokens.counts,
         tokenizers=tokens.info["tokenizers"].removeprefix("alignment: "),

@@ -374,6 +374,22 @@ def test_a_held_out_source_is_never_trained_on(tmp_path: Path, renderer: Rendere
     assert Counter(example.source for _, example in found) == {"train.jsonl": 10, "test.jsonl": 7}
 
 
+def test_held_out_prompts_that_are_nearly_trained_on_are_counted(
+    tmp_path: Path, renderer: Renderer
+) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", ROWS)
+    prompts = [str(row["prompt"]) for row in ROWS]
+    likes = [prompts[0].upper(), prompts[1] + " ??", f"  {prompts[2]}", prompts[3], "another one"]
+    held = [{"prompt": prompt, "completion": "other"} for prompt in likes]
+    test = write_jsonl(tmp_path / "test.jsonl", held)
+    sources = [files(train), files(test, heldout=True)]
+    _, tally = run(renderer, {"sources": sources, "heldout_fraction": 0})
+    assert +tally.withheld == {"train.jsonl": 1}, "the very prompt is trained on nowhere"
+    assert tally.overlap.count() == 3
+    _, tally = run(renderer, {"sources": [files(train)], "heldout_fraction": 0.3})
+    assert tally.overlap.count() == 0
+
+
 def test_held_out_sources_that_do_not_fit(tmp_path: Path, renderer: Renderer) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ROWS)
     both = [files(path, name="a"), files(path, name="b", heldout=True)]
