@@ -20,6 +20,7 @@ from configs.printable import printable
 from configs.schema.run import RunConfig
 from configs.secrets import public, public_config
 from flows import (
+    export_command,
     history_commands,
     import_command,
     init_command,
@@ -56,6 +57,7 @@ app.add_typer(store_commands.app, name="store")
 app.add_typer(show_commands.app, name="show")
 app.add_typer(service_commands.app, name="service")
 app.command()(init_command.init)
+app.command()(export_command.export)
 app.command("import-config")(import_command.import_config)
 app.command()(history_commands.history)
 app.command()(history_commands.compare)

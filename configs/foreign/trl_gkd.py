@@ -143,7 +143,7 @@ TRL = Program(
         "report_to": "tracking.tensorboard, wandb_project, mlflow_experiment, trackio_project",
         "save_strategy": "checkpoints are how a run goes on; the result is exported anyway",
         "eval_strategy": "eval.every_steps",
-        "push_to_hub": "the student is a folder that `hf upload` takes",
+        "push_to_hub": "kdflow export --hub",
         "disable_dropout": "dropout is as the student's config has it",
         "deepspeed": "the student is sharded by FSDP2 over student.num_ranks",
         "config_file": "accelerate's; the student is sharded by FSDP2 over student.num_ranks",

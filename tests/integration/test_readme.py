@@ -64,9 +64,11 @@ def test_commands_for_own_models_with_tiny_ones(
     said = {}
     for words in commands("Your own models"):
         if words[1] != "doctor":
-            own = [str(recipe) if word == "quickstart" else word for word in words[1:]]
+            mine = "tiny" if words[1] == "export" else str(recipe)
+            own = [mine if word == "quickstart" else word for word in words[1:]]
             said[words[1]] = kdflow(*own)
-    assert set(said) == {"recipes", "config", "plan", "estimate", "run", "store"}
+    assert set(said) == {"recipes", "config", "plan", "estimate", "run", "store", "export"}
+    assert (tmp_path / "small" / "model.safetensors").is_file()
     assert "quickstart" in said["recipes"].split()
     assert "max_grad_norm: 1.0" in said["config"]
     assert "be served from cache" not in said["plan"]
@@ -83,7 +85,7 @@ def test_commands_for_own_models(folder: Path) -> None:
     is cut to a few samples and steps.
     """
     shown = commands("Your own models")
-    expected = {"doctor", "recipes", "config", "plan", "estimate", "run", "store"}
+    expected = {"doctor", "recipes", "config", "plan", "estimate", "run", "store", "export"}
     assert {words[1] for words in shown} == expected
     for words in shown:
         if words[1] == "estimate":
@@ -100,6 +102,8 @@ def test_commands_for_own_models(folder: Path) -> None:
             assert output.count("quickstart-") >= 7
         elif words[1] == "plan":
             assert "prepare-teacher" in output
+        elif words[1] == "export":
+            assert (folder / "small" / "model.safetensors").is_file()
         else:
             check_scores(output)
 
