@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from kdflow_core.workers.ports import free_port
 
@@ -19,17 +20,19 @@ def programs() -> Path | None:
 
 
 @contextmanager
-def running_postgres(folder: Path) -> Iterator[str]:
+def running_postgres() -> Iterator[str]:
     """A server of its own with an empty database `prefect`, as SQLAlchemy's URL for asyncpg."""
-    bin_folder, data = programs(), folder / "postgres"
+    # Not in pytest's folders, which are its user's alone.
+    with TemporaryDirectory(prefix="kdflow-postgres-") as name:
+        yield from _served(Path(name))
+
+
+def _served(data: Path) -> Iterator[str]:
+    bin_folder = programs()
     assert bin_folder is not None
-    data.mkdir()
     account: list[str] = []
     if os.geteuid() == 0:
         shutil.chown(data, ACCOUNT)
-        for parent in data.parents:  # pytest's folders are its user's alone
-            if parent.stat().st_uid == 0 and parent != Path("/"):
-                parent.chmod(parent.stat().st_mode | 0o011)
         account = ["runuser", "-u", ACCOUNT, "--"]
 
     def run(program: str, *arguments: str) -> None:

@@ -18,10 +18,10 @@ WORKERS = ("one", "two")
 
 
 @pytest.fixture
-def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def database(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if programs() is None:
         pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
-    with running_postgres(tmp_path) as url:
+    with running_postgres() as url:
         monkeypatch.setenv("PREFECT_API_DATABASE_CONNECTION_URL", url)
         yield url.replace("+asyncpg", "")
 
