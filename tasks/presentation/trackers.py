@@ -4,7 +4,8 @@ A tracker that cannot be reached costs its curves, never the training.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -12,7 +13,8 @@ from typing import Any, NamedTuple, Protocol
 from configs.errors import ConfigError
 from configs.schema.run import RunConfig, TrackingConfig
 from configs.secrets import public_config
-from storage.digest import canonical_json
+
+MOST_CHARACTERS = 6000  # of a field's value in MLflow
 
 
 class Tracked(NamedTuple):
@@ -88,6 +90,8 @@ class Mlflow:
     """A run of an MLflow experiment, found again by a tag; the server is `MLFLOW_TRACKING_URI`."""
 
     TAG = "kdflow_artifact"
+    MOST_PARAMS = 100  # that MLflow takes at a time
+    MOST_AWAITED = 100  # sendings, the last ones, whose outcome is asked for at the end
 
     def __init__(self, training: Tracked) -> None:
         from mlflow.exceptions import MlflowException  # noqa: PLC0415 - optional
@@ -96,7 +100,7 @@ class Mlflow:
         self._errors, self._tell = MlflowException, training.tell
         self._client: Any = MlflowClient()
         self._run_id: str | None = None
-        self._sent: list[Any] = []
+        self._sent: deque[Any] = deque(maxlen=self.MOST_AWAITED)
         try:
             self._run_id = self._found(training) or self._begun(training)
         except MlflowException as error:
@@ -119,8 +123,12 @@ class Mlflow:
         experiment = self._experiment(str(training.run.tracking.mlflow_experiment))
         tags = {self.TAG: training.digest}
         run = self._client.create_run(experiment, run_name=training.run.name, tags=tags)
-        config = canonical_json(public_config(training.run))
-        self._client.log_text(run.info.run_id, config, "config.json")
+        from mlflow.entities import Param  # noqa: PLC0415 - optional
+
+        fields = [Param(name, value) for name, value in _fields(public_config(training.run))]
+        for begin in range(0, len(fields), self.MOST_PARAMS):
+            part = fields[begin : begin + self.MOST_PARAMS]
+            self._client.log_batch(run.info.run_id, params=part)
         return str(run.info.run_id)
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
@@ -146,6 +154,15 @@ class Mlflow:
 
     def _problem(self, error: Exception) -> None:
         self._tell(f"MLflow does not have all figures of this training: {error}")
+
+
+def _fields(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The fields of a config by their dotted names, as text of a length that MLflow keeps."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _fields(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", str(value)[:MOST_CHARACTERS]
 
 
 class Trackio:

@@ -98,7 +98,7 @@ def test_mlflow_gets_the_metrics_of_both_parts_of_a_resumed_run(
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    monkeypatch.chdir(tmp_path)  # MLflow puts files beside
+    monkeypatch.chdir(tmp_path)
     settings = {"tracking.mlflow_experiment": "mine", "tracking.tensorboard": False}
     run = load_run(str(make_recipe()), settings)
     check_tracking(run)
@@ -113,7 +113,9 @@ def test_mlflow_gets_the_metrics_of_both_parts_of_a_resumed_run(
     losses = client.get_metric_history(found.info.run_id, "train/loss")
     assert {m.step: m.value for m in losses} == {1: 1.0, 2: 2.0, 3: 3.0}
     assert found.data.metrics["heldout/forward_kl"] == 0.25
-    assert [file.path for file in client.list_artifacts(found.info.run_id)] == ["config.json"]
+    assert found.data.params["student.lr"] == "0.003"
+    assert found.data.params["loss.divergence.type"] == "forward_kl"
+    assert not list(tmp_path.rglob("mlruns")), "no files beside"
 
 
 def test_a_tracker_that_does_not_answer_ends_no_training(
