@@ -213,6 +213,13 @@ def check_on_policy(run: "RunConfig", on_policy: OnPolicyConfig) -> None:
             f"algorithm.type={run.algorithm.type} is not for `mode: onpolicy`, which has "
             "vanilla_kd, dual_space, gold and self_distillation"
         )
+    if run.eval.patience is not None:
+        raise ValueError("eval.patience is for `mode: offpolicy`; on_policy.rounds says how many")
+    if run.eval.keep_best is not None and not on_policy.heldout_sequences:
+        raise ValueError(
+            f"eval.keep_best={run.eval.keep_best} goes by what rounds measure on held-out samples; "
+            "set on_policy.heldout_sequences"
+        )
     if run.student.shuffle_window_shards is not None:
         raise ValueError(
             "student.shuffle_window_shards is about stored states, and `mode: onpolicy` stores none"

@@ -85,7 +85,9 @@ class EvalConfig(StrictModel):
     curve_sequences: int = Field(default=64, gt=0, le=MOST)
     """How many held-out samples that curve is measured on, at most."""
     keep_best: Literal["reverse_kl", "forward_kl", "cross_entropy"] | None = None
-    """The result is the student where this figure of the curve is least, in place of the last."""
+    """The result is the student where this figure of the held-out curve (on-policy: of the rounds)
+    is least, in place of the last.
+    """
     patience: int | None = Field(default=None, gt=0, le=MOST)
     """Training ends when so many points of the curve in a row are no better than the best one."""
     tokens_per_batch: int = Field(default=8192, gt=0, le=MOST)
@@ -97,10 +99,6 @@ class EvalConfig(StrictModel):
 
     @model_validator(mode="after")
     def _the_best_is_of_a_curve(self) -> "EvalConfig":
-        if self.keep_best is not None and self.every_steps is None:
-            raise ValueError(
-                f"keep_best={self.keep_best} goes by the held-out curve; set every_steps, too"
-            )
         if self.patience is not None and self.keep_best is None:
             raise ValueError(
                 f"patience={self.patience} waits for a better figure; say of which with keep_best"
@@ -269,6 +267,11 @@ class RunConfig(StrictModel):
                 raise ValueError("student.sleep is for `mode: onpolicy`; leave it out")
             if sum(length is not None for length in lengths) != 1:
                 raise ValueError("student: give exactly one of `epochs` and `max_steps`")
+            if self.eval.keep_best is not None and self.eval.every_steps is None:
+                raise ValueError(
+                    f"eval.keep_best={self.eval.keep_best} goes by the held-out curve; set "
+                    "eval.every_steps, too"
+                )
             return self
         if any(length is not None for length in lengths):
             raise ValueError(

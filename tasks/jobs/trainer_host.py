@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,8 @@ class TrainerHost:
             judged_by=teacher,
         )
         self._rounds = self._round_trainer(teacher)
+        if self._session.best is not None:
+            self._session.restore_best(self._measured() if context.rank == 0 else [])
         lora = run.student.lora
         self._publisher = WeightPublisher(
             self._session.module.model,
@@ -100,6 +103,21 @@ class TrainerHost:
         held = context_length(self._stage.model_folder("teacher"))
         return _LiveSignals(self._stage, teacher, self._steps, min(run.data.max_length, held))
 
+    def _measured(self) -> list[dict[str, Any]]:
+        """What the rounds that the student has been through found on held-out samples."""
+        found = []
+        for number in range(1, self._config.rounds + 1):
+            path = self._figures(number)
+            if self._rounds.is_trained(number) and is_whole(path):
+                figures = json.loads(path.read_text(encoding="utf-8"))
+                if figures["heldout"] is not None:
+                    found.append({**figures["heldout"], "step": figures["last_step"]})
+        return found
+
+    def _figures(self, number: int) -> Path:
+        """Where the figures of a round are."""
+        return self._stage.workdir / "rounds" / f"{number:06d}.json"
+
     @offered
     def ready(self) -> None:
         """Reply once the host is built."""
@@ -134,7 +152,7 @@ class TrainerHost:
         """The round's optimizer steps, as far as they are not done; what came of them."""
         wanted = RoundRequest.model_validate(request)
         number = wanted.number
-        done = self._stage.workdir / "rounds" / f"{number:06d}.json"
+        done = self._figures(number)
         if self._rounds.is_trained(number):
             if not is_whole(done):
                 raise TrainingError(
@@ -155,6 +173,8 @@ class TrainerHost:
         info = self._stage.store.manifest(wanted.rollouts.kind, wanted.rollouts.digest).info
         self._session.metrics.write_round(round_figures(result, info), figures.last_step)
         saving = time.perf_counter()
+        if figures.heldout is not None:
+            self._session.hold_if_best(asdict(figures.heldout))
         if number % self._config.checkpoint_rounds == 0 or number == self._config.rounds:
             self._session.trainer.save()  # once it is on the disk, the round counts as trained
         result["seconds"]["save"] = time.perf_counter() - saving

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from configs.schema.run import EvalConfig
 from configs.schema.teacher import InProcessTeacher
 from kdflow_core.contracts import (
     Example,
@@ -105,7 +104,10 @@ class TrainingSession:
                 first_step=self.trainer.step,
                 tell=stage.reporter.message,
             )
-        self.best = None if run.eval.keep_best is None else self._best(run.eval)
+        self.best = None if run.eval.keep_best is None else BestPoint(run.eval.patience)
+        if self.best is not None and run.on_policy is None:
+            is_first = dist.get_rank() == 0
+            self.restore_best(read_metrics(self.output / HELDOUT_FILE) if is_first else [])
 
     @property
     def output(self) -> Path:
@@ -122,8 +124,24 @@ class TrainingSession:
         if scores is None:
             return
         self.metrics.write_heldout(asdict(scores), step)
-        if self.best is not None and step > 0 and self.best.add(self._point(asdict(scores), step)):
+        if step > 0:
+            self.hold_if_best(asdict(scores))
+
+    def hold_if_best(self, scores: Mapping[str, Any]) -> None:
+        """Save the student as it is, for as long as no other has better scores."""
+        if self.best is not None and self.best.add(self._point(scores, self.trainer.step)):
             self.trainer.save(hold=True)
+
+    def restore_best(self, scores: Sequence[Mapping[str, Any]]) -> None:
+        """Go on behind earlier scores, as rank 0 has them, each with its `step`."""
+        found = [list(scores)]
+        dist.broadcast_object_list(found)
+        points = [self._point(own, own["step"]) for own in found[0] if own["step"]]
+        if self.best is None or not points:
+            return
+        self.best.restore(points, self.trainer.saved_steps())
+        if self.best.best is not None:
+            self.trainer.hold(self.best.best.step)
 
     @property
     def is_enough(self) -> bool:
@@ -132,19 +150,6 @@ class TrainingSession:
 
     def _point(self, scores: Mapping[str, Any], step: int) -> Point:
         return Point(step=step, value=float(scores[str(self.stage.run.eval.keep_best)]))
-
-    def _best(self, config: EvalConfig) -> BestPoint:
-        """The best point so far, of those that a resumed training has kept."""
-        best, found = BestPoint(config.patience), list[list[dict[str, Any]]]([[]])
-        if dist.get_rank() == 0:
-            found = [read_metrics(self.output / HELDOUT_FILE)]
-        dist.broadcast_object_list(found)
-        points = [self._point(scores, scores["step"]) for scores in found[0] if scores["step"]]
-        if points:
-            best.restore(points, self.trainer.saved_steps())
-        if best.best is not None:
-            self.trainer.hold(best.best.step)
-        return best
 
     def _take_the_best(self) -> None:
         """Have the weights of the best point of the curve."""

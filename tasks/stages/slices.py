@@ -482,6 +482,8 @@ def training_slice(run: RunConfig) -> dict[str, Any]:
         fields["curve"] = run.eval.model_dump(mode="json", include=CURVE_FIELDS)
     if run.on_policy is not None:
         fields["on_policy"] = _on_policy_slice(run, run.on_policy)
+        if run.eval.keep_best is not None:
+            fields["keep_best"] = run.eval.keep_best
     return fields
 
 

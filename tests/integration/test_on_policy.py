@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -30,7 +31,7 @@ from tasks.presentation.tracking import read_metrics
 from tasks.rounds.round_record import RoundRecord, RoundRequest
 from tasks.rounds.rounds_at_work import RoundsAtWork
 from tasks.stages.catalogue import ROLLOUTS
-from tasks.stages.identity import stage_spec
+from tasks.stages.identity import open_store, stage_spec
 from tasks.stages.planning import plan_stages
 from tests.conftest import VOCABULARY, SilentReporter, run_inline
 
@@ -368,6 +369,37 @@ def test_rounds_that_are_done_stay_done(make_recipe: Callable[..., Path]) -> Non
     shutil.rmtree(Path(run.storage.root) / "checkpoints")
     with at_work(run) as work:
         assert not work.is_trained(1)
+
+
+def test_the_best_round_is_the_result(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """By what rounds measure on held-out samples, also of a run that was ended in between; it is
+    the student of a run that ended with that round.
+    """
+    steady = {"student.lr": 0.5, "student.lr_schedule": "constant", "student.warmup_fraction": 0.0}
+    best = steady | {"eval.keep_best": "reverse_kl"}
+    run = load(make_recipe, best, rounds=4, checkpoint_rounds=4)
+    with at_work(run) as work:
+        records = train(work, 2)
+    with at_work(run) as work:
+        for number in (3, 4):
+            work.roll_out(number)
+            work.score(number)
+            records.append(work.record(work.train(number)))
+        kept = work.export()
+    found = [record.heldout["reverse_kl"] for record in records if record.heldout is not None]
+    least = int(np.argmin(found))
+    assert least < 3, "the last round is not the best one"
+    assert open_store(run).manifest(kept.kind, kept.digest).info["kept_step"] == (
+        records[least].last_step
+    )
+    elsewhere = {f"storage.{name}": str(tmp_path / f"other-{name}") for name in ("root", "scratch")}
+    with at_work(load(make_recipe, steady | elsewhere, rounds=least + 1)) as work:
+        train(work, least + 1)
+        shorter = work.export()
+    weights, expected = (
+        load_file(Path(ref.uri) / "model/model.safetensors") for ref in (kept, shorter)
+    )
+    assert all(weights[name].equal(expected[name]) for name in expected)
 
 
 def kill(group: WorkerGroup | None) -> None:

@@ -252,6 +252,30 @@ def test_what_an_algorithm_refuses(
         load_run(str(make_recipe()), overrides)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"eval.keep_best": "forward_kl"}, "goes by the held-out curve; set eval.every_steps"),
+        ({"student.continues": "student/00"}, "continues=student/00 needs start=continue"),
+        ({"student.continues": "my-run", "student.start": "continue"}, "student.continues"),
+        ({"student.float32_residual": True}, "is beside compute_dtype=bfloat16"),
+        (
+            {
+                "student.float32_residual": True,
+                "student.compute_dtype": "bfloat16",
+                "student.weights_dtype": "bfloat16",
+            },
+            "float32_residual=true needs weights_dtype=float32",
+        ),
+    ],
+)
+def test_what_does_not_go_together(
+    make_recipe: Callable[..., Path], overrides: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_run(str(make_recipe()), overrides)
+
+
 def test_paths_of_further_teachers_start_at_the_recipe(
     make_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -272,6 +296,16 @@ WITHIN = {"within_classes": True, "divergence": {"type": "reverse_kl"}}
     ("overrides", "message"),
     [
         ({"on_policy": None}, "`mode: onpolicy` and the section `on_policy` go together"),
+        (
+            {"eval.keep_best": "forward_kl", "eval.patience": 2},
+            "eval.patience is for `mode: offpolicy`",
+        ),
+        (
+            {"eval.keep_best": "forward_kl", "on_policy.heldout_sequences": 0},
+            "set on_policy.heldout_sequences",
+        ),
+        ({"student.keep_final": True}, "student.keep_final and student.start=continue are for"),
+        ({"student.start": "continue"}, "student.keep_final and student.start=continue are for"),
         ({"mode": "offpolicy"}, "`mode: onpolicy` and the section `on_policy` go together"),
         ({"student.max_steps": 3}, r"student\.max_steps are for `mode: offpolicy`"),
         ({"delivery": "live"}, "is for `mode: offpolicy`; leave it out"),
