@@ -1,6 +1,5 @@
 """The command `kdflow`."""
 
-import json
 import logging
 import os
 import sys
@@ -233,8 +232,11 @@ def show_config(
 @app.command()
 def recipes(as_json: AsJson = False) -> None:
     """List the recipes that ship with kdflow."""
+    if as_json:
+        print_lines({"recipe": name} for name in recipe_names())
+        return
     for name in recipe_names():
-        typer.echo(json.dumps({"recipe": name}) if as_json else name)
+        typer.echo(name)
 
 
 @app.command()

@@ -13,7 +13,7 @@ import xxhash
 from storage.artifact import FileRecord, Manifest
 from storage.digest import BLOCK_BYTES
 from storage.errors import ArtifactMissingError, StoreCorruptError, StoreError
-from storage.kept_checkpoints import FOLDER
+from storage.kept_checkpoints import FOLDER, KeptCheckpoints
 from storage.lease import forget_leases, held_leases, is_held, lease_name
 from storage.promoted import all_promoted
 from storage.runs import list_runs
@@ -166,7 +166,7 @@ def remove_artifact(store: ArtifactStore, entry: Entry) -> None:
         raise StoreError(f"{entry.name} is being computed; end that run first")
     store.retract(entry.kind, entry.digest)
     store.remove_tree(store.folder(entry.kind, entry.digest))
-    store.remove_tree(f"{store.root}/{FOLDER}/{entry.name}")
+    KeptCheckpoints(store, entry.kind, entry.digest).remove()
     forget_leases(store, lease_name(entry.kind, entry.digest))
 
 
@@ -211,11 +211,7 @@ def find_garbage(store: ArtifactStore, *, older_than_s: float) -> list[Garbage]:
         for entry in known
         if entry.manifest is not None and entry.manifest.info.get("final_checkpoint")
     }
-    garbage += [
-        kept
-        for kept in _kept_checkpoints(store, held, now - older_than_s)
-        if kept.what.removeprefix(f"{FOLDER}/") not in finals
-    ]
+    garbage += _kept_checkpoints(store, held, finals, now - older_than_s)
     return [*garbage, *_scratch_garbage(store, known, now - older_than_s)]
 
 
@@ -225,12 +221,15 @@ def _is_at_work(held: Collection[str], kind: str, digest: str) -> bool:
 
 
 def _kept_checkpoints(
-    store: ArtifactStore, held: Collection[str], before: float
+    store: ArtifactStore, held: Collection[str], finals: Collection[str], before: float
 ) -> Iterator[Garbage]:
-    """Checkpoints of trainings that nobody goes on with, or that have ended."""
+    """Checkpoints of trainings that nobody goes on with, or that have ended and are not among the
+    `finals`, whose last one is kept.
+    """
     root = f"{store.root}/{FOLDER}"
     for name, files in _named(store, root).items():
-        if max(map(_modified, files.values())) > before or _is_at_work(held, *name.split("/")):
+        at_work = _is_at_work(held, *name.split("/"))
+        if at_work or name in finals or max(map(_modified, files.values())) > before:
             continue
         yield Garbage(
             what=f"{FOLDER}/{name}",

@@ -1,14 +1,16 @@
 """Flags of KDFlow (arXiv 2603.01875), as its scripts have them."""
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from configs.foreign.programs import (
+    SHARED_LEFT_OUT,
+    SHARED_RULES,
     Flags,
     Imported,
     Program,
     Rule,
+    named,
     pretrained,
     rounds_of,
     schedule,
@@ -160,19 +162,15 @@ KDFLOW = Program(
         "top_p": 1.0,
         "teacher_tp_size": 8,
     },
-    rules={
+    rules=SHARED_RULES
+    | {
         "student_name_or_path": Rule("student.model", pretrained),
         "teacher_name_or_path": Rule("teacher.model", pretrained),
         "train_batch_size": Rule("student.global_batch_size", whole),
-        "learning_rate": Rule("student.lr", float),
         "lr_scheduler": Rule("student.lr_schedule", schedule),
         "lr_warmup_ratio": Rule("student.warmup_fraction", float),
         "max_norm": Rule("student.max_grad_norm", float),
-        "weight_decay": Rule("student.weight_decay", float),
         "adam_betas": Rule("student.adam_betas", lambda v: [float(x) for x in v]),
-        "seed": Rule("seed", whole),
-        "bf16": Rule("student.compute_dtype", lambda v: "bfloat16" if v else "float32"),
-        "gradient_checkpointing": Rule("student.activation_checkpointing", bool),
         "kd_ratio": Rule("loss.kd_ratio", float),
         "kd_algorithm": Rule(
             "algorithm.type",
@@ -187,9 +185,10 @@ KDFLOW = Program(
         "teacher_forward_n_batches": Rule("teacher.forward_batches", whole),
         "teacher_mem_fraction_static": Rule("teacher.memory_fraction", float),
         "teacher_quantization": Rule("teacher.quantization", str),
-        "wandb_run_name": Rule("name", lambda v: re.sub(r"[^a-z0-9._-]+", "-", str(v).lower())),
+        "wandb_run_name": Rule("name", named),
     },
-    left_out={
+    left_out=SHARED_LEFT_OUT
+    | {
         "save_path": "results are in storage.root, under the run's name",
         "ckpt_path": "checkpoints are in storage.scratch",
         "save_steps": "student.checkpoint_every, 100 by default",
@@ -198,14 +197,12 @@ KDFLOW = Program(
         "teacher_dp_size": "as many copies as teacher.num_ranks has room for",
         "teacher_offload_tags": "what sleeps leaves the device whole",
         "packing_samples": "student.packing packs where that is exact",
-        "attn_implementation": "student.attention is sdpa, packed",
         "use_liger_kernel": "the loss is chunked here anyway",
         "chunked_loss_size": "loss.logits_memory_mb",
         "use_triton_loss": "the loss is compiled on GPUs",
         "apply_chat_template": "conversations are always rendered by the chat template",
         "prompt_max_len": "data.max_length is of the whole sample",
         "preprocess_num_workers": "tokenization takes all cores",
-        "logging_steps": "every step is written",
         "wandb_group": "the run's name and artifact say what belongs together",
         "wandb_mode": "WANDB_MODE",
         "wandb_dir": "WANDB_DIR",

@@ -160,6 +160,11 @@ def whole(value: Any) -> int:
     return int(float(value))
 
 
+def named(text: Any) -> str:
+    """A run's name of theirs."""
+    return re.sub(r"[^a-z0-9._-]+", "-", str(text).lower())
+
+
 def rounds_of(found: Imported, prompts: int) -> None:
     """A number of rounds, where theirs is of epochs."""
     found.recipe["on_policy"]["rounds"] = 100
@@ -167,3 +172,17 @@ def rounds_of(found: Imported, prompts: int) -> None:
         "on_policy.rounds=100 stands for their epochs: set it to epochs x samples / "
         f"{prompts} prompts of a round"
     )
+
+
+# What transformers calls them, and other programs after it.
+SHARED_RULES = {
+    "learning_rate": Rule("student.lr", float),
+    "weight_decay": Rule("student.weight_decay", float),
+    "seed": Rule("seed", whole),
+    "bf16": Rule("student.compute_dtype", lambda v: "bfloat16" if v else "float32"),
+    "gradient_checkpointing": Rule("student.activation_checkpointing", bool),
+}
+SHARED_LEFT_OUT = {
+    "attn_implementation": "student.attention is sdpa, packed",
+    "logging_steps": "every step is written",
+}

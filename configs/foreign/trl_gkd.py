@@ -1,13 +1,15 @@
 """Settings of TRL's GKD trainer (1.16), as its config and script have them."""
 
-import re
 from typing import Any
 
 from configs.foreign.programs import (
+    SHARED_LEFT_OUT,
+    SHARED_RULES,
     Flags,
     Imported,
     Program,
     Rule,
+    named,
     pretrained,
     rounds_of,
     schedule,
@@ -115,31 +117,26 @@ TRL = Program(
         "max_new_tokens": 128,
         "bf16": True,
     },
-    rules={
+    rules=SHARED_RULES
+    | {
         "model_name_or_path": Rule("student.model", pretrained),
         "teacher_model_name_or_path": Rule("teacher.model", pretrained),
-        "learning_rate": Rule("student.lr", float),
         "lr_scheduler_type": Rule("student.lr_schedule", schedule),
-        "weight_decay": Rule("student.weight_decay", float),
         "max_grad_norm": Rule("student.max_grad_norm", lambda v: float(v) or None),
-        "seed": Rule("seed", whole),
         "max_length": Rule("data.max_length", whole),
         "beta": Rule("loss.divergence", lambda v: {"type": "generalized_jsd", "beta": float(v)}),
-        "bf16": Rule("student.compute_dtype", lambda v: "bfloat16" if v else "float32"),
-        "gradient_checkpointing": Rule("student.activation_checkpointing", bool),
         "eval_steps": Rule("eval.every_steps", whole),
         "save_steps": Rule("student.checkpoint_every", whole),
         "save_total_limit": Rule("student.keep_checkpoints", whole),
-        "run_name": Rule("name", lambda v: re.sub(r"[^a-z0-9._-]+", "-", str(v).lower())),
+        "run_name": Rule("name", named),
     },
-    left_out={
+    left_out=SHARED_LEFT_OUT
+    | {
         "output_dir": "results are in storage.root, under the run's name",
         "packing": "student.packing packs where that is exact",
-        "attn_implementation": "student.attention is sdpa, packed",
         "dtype": "weights train in float32 (student.weights_dtype)",
         "torch_dtype": "weights train in float32 (student.weights_dtype)",
         "fp16": "layers compute in bfloat16 or float32",
-        "logging_steps": "every step is written",
         "report_to": "tracking.tensorboard, wandb_project, mlflow_experiment, trackio_project",
         "save_strategy": "checkpoints are how a run goes on; the result is exported anyway",
         "eval_strategy": "eval.every_steps",

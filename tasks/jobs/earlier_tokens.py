@@ -1,6 +1,8 @@
 """Samples that earlier runs have tokenized alike: a night with more data tokenizes what is new."""
 
 from collections.abc import Mapping, Sequence
+from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 from kdflow_core.contracts import Example
@@ -35,27 +37,23 @@ class EarlierTokens:
 
 def earlier_tokens(stage: StageRun) -> EarlierTokens:
     """What the store has of the stage's tokenizers and templates, of other data."""
-    tables: list[tuple[TokenKeys, TokenExamples]] = []
-    own = stage.spec.identity
-    found = 0
-    for manifest in stage.store.newest_manifests(TOKENIZE.kind, MOST):
-        if found == MOST_READ or not serves(manifest, own):
-            continue
-        found += bool(read := _tables(stage.store, manifest))
-        tables += read
-    return EarlierTokens(tables)
+    manifests = stage.store.newest_manifests(TOKENIZE.kind, MOST)
+    serving = (manifest for manifest in manifests if _serves(manifest, stage.spec.identity))
+    found = (tables for manifest in serving if (tables := _tables(stage.store, manifest)))
+    return EarlierTokens(list(chain.from_iterable(islice(found, MOST_READ))))
 
 
 def _tables(store: ArtifactStore, manifest: Manifest) -> list[tuple[TokenKeys, TokenExamples]]:
     names = {record.path for record in manifest.files}
     ref = store.find(manifest.kind, manifest.digest)
-    if ref is None or not names.issuperset(f"{split}.keys.arrow" for split in SPLITS):
+    files = [Path(f"{split}.arrow") for split in SPLITS]
+    if ref is None or not names.issuperset(keys_path(file).name for file in files):
         return []
-    paths = [store.local_copy(ref) / f"{split}.arrow" for split in SPLITS]
+    paths = [store.local_copy(ref) / file for file in files]
     return [(TokenKeys(keys_path(path)), TokenExamples(TokenTable(path))) for path in paths]
 
 
-def serves(manifest: Manifest, own: StageIdentity) -> bool:
+def _serves(manifest: Manifest, own: StageIdentity) -> bool:
     """Whether another artifact has of every sample exactly what this stage makes of it."""
     return (
         manifest.digest != own.digest

@@ -56,6 +56,7 @@ def tokenize_data(stage: StageRun) -> ArtifactRef:
     counts = _counts(folder)
     dropped = {source: dict(reasons) for source, reasons in tally.dropped.items()}
     ignored = {side: dict(found) for side, found in tally.ignored.items()}
+    nearly = tally.overlap.count()
     said = "; ".join(
         text if name == "teacher" else f"{name}: {text}" for name, text in tokenizers.items()
     )
@@ -74,7 +75,7 @@ def tokenize_data(stage: StageRun) -> ArtifactRef:
         + (
             f"; {nearly} held-out prompts are those of training samples but for case, punctuation "
             "and white space"
-            if (nearly := tally.overlap.count())
+            if nearly
             else ""
         )
     )
@@ -86,7 +87,7 @@ def tokenize_data(stage: StageRun) -> ArtifactRef:
             "dropped": dropped,
             "withheld": dict(+tally.withheld),
             "known": dict(+tally.known),
-            "nearly_trained_on": tally.overlap.count(),
+            "nearly_trained_on": nearly,
             "first_dropped": tally.first_detail,
             "ignored": ignored,
             "tokenizers": said,

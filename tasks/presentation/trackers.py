@@ -102,7 +102,8 @@ class Mlflow:
         self._run_id: str | None = None
         self._sent: deque[Any] = deque(maxlen=self.MOST_AWAITED)
         try:
-            self._run_id = self._found(training) or self._begun(training)
+            experiment = self._experiment(str(training.run.tracking.mlflow_experiment))
+            self._run_id = self._found(experiment, training) or self._begun(experiment, training)
         except MlflowException as error:
             self._problem(error)
 
@@ -110,8 +111,7 @@ class Mlflow:
         found = self._client.get_experiment_by_name(name)
         return str(self._client.create_experiment(name) if found is None else found.experiment_id)
 
-    def _found(self, training: Tracked) -> str | None:
-        experiment = self._experiment(str(training.run.tracking.mlflow_experiment))
+    def _found(self, experiment: str, training: Tracked) -> str | None:
         wanted = f"tags.{self.TAG} = '{training.digest}'"
         runs = self._client.search_runs([experiment], wanted, max_results=1)
         if not runs:
@@ -119,8 +119,7 @@ class Mlflow:
         self._client.update_run(runs[0].info.run_id, status="RUNNING")
         return str(runs[0].info.run_id)
 
-    def _begun(self, training: Tracked) -> str:
-        experiment = self._experiment(str(training.run.tracking.mlflow_experiment))
+    def _begun(self, experiment: str, training: Tracked) -> str:
         tags = {self.TAG: training.digest}
         run = self._client.create_run(experiment, run_name=training.run.name, tags=tags)
         from mlflow.entities import Param  # noqa: PLC0415 - optional

@@ -1,7 +1,6 @@
 """A training that is done goes on: more steps, more data, from its last checkpoint."""
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,26 +12,16 @@ from storage.promoted import promoted
 from storage.store import ArtifactStore
 from tasks.presentation.tracking import METRICS_FILE, read_metrics
 from tests.command import kdflow
+from tests.integration.test_nightly import rows
 
 pytestmark = [pytest.mark.ranks, pytest.mark.prefect]
 
 CONSTANT = {"lr_schedule": "constant", "warmup_fraction": 0.0, "keep_final": True}
 
 
-def rows(first: int, last: int) -> Iterator[str]:
-    for a in range(first, last):
-        for b in range(10):
-            row = {"prompt": f"{a} plus {b}?", "completion": f"It is {a + b}."}
-            yield json.dumps(row) + "\n"
-
-
-def folder_of(store: ArtifactStore, student: ArtifactRef) -> Path:
-    return store.local_copy(student)
-
-
 def test_a_training_that_is_done_goes_on(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
-    data.write_text("".join(rows(0, 10)))
+    data.write_text(rows(0, 10))
     recipe = str(make_recipe(max_steps=3, **CONSTANT))
     store = ArtifactStore(root=str(tmp_path / "store"), scratch=str(tmp_path / "scratch"))
     places = ["--root", str(tmp_path / "store"), "--scratch", str(tmp_path / "scratch")]
@@ -63,18 +52,18 @@ def test_a_training_that_is_done_goes_on(make_recipe: Callable[..., Path], tmp_p
     longer = newest()
     run("student.max_steps=5", name="whole")
     weights, expected = (
-        load_file(folder_of(store, student) / "model" / "model.safetensors")
+        load_file(store.local_copy(student) / "model" / "model.safetensors")
         for student in (longer, newest("whole"))
     )
     assert weights.keys() == expected.keys()
     assert all(weights[name].equal(expected[name]) for name in expected)
     assert longer.counts == newest("whole").counts
-    steps = [r["step"] for r in read_metrics(folder_of(store, longer) / METRICS_FILE)]
+    steps = [r["step"] for r in read_metrics(store.local_copy(longer) / METRICS_FILE)]
     assert steps == [1, 2, 3, 4, 5]
     assert "served from cache" in run(goes_on, "student.max_steps=5")
 
     # More data.
-    data.write_text("".join(rows(0, 12)))
+    data.write_text(rows(0, 12))
     run(goes_on, "student.max_steps=7")
     assert newest().counts["steps"] == 7
     assert newest().counts["tokens"] > longer.counts["tokens"]
