@@ -8,7 +8,7 @@ batch, padded on the right.
 Dimensions: B sequences, T tokens, Q heads, K key/value heads, D and E head sizes, R packed rows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PretrainedConfig
 
-from kdflow_core.batching import Division
+from kdflow_core.batching import Division, pad_right
 from kdflow_core.errors import ModelError
 from kdflow_core.models.families import architecture_of, known_family
 from kdflow_core.models.families.base import attention_length, batched_length
@@ -48,6 +48,16 @@ class PackedRows:
             "max_length_q": longest,
             "max_length_k": longest,
         }
+
+
+def lay_out(
+    sequences: Sequence[np.ndarray], *, packed: bool
+) -> tuple[torch.Tensor, PackedRows | None]:
+    """Ids [B, T] of a batch, on the host: padded on the right, or behind one another in one row."""
+    if not packed:
+        return pad_right(sequences), None
+    edges = np.cumsum([0, *map(len, sequences)]).astype(np.int32)
+    return pad_right([np.concatenate(sequences)]), PackedRows(edges=edges)
 
 
 def packs(

@@ -17,7 +17,6 @@ from configs.schema.student import StudentConfig
 from kdflow_core.algorithms.base import Algorithm, MicroBatch, Teacher, TokenBatch, TokenSignal
 from kdflow_core.batching import (
     hidden_rows,
-    pad_right,
     rows_at,
     select_rows,
     target_rows,
@@ -32,7 +31,7 @@ from kdflow_core.contracts import (
     TokenSequence,
 )
 from kdflow_core.losses.span_likelihood import Spans
-from kdflow_core.models.packing import PackedRows
+from kdflow_core.models.packing import lay_out
 from kdflow_core.student.module import DistillationModule
 from kdflow_core.student.optim import Optimizers
 from kdflow_core.student.schedule import StepBatches
@@ -208,23 +207,23 @@ def _of_samples(
 def _tokens(
     sequences: Sequence[TokenSequence], empty: bool, device: torch.device, packed: bool
 ) -> TokenBatch:
-    edges = np.cumsum([0, *(len(s.ids_T) for s in sequences)]).astype(np.int32)
+    ids_BT, packed_rows = lay_out([s.ids_T for s in sequences], packed=packed)
     rows, positions = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for number, sequence in enumerate([] if empty else sequences):
         target_positions_N = sequence.target_positions_N
-        row, begin = (0, edges[number]) if packed else (number, 0)
+        row, begin = (number, 0) if packed_rows is None else (0, packed_rows.edges[number])
         rows.append(np.full(len(target_positions_N), row))
         positions.append(begin + target_positions_N - 1)  # the state before a token predicts it
-    ids = [s.ids_T for s in sequences]
-    ids_BT = pad_right([np.concatenate(ids)] if packed else ids)
-    lengths_B = torch.from_numpy(np.diff(edges))
-    is_token_BT = torch.arange(ids_BT.shape[1]) < lengths_B[:, None]
+    is_token_BT = None
+    if packed_rows is None:
+        lengths_B = torch.tensor([len(s.ids_T) for s in sequences])
+        is_token_BT = torch.arange(ids_BT.shape[1]) < lengths_B[:, None]
     return TokenBatch(
         ids_BT=upload(ids_BT, device),
         row_N=upload(torch.from_numpy(np.concatenate(rows)), device),
         position_N=upload(torch.from_numpy(np.concatenate(positions)), device),
-        packed=PackedRows(edges=edges) if packed else None,
-        is_token_BT=None if packed else is_token_BT,
+        packed=packed_rows,
+        is_token_BT=is_token_BT,
     )
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from configs.schema.teacher import TransformersTeacher
-from kdflow_core.batching import pad_right
 from kdflow_core.contracts import HiddenRows, OutputHead, TokenSequence
 from kdflow_core.errors import ModelError
 from kdflow_core.models.folders import text_config
@@ -19,7 +18,7 @@ from kdflow_core.models.forward import post_norm_states
 from kdflow_core.models.heads import verify_head
 from kdflow_core.models.loading import DTYPES, load_causal_lm, load_config
 from kdflow_core.models.offload import OffloadedModule
-from kdflow_core.models.packing import PACKED, PackedRows, model_division
+from kdflow_core.models.packing import PACKED, lay_out, model_division
 from kdflow_core.teacher import longest_allowed
 from kdflow_core.uploads import upload
 
@@ -69,14 +68,11 @@ class TransformersTeacherEngine:
         """See `TeacherEngine`."""
         if self._model is None:
             raise ModelError("the teacher engine is closed")
-        ids, packed = [s.ids_T for s in sequences], None
-        if self._division.packed:
-            edges = np.cumsum([0, *(len(s.ids_T) for s in sequences)]).astype(np.int32)
-            ids_BT, packed = pad_right([np.concatenate(ids)]), PackedRows(edges=edges)
-            begins = edges[:-1].astype(np.int64)
+        ids_BT, packed = lay_out([s.ids_T for s in sequences], packed=self._division.packed)
+        if packed is None:
+            begins = np.arange(len(sequences)) * ids_BT.shape[1]
         else:
-            ids_BT = pad_right(ids)
-            begins = np.arange(len(ids)) * ids_BT.shape[1]
+            begins = packed.edges[:-1].astype(np.int64)
         hidden_BTH = post_norm_states(self._model, upload(ids_BT, self._device), packed)
         buffer_RH = hidden_BTH.to(torch.bfloat16).flatten(0, 1)
         return [
