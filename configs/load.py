@@ -155,7 +155,7 @@ def _index(node: list[Any], part: str, where: str) -> int:
 
 
 def _with_absolute_paths(tree: dict[str, Any], base: Path) -> dict[str, Any]:
-    """The tree with relative paths of data, GGUF files and reward functions, and model paths that
+    """The tree with relative paths of data, GGUF files and Python functions, and model paths that
     start with a dot, made absolute. Other model paths may be names on the hub.
     """
     algorithm = tree.get("algorithm")
@@ -175,8 +175,15 @@ def _with_absolute_paths(tree: dict[str, Any], base: Path) -> dict[str, Any]:
             _make_absolute(model, base)
     on_policy = tree.get("on_policy")
     reward = on_policy.get("reward") if isinstance(on_policy, dict) else None
-    if isinstance(reward, dict):
-        _make_absolute(reward, base, "function")
+    evaluation = tree.get("eval")
+    lm_eval = evaluation.get("lm_eval") if isinstance(evaluation, dict) else None
+    for section, field in (
+        (reward, "function"),
+        (evaluation, "verifier"),
+        (lm_eval, "tasks_folder"),
+    ):
+        if isinstance(section, dict):
+            _make_absolute(section, base, field)
     return tree
 
 

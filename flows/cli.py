@@ -42,7 +42,12 @@ from tasks.checks.run_check import (
 )
 from tasks.execution.launch import warm_up
 from tasks.forecast.estimate import Estimate, Prospect, check_room
-from tasks.presentation.results import evaluation_rows, report_path, student_path
+from tasks.presentation.results import (
+    evaluation_rows,
+    report_path,
+    share_of_right_answers,
+    student_path,
+)
 from tasks.stages.explanation import stage_status
 from tasks.stages.identity import open_store
 from tasks.stages.planning import record_stages
@@ -290,7 +295,7 @@ def score_table(rows: list[dict[str, Any]]) -> Table:
                 _number(row["reverse_kl"], ".4f"),
                 _number(row["agreement"], ".1%"),
                 _number(row[text], form),
-                _number(row["exact_match"], ".1%"),
+                _number(share_of_right_answers(row), ".1%"),
             )
     return table
 

@@ -14,7 +14,7 @@ from flows.store_commands import DEFAULTS, Root, Scratch
 from storage.store import ArtifactStore
 from tasks.execution.progress import clock
 from tasks.presentation.history import FinishedRun, chosen_runs, finished_runs, latest_run
-from tasks.presentation.results import report_path
+from tasks.presentation.results import report_path, share_of_right_answers
 
 console = Console()
 
@@ -38,7 +38,7 @@ def history(
     counting = {name: latest_run(store, name) for name in {run.record.name for run in runs}}
     for run in runs:
         scores, interval = run.scores, run.scores.get("intervals", {}).get("forward_kl")
-        right = scores.get("exact_match")
+        right = share_of_right_answers(scores)
         table.add_row(
             f"{run.id} *" if run.id == counting[run.record.name] else run.id,
             run.record.created_at[:16].replace("T", " "),

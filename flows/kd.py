@@ -24,7 +24,13 @@ from tasks.execution.caching import run_cached
 from tasks.execution.promotion import promote_student
 from tasks.execution.stage_tasks import STAGE_TASKS, share_out
 from tasks.forecast.estimate import decided
-from tasks.presentation.results import artifact_key, evaluation_rows, report_path, student_path
+from tasks.presentation.results import (
+    artifact_key,
+    benchmark_rows,
+    evaluation_rows,
+    report_path,
+    student_path,
+)
 from tasks.stages.catalogue import CATALOGUE
 from tasks.stages.identity import open_store, stage_spec
 from tasks.stages.planning import record_stages
@@ -120,6 +126,12 @@ def _publish_to_ui(run: RunConfig, done: dict[str, ArtifactRef]) -> None:
     key = artifact_key(run.name)
     table = [{k: _shown(v) for k, v in row.items()} for row in rows]
     create_table_artifact(key=f"{key}-evaluation", table=table, description="Held-out evaluation")
+    if benchmarks := benchmark_rows(store, done):
+        create_table_artifact(
+            key=f"{key}-benchmarks",
+            table=[{k: _benchmark_cell(v) for k, v in row.items()} for row in benchmarks],
+            description="Benchmarks",
+        )
     sizes = "\n".join(f"| {n} | `{r.digest}` | {r.num_bytes:,} |" for n, r in done.items())
     create_markdown_artifact(
         key=f"{key}-artifacts",
@@ -130,6 +142,14 @@ def _publish_to_ui(run: RunConfig, done: dict[str, ArtifactRef]) -> None:
     create_link_artifact(key=f"{key}-report", link=path.as_uri(), description="The HTML report")
     get_run_logger().info("student: %s", student_path(store, done["student"]))
     get_run_logger().info("report: %s", path)
+
+
+def _benchmark_cell(value: Any) -> Any:
+    """A value with its standard error, as text."""
+    if not isinstance(value, dict):
+        return _shown(value)
+    error = "" if value["stderr"] is None else f" ± {value['stderr']:.4f}"
+    return f"{value['value']:.4f}{error}"
 
 
 def _shown(value: Any) -> Any:

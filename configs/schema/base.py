@@ -34,7 +34,15 @@ def _possible_path(path: str) -> str:
     return path
 
 
+# A Python function, as `file.py:name`.
+PythonFunction = Annotated[str, Field(pattern=r"^.+\.py:[A-Za-z_]\w*$")]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(_possible_path)]
+
+
+def file_and_name(function: str) -> tuple[str, str]:
+    """The two parts of a `PythonFunction`."""
+    file, _, name = function.rpartition(":")
+    return file, name
 
 
 def nearest(name: str, allowed: list[str]) -> str:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from configs.schema.base import MOST, StrictModel
+from configs.schema.base import MOST, PythonFunction, StrictModel
 from configs.schema.rollout import Rollout, SglangRollout, TransformersRollout
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class RewardConfig(StrictModel):
     standard deviation with `normalize` (GRPO, arXiv 2402.03300, section 4.1.2).
     """
 
-    function: str = Field(pattern=r"^.+\.py:[A-Za-z_]\w*$")
+    function: PythonFunction
     """The function, as `file.py:name`: text of prompt, answer and label (the data's `answer`, or
     None) to a number.
     """
@@ -80,16 +80,6 @@ class RewardConfig(StrictModel):
     """How far below 1 the importance ratio may be."""
     clip_high: float = Field(default=0.2, gt=0)
     """How far above 1 the importance ratio may be."""
-
-    @property
-    def path(self) -> str:
-        """The file."""
-        return self.function.rpartition(":")[0]
-
-    @property
-    def name(self) -> str:
-        """The function's name."""
-        return self.function.rpartition(":")[2]
 
 
 class OnPolicyConfig(StrictModel):

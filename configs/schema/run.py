@@ -15,6 +15,7 @@ from configs.schema.algorithm import (
 from configs.schema.alignment import AlignmentMode, check_aligned
 from configs.schema.base import MOST, SEEDS, PathText, StrictModel
 from configs.schema.data import DataConfig
+from configs.schema.evaluation import EvalConfig
 from configs.schema.loss import LossConfig
 from configs.schema.models import NewVocabularyModel
 from configs.schema.on_policy import OnPolicyConfig, check_on_policy, check_samples
@@ -24,6 +25,8 @@ from configs.schema.teacher import InProcessTeacher, Teacher
 from configs.schema.workers import LocalWorkers, RayWorkers, Workers
 
 DEFAULT_POOL = "default"
+# Fields that name a Python function.
+REWARD, VERIFIER = "on_policy.reward.function", "eval.verifier"
 
 
 class StorageConfig(StrictModel):
@@ -71,37 +74,6 @@ class StorageConfig(StrictModel):
         if self.shard_rows and self.chunk_rows and self.shard_rows % self.chunk_rows:
             raise ValueError(
                 f"shard_rows={self.shard_rows} is not a multiple of chunk_rows={self.chunk_rows}"
-            )
-        return self
-
-
-class EvalConfig(StrictModel):
-    """Held-out evaluation."""
-
-    every_steps: int | None = Field(default=None, gt=0, le=MOST)
-    """Measure the held-out loss every so many optimizer steps of off-policy training, before it and
-    at its end; the report shows the curve.
-    """
-    curve_sequences: int = Field(default=64, gt=0, le=MOST)
-    """How many held-out samples that curve is measured on, at most."""
-    keep_best: Literal["reverse_kl", "forward_kl", "cross_entropy"] | None = None
-    """The result is the student where this figure of the held-out curve (on-policy: of the rounds)
-    is least, in place of the last.
-    """
-    patience: int | None = Field(default=None, gt=0, le=MOST)
-    """Training ends when so many points of the curve in a row are no better than the best one."""
-    tokens_per_batch: int = Field(default=8192, gt=0, le=MOST)
-    """The padded area of one forward pass of the final evaluation, in tokens."""
-    max_generations: int = Field(default=32, ge=0, le=MOST)
-    """How many held-out prompts teacher and student answer greedily; 0 turns it off."""
-    max_new_tokens: int = Field(default=128, gt=0, le=MOST)
-    """The longest of those answers, in tokens."""
-
-    @model_validator(mode="after")
-    def _the_best_is_of_a_curve(self) -> "EvalConfig":
-        if self.patience is not None and self.keep_best is None:
-            raise ValueError(
-                f"patience={self.patience} waits for a better figure; say of which with keep_best"
             )
         return self
 
@@ -443,6 +415,16 @@ class RunConfig(StrictModel):
         if isinstance(self.algorithm, MultiTeacherConfig):
             return tuple(self.algorithm.teachers)
         return ("teacher",)
+
+    @property
+    def functions(self) -> dict[str, str]:
+        """The Python functions that the run names, by field."""
+        reward = None if self.on_policy is None else self.on_policy.reward
+        named = {
+            REWARD: None if reward is None else reward.function,
+            VERIFIER: self.eval.verifier,
+        }
+        return {field: function for field, function in named.items() if function is not None}
 
     @property
     def answering_ranks(self) -> int:

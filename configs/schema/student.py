@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from configs.schema.base import MOST, MOST_RANKS, StrictModel
 from configs.schema.models import Attention, ChatTemplate, Dtype, StudentModel
 
+FLOAT8_GROUP = 128  # numbers of a row that share a scale
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -56,9 +57,10 @@ class AdamWConfig(StrictModel):
     """AdamW (arXiv 1711.05101); its betas are `student.adam_betas`."""
 
     type: Literal["adamw"] = "adamw"
-    moments_dtype: Dtype = "float32"
-    """The dtype of its two moments of every weight; `bfloat16` halves their memory, rounded at
-    random so that they are right on average (arXiv 2010.06192).
+    moments_dtype: Dtype | Literal["float8"] = "float32"
+    """The dtype of its two moments of every weight. `bfloat16` halves their memory, `float8` (of
+    matrices, with a scale for every 128 numbers: arXiv 2410.19313) quarters it; both are rounded at
+    random, so that they are right on average.
     """
 
 
@@ -116,9 +118,9 @@ class StudentConfig(StrictModel):
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass: slower, in less memory."""
     optimizer: Optimizer = Field(default_factory=AdamWConfig)
-    """`{type: adamw}` (in half the memory with `moments_dtype: bfloat16`), or `{type: muon}`: Muon
-    on the matrices of the decoder layers, one moment a weight in place of two, and AdamW on the
-    rest, at the same learning rate.
+    """`{type: adamw}` (in half the memory with `moments_dtype: bfloat16`, a quarter with `float8`),
+    or `{type: muon}`: Muon on the matrices of the decoder layers, one moment a weight in place of
+    two, and AdamW on the rest, at the same learning rate.
     """
     compile: bool = False
     """Compile the decoder layers: a minute or more at the start, then faster steps on a GPU."""

@@ -1,44 +1,11 @@
-"""Rewards of answers by a user's function, and what they are worth to the policy gradient.
+"""What rewards of answers are worth to the policy gradient.
 
 Dimensions: A answers of a round.
 """
 
-import importlib.util
-import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
-
-from kdflow_core.errors import DataError
-
-RewardFunction = Callable[[str, str, str | None], Any]
-
-
-def load_reward(path: Path, name: str) -> RewardFunction:
-    """The function `name` of a Python file. Raises DataError when it is not there."""
-    spec = importlib.util.spec_from_file_location("kdflow_reward", path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise DataError(f"on_policy.reward.function: there is no Python file {path}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise DataError(f"on_policy.reward.function: {path} has no function '{name}'")
-    checked: RewardFunction = function
-    return checked
-
-
-def reward_of(function: RewardFunction, prompt: str, answer: str, label: str | None) -> float:
-    """One answer's reward. Raises DataError when the function gives no finite number."""
-    value = function(prompt, answer, label)
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise DataError(
-            f"on_policy.reward.function gave {value!r} for the answer {answer[:80]!r}; it must "
-            "give a finite number"
-        )
-    return float(value)
 
 
 def advantages(rewards: Sequence[float], prompts: Sequence[int], *, normalize: bool) -> list[float]:

@@ -1,8 +1,12 @@
 """Whether a tested version of SGLang is installed."""
 
 import logging
+import os
+import re
+from functools import cache
 from importlib import import_module, metadata
 from importlib.util import find_spec
+from pathlib import Path
 
 from kdflow_core.errors import ModelError
 
@@ -18,22 +22,55 @@ PACKAGES = {
     "intel_amx": "sgl_kernel",
     "aiter": "aiter",
 }
+# How its modules say which models they have.
+ENTRIES = re.compile(r"^EntryClass\b[^=\n]*=\s*(\[[^\]]*\]|\w+)", re.MULTILINE)
+OTHER_MODELS = "SGLANG_EXTERNAL_MODEL_PACKAGE"  # names a package with more of them
+
+
+def sglang_version() -> str | None:
+    """The installed version; None where it is not installed."""
+    try:
+        return metadata.version("sglang")
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def check_sglang() -> None:
     """Raises ModelError unless a tested version of SGLang is installed. Loads none of it."""
-    try:
-        installed = metadata.version("sglang")
-    except metadata.PackageNotFoundError:
+    installed = sglang_version()
+    if installed is None:
         raise ModelError(
             "SGLang is not installed: `pip install -e '.[sglang]'` on a machine with a GPU, "
             "`make install` on a CPU, or set the type to transformers"
-        ) from None
+        )
     if installed not in TESTED:
         raise ModelError(
             f"SGLang {installed} is installed; kdflow uses SGLang's inner parts and is tested with "
             f"{', '.join(TESTED)}. Install `sglang=={TESTED[-1]}`, or set the type to transformers"
         )
+
+
+def check_architecture(architecture: str) -> None:
+    """Refuse a model that SGLang, where it is installed, has no code for. Raises ModelError. Loads
+    none of it.
+    """
+    known = _architectures()
+    if known and architecture not in known and OTHER_MODELS not in os.environ:
+        raise ModelError(
+            f"SGLang {sglang_version()} does not run {architecture}; set the type of what runs it "
+            "to transformers"
+        )
+
+
+@cache
+def _architectures() -> frozenset[str]:
+    """What SGLang has models of, by their sources; nothing where it is not installed."""
+    package = find_spec("sglang")
+    if package is None or package.origin is None:
+        return frozenset()
+    files = (Path(package.origin).parent / "srt" / "models").glob("*.py")
+    entries = (e for f in files for e in ENTRIES.findall(f.read_text(encoding="utf-8")))
+    return frozenset(name for entry in entries for name in re.findall(r"\w+", entry))
 
 
 def check_names(*, attention_backend: str | None, quantization: str | None) -> None:

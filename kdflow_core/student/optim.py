@@ -6,11 +6,13 @@ from typing import Any
 import torch
 
 from configs.schema.student import AdamWConfig, MuonConfig, ParameterGroup, StudentConfig
+from kdflow_core.models.loading import DTYPES
 from kdflow_core.models.structure import decoder_layers, named_groups
 from kdflow_core.student.module import DistillationModule
 from kdflow_core.student.narrow_adamw import NarrowAdamW
 
 Named = dict[str, torch.nn.Parameter]
+MOMENTS_DTYPES = DTYPES | {"float8": torch.float8_e4m3fn}
 
 
 def freeze_(model: torch.nn.Module, config: StudentConfig) -> None:
@@ -99,7 +101,7 @@ def _adamw(groups: list[dict[str, Any]], config: StudentConfig) -> torch.optim.O
         groups,
         lr=config.lr,
         betas=config.adam_betas,
-        moments_dtype=torch.bfloat16 if moments == "bfloat16" else torch.float32,
+        moments_dtype=MOMENTS_DTYPES[moments or "float32"],
     )
 
 

@@ -31,7 +31,9 @@ NUM_FDS = 3  # a rank's standard input, its standard output, and where its numbe
 
 def main(connection: socket.socket, modules: list[str]) -> None:
     """Serve until the launcher is gone, and all ranks are."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # It ends after its ranks, who may have something to save.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     os.environ["SPT_NOENV"] = "1"  # titles leave the environment as it is, for who looks there
     with _ending_with(connection):
         for module in modules:
@@ -115,6 +117,7 @@ def _be_rank(request: dict[str, Any], stdin: int, stdout: int, pipe: int) -> NoR
     try:
         os.setsid()
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         for source, target in ((stdin, 0), (stdout, 1), (stdout, 2)):
             os.dup2(source, target)
         os.close(stdin)

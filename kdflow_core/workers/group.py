@@ -306,10 +306,13 @@ def _failure(who: str, rank: _Rank, code: int) -> WorkerError:
 
 
 def _end(ranks: list[_Rank]) -> None:
-    """TERM, grace, KILL, for every process group that is still there."""
-    alive = [rank.process for rank in ranks if rank.process.poll() is None]
-    for process in alive:
-        process.signal(signal.SIGTERM)
+    """TERM, grace, KILL, for every process group that is still there; KILL for one that a TERM
+    would have save first.
+    """
+    there = [rank for rank in ranks if rank.process.poll() is None]
+    for rank in there:
+        rank.process.signal(signal.SIGKILL if rank.stoppable else signal.SIGTERM)
+    alive = [rank.process for rank in there]
     deadline = time.monotonic() + GRACE_S
     for process in alive:
         try:

@@ -80,14 +80,31 @@ def made_progress() -> None:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Within, this rank asks `is_asked_to_stop` again and again, and the launcher knows it."""
+    """Within, this rank asks `is_asked_to_stop` again and again, and the launcher knows it.
+
+    Schedulers send a SIGTERM to all processes of a job: it asks this rank the same.
+    """
     _stoppable.set()
     emit({"event": "stoppable", "value": True})
     try:
-        yield
+        with _stopped_by_sigterm():
+            yield
     finally:
         _stoppable.clear()
         emit({"event": "stoppable", "value": False})
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Within, a SIGTERM to a rank with a launcher asks it to stop."""
+    if not _launched.is_set() or threading.current_thread() is not threading.main_thread():
+        yield  # who has no launcher has a handler of its own; other threads get no signals
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: _stop.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def ask_to_stop() -> bool:

@@ -12,10 +12,12 @@ from configs.schema.models import LayerDropModel, NewVocabularyModel
 from configs.schema.run import RunConfig
 from configs.schema.teacher import TransformersTeacher
 from kdflow_core.errors import ModelError
+from kdflow_core.models.families import architecture_of
 from kdflow_core.models.inspection import Use, check_model, check_trainable
 from kdflow_core.models.layer_drop import kept_config
 from kdflow_core.models.loading import load_config
 from kdflow_core.models.structure import meta_model
+from kdflow_core.sglang_runtime.versions import check_architecture
 from tasks.checks.chat_check import chat_format, check_pair, check_two_tokenizers
 from tasks.checks.device_check import check_devices
 from tasks.checks.room_check import check_room
@@ -64,8 +66,12 @@ def check_folders(run: RunConfig, folders: Mapping[str, Path]) -> None:
     for name, folder in folders.items():
         side = "student" if name == "student" else "teacher"
         own = run if side == "student" else run_of_teacher(run, name)
+        use = use_of(own, side)
         try:
-            check_model(folder, use_of(own, side))
+            check_model(folder, use)
+            if use.in_sglang:
+                config = load_config(folder, trust_remote_code=use.trust_remote_code)
+                check_architecture(architecture_of(config))
         except ModelError as error:
             field = name if name in ("student", "teacher") else f"algorithm.teachers.{name}.teacher"
             raise ModelError(f"{field}.model: {error}") from error
@@ -105,4 +111,7 @@ def _check_student_to_be_made(run: RunConfig, teacher: Path | None) -> None:
         if isinstance(made, LayerDropModel)
         else load_config(base, trust_remote_code=trust)
     )
-    check_trainable(meta_model(config, trust_remote_code=trust), use_of(run, "student"))
+    use = use_of(run, "student")
+    check_trainable(meta_model(config, trust_remote_code=trust), use)
+    if use.in_sglang:
+        check_architecture(architecture_of(config))

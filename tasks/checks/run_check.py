@@ -21,6 +21,7 @@ from configs.schema.workers import RayWorkers
 from configs.secrets import public
 from kdflow_core.errors import ModelError, WorkerError
 from kdflow_core.models.folders import resolve_folder
+from kdflow_core.sglang_runtime.versions import sglang_version
 from kdflow_core.workers.forking import can_fork
 from storage.artifact import ArtifactRef
 from storage.digest import digest
@@ -29,6 +30,7 @@ from storage.memo import Memo
 from storage.places import check_places, check_writable
 from tasks.checks.cluster_check import check_cluster
 from tasks.checks.engine_check import check_engines
+from tasks.checks.function_check import check_functions
 from tasks.checks.start import started
 from tasks.execution.launch import ask_rank
 from tasks.presentation.trackers import check_tracking
@@ -82,6 +84,7 @@ def checked_plan(run: RunConfig, *, download: bool) -> dict[str, StageIdentity]:
     given = _given(run, download=download)
     _check(run, given)
     plan = plan_stages(run)
+    check_functions(run)
     check_engines(run, plan, ask_servers=download)
     lacking = [identity for identity in plan.values() if find(run, identity) is None]
     if lacking:
@@ -145,7 +148,7 @@ def _key(run: RunConfig, folders: Mapping[str, Path]) -> str:
     return digest(
         {
             "devices": [os.cpu_count(), os.environ.get("CUDA_VISIBLE_DEVICES"), memory, *gpus],
-            "versions": [version("transformers"), version("kdflow")],
+            "versions": [version("transformers"), version("kdflow"), sglang_version()],
             "files": {name: _states(folder) for name, folder in sorted(folders.items())},
             "run": public(run.model_dump(mode="json", include=CHECKED_SECTIONS)),
         }

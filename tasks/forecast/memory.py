@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,7 +12,7 @@ from configs.schema.models import PretrainedModel
 from configs.schema.on_policy import OnPolicyConfig
 from configs.schema.rollout import Rollout, TransformersRollout
 from configs.schema.run import RunConfig
-from configs.schema.student import MuonConfig, StudentConfig
+from configs.schema.student import FLOAT8_GROUP, MuonConfig, Optimizer, StudentConfig
 from configs.schema.teacher import InProcessTeacher, Teacher
 from kdflow_core.models.checkpoints import read_checkpoint
 from kdflow_core.models.families.base import cached_values
@@ -190,7 +190,6 @@ def student_bytes(student: StudentConfig, folder: Path) -> StudentBytes:
     narrow = min(wide, DTYPE_BYTES[student.compute_dtype]) if held else wide
     optimizer = student.optimizer
     muon = isinstance(optimizer, MuonConfig)
-    moment = WIDE if isinstance(optimizer, MuonConfig) else DTYPE_BYTES[optimizer.moments_dtype]
     spread = student.num_ranks // student.replicas
     in_parts = student.reduce_gradients == "every_micro_batch"
     weights = moments = gradients = 0
@@ -201,13 +200,27 @@ def student_bytes(student: StudentConfig, folder: Path) -> StudentBytes:
             continue
         by_muon = muon and len(tensor.shape) == 2 and NUMBERED.search(name)
         weights += size * wide
-        moments += size * moment * (MUON_MOMENTS if by_muon else ADAMW_MOMENTS)
+        moment = _moment_bytes(optimizer, tensor.shape)
+        moments += moment * (MUON_MOMENTS if by_muon else ADAMW_MOMENTS)
         gradients += size * (wide if in_parts else WIDE)
     return StudentBytes(
         weights=weights // spread,
         moments=moments // spread,
         gradients=gradients // spread if in_parts else gradients,
     )
+
+
+def _moment_bytes(optimizer: Optimizer, shape: Sequence[int]) -> int:
+    """What an optimizer keeps of a tensor's weights, once."""
+    size = math.prod(shape)
+    if isinstance(optimizer, MuonConfig) or optimizer.moments_dtype == "float32":
+        return size * WIDE
+    if optimizer.moments_dtype == "bfloat16":
+        return size * DTYPE_BYTES["bfloat16"]
+    if len(shape) < 2:
+        return size * WIDE
+    scales = size // shape[-1] * -(-shape[-1] // FLOAT8_GROUP)
+    return size + scales * WIDE
 
 
 def _is_frozen(student: StudentConfig, name: str) -> bool:

@@ -1,13 +1,15 @@
 """The job that scores teacher and student."""
 
 import json
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
+from configs.schema.run import VERIFIER
 from kdflow_core.contracts import Example, TeacherAtHand
 from kdflow_core.errors import AlignmentError
 from kdflow_core.eval.distribution import (
@@ -18,23 +20,23 @@ from kdflow_core.eval.distribution import (
     score_distributions,
     state_difference,
 )
-from kdflow_core.eval.greedy import exact_match, generate_greedily
+from kdflow_core.eval.greedy import accepted, exact_match, generate_greedily
 from kdflow_core.eval.sample_sums import SampleSums
-from kdflow_core.models.loading import DTYPES, load_causal_lm
+from kdflow_core.functions import load_function
 from kdflow_core.models.tokenizers import true_vocabulary_size
 from storage.artifact import ArtifactRef
 from storage.tokens import TokenTable
 from tasks.jobs import aligning, chats, parts
-from tasks.jobs.reference import lacking_room, state_limit
+from tasks.jobs.reference import state_limit
 from tasks.jobs.stage_run import SIDES, StageRun, job
 from tasks.jobs.stored import StoredStates, TokenExamples, evenly_spread
 from tasks.jobs.student_module import build_comparison
+from tasks.jobs.whole_models import load_whole, why_not_whole
 from tasks.presentation.results import EVALUATION_FILE
 from tasks.presentation.sample_scores import write_sums
 from tasks.stages.slices import Side
 
 CHECKED_SEQUENCES = 4
-TEACHERS_SHARE = 0.8  # of a device's free memory, for weights alone
 
 
 @job("evaluate")
@@ -57,15 +59,19 @@ def evaluate_student(stage: StageRun) -> ArtifactRef:
             stage, title, folder, (examples, shown), teachers, aligned
         )
     tokenizer = chats.tokenizer(stage, "teacher")
+    prompts = [str(tokenizer.decode(example.teacher.prompt_ids_T)) for example in shown]
     samples = [
         {
             "source": example.source,
-            "prompt": tokenizer.decode(example.teacher.prompt_ids_T),
+            "prompt": prompt,
             "label": example.label,
             **{title: texts[number] for title, texts in answers.items() if texts is not None},
         }
-        for number, example in enumerate(shown)
+        for number, (example, prompt) in enumerate(zip(shown, prompts, strict=True))
     ]
+    for title, texts in answers.items():
+        for source, found in _judged_answers(stage, texts or [], prompts, shown).items():
+            models[title].setdefault(source, {}).update(found)
     path = stage.workdir / EVALUATION_FILE
     result = {"models": models, "samples": samples}
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -121,8 +127,8 @@ def _judge(
     side: Literal["teacher", "student"] = "teacher" if title == "teacher" else "student"
     examples, shown = data
     chat = chats.chat(stage, side)
-    reason = _why_not_loaded(stage, folder) if side == "teacher" else None
-    model = _load(stage, side, folder) if reason is None else None
+    reason = why_not_whole(stage, folder) if side == "teacher" else None
+    model = load_whole(stage, side, folder) if reason is None else None
     judged: Judged
     if model is None:
         stage.reporter.message(
@@ -159,29 +165,25 @@ def _judge(
         reporter=stage.reporter,
         title=title,
     )
-    shares = exact_match(texts, [e.label for e in shown], [e.source for e in shown])
-    for name, share in shares.items():
-        by_source.setdefault(name, {})["exact_match"] = share
     return by_source, texts, sums
 
 
-def _load(stage: StageRun, side: Side, folder: Path) -> PreTrainedModel:
-    teacher, student = stage.run.teacher, stage.run.student
-    return load_causal_lm(
-        folder,
-        dtype=DTYPES[teacher.dtype if side == "teacher" else student.compute_dtype],
-        attention=student.attention,
-        device=parts.device(stage),
-        trust_remote_code=stage.trusts(side),
-    )
-
-
-def _why_not_loaded(stage: StageRun, folder: Path) -> str | None:
-    """Why the teacher is not loaded whole on one device; None where it is."""
-    teacher = stage.run.teacher
-    if teacher.ranks_per_replica > 1:
-        return f"one copy of it is spread over {teacher.ranks_per_replica} ranks"
-    return lacking_room(folder, DTYPES[teacher.dtype], parts.device(stage), TEACHERS_SHARE)
+def _judged_answers(
+    stage: StageRun, texts: Sequence[str], prompts: Sequence[str], shown: Sequence[Example]
+) -> dict[str, dict[str, float]]:
+    """By source, which shares of a model's answers are right; nothing where it gave none."""
+    if not texts:
+        return {}
+    labels, sources = [e.label for e in shown], [e.source for e in shown]
+    shares = {"exact_match": exact_match(texts, labels, sources)}
+    if stage.run.eval.verifier is not None:
+        verifier = load_function(stage.run.eval.verifier, VERIFIER)
+        shares["accepted"] = accepted(verifier, texts, prompts, labels, sources, field=VERIFIER)
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    for kind, by_source in shares.items():
+        for source, share in by_source.items():
+            found[source][kind] = share
+    return found
 
 
 def _check_own_states(

@@ -3,17 +3,17 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from configs.schema.on_policy import OnPolicyConfig
 from configs.schema.rollout import SglangRollout
+from configs.schema.run import REWARD
 from kdflow_core.contracts import Example
+from kdflow_core.functions import Judge, judged, load_function
 from kdflow_core.models.tokenizers import true_vocabulary_size
 from kdflow_core.rollout import build_rollout_engine, placed
 from kdflow_core.rollout.base import Completion, Prompt, RolloutEngine, Sampling
 from kdflow_core.rollout.prompts import share_answers
-from kdflow_core.rollout.rewards import RewardFunction, load_reward, reward_of
 from kdflow_core.rollout.sglang import SglangRolloutEngine
 from kdflow_core.weight_buckets import Bucket
 from kdflow_core.workers.base import RankContext, offered
@@ -49,9 +49,9 @@ class RolloutHost:
         chat = chats.chat(stage, "student")
         self._tokenizer, self._stop_ids = chat.tokenizer, chat.end_ids
         reward = self._config.reward
-        self._reward: RewardFunction | None = None
+        self._reward: Judge | None = None
         if reward is not None:
-            self._reward = load_reward(Path(reward.path), reward.name)
+            self._reward = load_function(reward.function, REWARD)
         self._engine: RolloutEngine = build_rollout_engine(
             placed(self._config.rollout, context.rank_among_devices),
             folder=folder,
@@ -175,7 +175,9 @@ class RolloutHost:
         prompt = str(self._tokenizer.decode(asked.prompt.ids_T))
         answer = str(self._tokenizer.decode(completion.ids_N, skip_special_tokens=True))
         label = asked.example.label
-        reward = None if self._reward is None else reward_of(self._reward, prompt, answer, label)
+        reward = None
+        if self._reward is not None:
+            reward = judged(self._reward, prompt, answer, label, field=REWARD)
         return {
             "round": number,
             "prompt": asked.index,

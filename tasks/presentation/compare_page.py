@@ -11,7 +11,7 @@ from storage.store import ArtifactStore
 from tasks.presentation.history import STUDENT, FinishedRun
 from tasks.presentation.pages import curve, page_template
 from tasks.presentation.report_page import HELDOUT_CURVE, HELDOUT_SERIES
-from tasks.presentation.results import read_evaluation
+from tasks.presentation.results import read_evaluation, share_of_right_answers
 from tasks.presentation.sample_scores import differences, read_sums
 from tasks.presentation.tracking import HELDOUT_FILE, METRICS_FILE, read_metrics
 
@@ -59,7 +59,7 @@ def write_comparison(store: ArtifactStore, runs: Sequence[FinishedRun], target: 
             {
                 "id": run.id,
                 "means": _means(run),
-                "right": run.scores.get("exact_match"),
+                "right": share_of_right_answers(run.scores),
                 "differences": found,
                 "samples": found["forward_kl"].samples,
             }

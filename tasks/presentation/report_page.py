@@ -12,7 +12,7 @@ from storage.artifact import Manifest
 from storage.store import ArtifactStore
 from tasks.execution.progress import clock
 from tasks.presentation.pages import Points, curve, page_template
-from tasks.presentation.results import read_evaluation
+from tasks.presentation.results import benchmark_rows, read_evaluation, share_of_right_answers
 from tasks.presentation.tracking import HELDOUT_FILE, METRICS_FILE, read_metrics
 from tasks.rounds.round_record import RoundRecord, read_rounds
 from tasks.stages.identity import StageSpec
@@ -45,6 +45,9 @@ def write_report(*, spec: StageSpec, store: ArtifactStore, target: Path) -> None
         models=[m for m in MODELS if m in evaluation["models"]],
         sources=["all", *sources],
         scores=evaluation["models"],
+        benchmarks=benchmark_rows(store, spec.inputs),
+        right=share_of_right_answers,
+        verifier=spec.run.eval.verifier,
         samples=evaluation["samples"],
         dropped=tokens.info["dropped"],
         read=tokens.info["read"],

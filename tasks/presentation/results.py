@@ -1,6 +1,7 @@
 """Small readable results of finished stages, for flows and the command line."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from storage.artifact import ArtifactRef
 from storage.store import ArtifactStore
 
 EVALUATION_FILE = "evaluation.json"
+BENCHMARKS_FILE = "benchmarks.json"
 REPORT_FILE = "report.html"
 SCORE_COLUMNS = (
     "forward_kl",
@@ -17,6 +19,7 @@ SCORE_COLUMNS = (
     "perplexity",
     "bits_per_byte",
     "exact_match",
+    "accepted",
 )
 
 
@@ -30,6 +33,12 @@ def read_evaluation(store: ArtifactStore, ref: ArtifactRef) -> dict[str, Any]:
     path = store.local_copy(ref) / EVALUATION_FILE
     evaluation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return evaluation
+
+
+def share_of_right_answers(scores: Mapping[str, Any]) -> float | None:
+    """By the run's verifier where it has one, else by the data's answers; None without either."""
+    accepted, matching = scores.get("accepted"), scores.get("exact_match")
+    return matching if accepted is None else accepted
 
 
 def evaluation_rows(store: ArtifactStore, ref: ArtifactRef) -> list[dict[str, Any]]:
@@ -46,6 +55,24 @@ def evaluation_rows(store: ArtifactStore, ref: ArtifactRef) -> list[dict[str, An
                 row |= {name: scores[source].get(name) for name in SCORE_COLUMNS}
                 rows.append(row)
     return rows
+
+
+def benchmark_rows(store: ArtifactStore, made: Mapping[str, ArtifactRef]) -> list[dict[str, Any]]:
+    """One row per metric of a benchmark, with what `teacher` and `student` have of it: the value
+    and its standard error, each None where there is none.
+    """
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for side in ("teacher", "student"):
+        ref = made.get(f"{side}_benchmarks")
+        if ref is None:
+            continue
+        path = store.local_copy(ref) / BENCHMARKS_FILE
+        for record in json.loads(path.read_text(encoding="utf-8")):
+            name = (record["task"], record["metric"])
+            row = {"task": name[0], "metric": name[1], "documents": record["documents"]}
+            own = rows.setdefault(name, row | {"teacher": None, "student": None})
+            own[side] = {"value": record["value"], "stderr": record["stderr"]}
+    return list(rows.values())
 
 
 def report_path(store: ArtifactStore, ref: ArtifactRef) -> Path:

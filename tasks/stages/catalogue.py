@@ -12,7 +12,7 @@ from configs.schema.engines import Engine
 from configs.schema.rollout import Rollout
 from configs.schema.run import RunConfig
 from configs.schema.teacher import Teacher
-from tasks.stages import slices
+from tasks.stages import benchmark_slices, slices
 from tasks.stages.slices import Known, Slice
 
 # SGLang's processes warn of kernels that other hardware has.
@@ -125,6 +125,16 @@ _STAGES = (
         behind_delivery=False,
     ),
     Stage(
+        name="lm-eval-teacher",
+        kind="benchmarks",
+        output="teacher_benchmarks",
+        code_version=1,
+        description="Benchmarks of the teacher",
+        job="tasks.jobs.benchmarks:benchmark_teacher",
+        slice=benchmark_slices.teacher_benchmarks,
+        behind_delivery=False,  # before all that costs, as names and data of tasks may be wrong
+    ),
+    Stage(
         name="tokenize",
         kind="tokens",
         output="tokens",
@@ -202,6 +212,15 @@ _STAGES = (
         description="Held-out scores of teacher and student",
         job="tasks.jobs.evaluation:evaluate_student",
         slice=slices.evaluation,
+    ),
+    Stage(
+        name="lm-eval",
+        kind="benchmarks",
+        output="student_benchmarks",
+        code_version=1,
+        description="Benchmarks of the student",
+        job="tasks.jobs.benchmarks:benchmark_student",
+        slice=benchmark_slices.student_benchmarks,
     ),
     Stage(
         name="report",

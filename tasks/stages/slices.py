@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from configs.patience import patient
 from configs.schema.algorithm import MultiTeacherConfig
+from configs.schema.base import file_and_name
 from configs.schema.data import HubSource, Source
 from configs.schema.engines import Engine
 from configs.schema.models import (
@@ -23,7 +24,7 @@ from configs.schema.models import (
     PretrainedModel,
 )
 from configs.schema.on_policy import OnPolicyConfig
-from configs.schema.run import RunConfig
+from configs.schema.run import REWARD, VERIFIER, RunConfig
 from configs.schema.teacher import Teacher
 from configs.secrets import public_config
 from kdflow_core.errors import DataError, ModelError
@@ -60,6 +61,9 @@ OPERATIONAL_STUDENT_FIELDS = {
 }
 
 CURVE_FIELDS = {"every_steps", "curve_sequences", "keep_best", "patience"}
+# A verifier counts by its name and its file.
+NO_SCORE_FIELDS = CURVE_FIELDS | {"tokens_per_batch", "verifier", "lm_eval"}
+FUNCTION_INPUTS = {REWARD: "reward", VERIFIER: "verifier"}
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
@@ -250,17 +254,20 @@ def student(known: Known) -> Iterator[Slice]:
     scored = known.made("log_probs")
     if scored is not None:
         inputs["log_probs"] = scored
-    yield Slice(config=training_slice(run), inputs=inputs | reward_input(run, known.prints))
+    reward = function_input(run, REWARD, known.prints)
+    yield Slice(config=training_slice(run), inputs=inputs | reward)
 
 
 def evaluation(known: Known) -> Iterator[Slice]:
     """The scores of teacher and student."""
-    yield Slice(config=evaluation_slice(known.run), inputs=_of_trained(known, "student"))
+    verifier = function_input(known.run, VERIFIER, known.prints)
+    inputs = _of_trained(known, "student") | verifier
+    yield Slice(config=evaluation_slice(known.run), inputs=inputs)
 
 
 def report(known: Known) -> Iterator[Slice]:
     """The report, which shows the whole config."""
-    inputs = _of_trained(known, "student", "evaluation")
+    inputs = _of_trained(known, "student", "evaluation", "teacher_benchmarks", "student_benchmarks")
     yield Slice(config={"run": public_config(known.run)}, inputs=inputs)
 
 
@@ -454,8 +461,11 @@ def answers_slice(run: RunConfig) -> dict[str, Any]:
 
 def evaluation_slice(run: RunConfig) -> dict[str, Any]:
     """The part that identifies the evaluation."""
+    fields = run.eval.model_dump(mode="json", exclude=NO_SCORE_FIELDS)
+    if run.eval.verifier is not None:
+        fields["verifier"] = file_and_name(run.eval.verifier)[1]
     return {
-        "eval": run.eval.model_dump(mode="json", exclude={"tokens_per_batch", *CURVE_FIELDS}),
+        "eval": fields,
         "dtype": run.student.compute_dtype,
         "teacher_dtype": run.teacher.dtype,
     }
@@ -488,20 +498,22 @@ def training_slice(run: RunConfig) -> dict[str, Any]:
 
 
 def _on_policy_slice(run: RunConfig, config: OnPolicyConfig) -> dict[str, Any]:
-    """A reward function is known by its name alone here; its file is an input."""
+    """A Python function is known by its name alone here; its file is an input."""
     fields = config.model_dump(mode="json", exclude={"rollout", "reward", "checkpoint_rounds"})
     fields["rollout"] = _results_slice(config.rollout)
     if config.reward is not None:
-        reward = config.reward.model_dump(mode="json", exclude={"function"})
-        fields["reward"] = reward | {"function": config.reward.name}
+        fields["reward"] = config.reward.model_dump(mode="json")
+        fields["reward"]["function"] = file_and_name(config.reward.function)[1]
     return fields | {"max_length": run.data.max_length}
 
 
-def reward_input(run: RunConfig, prints: Fingerprints) -> dict[str, str]:
-    """The file of a run's reward function, as an input. Raises DataError when it is not there."""
-    if run.on_policy is None or run.on_policy.reward is None:
+def function_input(run: RunConfig, field: str, prints: Fingerprints) -> dict[str, str]:
+    """The file of the Python function of a field, where the run names one, as an input. Raises
+    DataError when it is not there.
+    """
+    if field not in run.functions:
         return {}
-    path = Path(run.on_policy.reward.path)
+    path = Path(file_and_name(run.functions[field])[0])
     if not path.is_file():
-        raise DataError(f"on_policy.reward.function: there is no file {path}")
-    return {"reward": digest({path.name: prints.file(path)})}
+        raise DataError(f"{field}: there is no file {path}")
+    return {FUNCTION_INPUTS[field]: digest({path.name: prints.file(path)})}

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -192,6 +193,51 @@ time.sleep(120)
     with pytest.raises(WorkerError, match=r"rank 1 of rank_under_test.* ended by exit code 3"):
         run(rank_module(body), tmp_path)
     wait_until_gone(pids_in(tmp_path, 2))
+
+
+STOPPABLE = """
+from kdflow_core.workers.rank_side import is_asked_to_stop, stoppable
+with stoppable():
+    (folder / f"ready-{rank}").touch()
+    while not is_asked_to_stop():
+        if rank == 1 and (folder / "leave").exists() and (folder / "ready-0").exists():
+            sys.exit(3)
+        time.sleep(0.05)
+(folder / f"saved-{rank}").touch()
+"""
+
+
+def test_a_sigterm_to_all_processes_of_a_run_has_ranks_save(
+    rank_module: Callable[[str], str], tmp_path: Path
+) -> None:
+    """As batch systems send it: not to whom the ranks belong to alone."""
+
+    def terminate() -> None:
+        for rank in (0, 1):
+            while not (tmp_path / f"ready-{rank}").exists():
+                time.sleep(0.05)
+        ranks = [psutil.Process(pid) for pid in pids_in(tmp_path, 2)]
+        parents = [parent for rank in ranks if (parent := rank.parent()) is not None]
+        servers = {parent for parent in parents if FORK_SERVER in parent.cmdline()}
+        for process in {*ranks, *servers}:
+            process.terminate()
+
+    sender = threading.Thread(target=terminate)
+    sender.start()
+    run(rank_module(STOPPABLE), tmp_path)
+    sender.join()
+    assert (tmp_path / "saved-0").exists()
+    assert (tmp_path / "saved-1").exists()
+
+
+def test_a_rank_that_could_save_is_ended_at_once_with_the_others(
+    rank_module: Callable[[str], str], tmp_path: Path
+) -> None:
+    (tmp_path / "leave").touch()
+    with pytest.raises(WorkerError, match=r"rank 1 of rank_under_test.* ended by exit code 3"):
+        run(rank_module(STOPPABLE), tmp_path)
+    wait_until_gone(pids_in(tmp_path, 2))
+    assert not (tmp_path / "saved-0").exists()
 
 
 def test_the_launchers_death_ends_the_ranks_and_their_children(rank_module, tmp_path: Path) -> None:

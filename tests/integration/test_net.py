@@ -6,15 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from configs.load import load_run
+from configs.schema.run import VERIFIER
 from kdflow_core.contracts import HiddenRows, TokenSequence
 from kdflow_core.errors import AlignmentError, ModelError
+from kdflow_core.functions import load_function
 from storage.tokens import TokenTable
-from tasks.jobs import evaluation
+from tasks.jobs import evaluation, whole_models
 from tasks.jobs.evaluation import evaluate_student
 from tasks.jobs.reference import Reference, lacking_room
 from tasks.jobs.stage_run import StageRun
@@ -118,9 +121,17 @@ def test_a_student_is_exported_as_it_was_trained(
 def test_a_teacher_that_fits_no_device_is_scored_by_its_stored_states(
     make_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = load_run(str(make_recipe(max_steps=1)))
+    checks = tmp_path / "checks.py"
+    checks.write_text(
+        "def fits(prompt, answer, label):\n"
+        "    return (len(prompt) + len(answer) + (label or '').count('1')) % 3 / 2\n"
+    )
+    run = load_run(str(make_recipe(max_steps=1)), {"eval.verifier": f"{checks}:fits"})
     loaded = run_inline(run, until="evaluate", launched=["train"])["evaluation"]
     whole = json.loads((Path(loaded.uri) / "evaluation.json").read_text())
+    fits = load_function(f"{checks}:fits", VERIFIER)
+    worth = [fits(s["prompt"], s["student after"], s["label"]) for s in whole["samples"]]
+    assert whole["models"]["student after"]["all"]["accepted"] == pytest.approx(np.mean(worth))
     shutil.rmtree(loaded.uri)
     store = open_store(run)
     store.retract(loaded.kind, loaded.digest)
@@ -129,9 +140,9 @@ def test_a_teacher_that_fits_no_device_is_scored_by_its_stored_states(
         assert side == "student"
         return load_model(stage, side, folder)
 
-    load_model = evaluation._load
-    monkeypatch.setattr(evaluation, "_load", load)
-    monkeypatch.setattr(evaluation, "TEACHERS_SHARE", 1e-9)
+    load_model = evaluation.load_whole
+    monkeypatch.setattr(evaluation, "load_whole", load)
+    monkeypatch.setattr(whole_models, "TEACHERS_SHARE", 1e-9)
     done = run_inline(run, until="report")
     own = json.loads((Path(done["evaluation"].uri) / "evaluation.json").read_text())
     for title in ("student before", "student after"):
@@ -140,10 +151,12 @@ def test_a_teacher_that_fits_no_device_is_scored_by_its_stored_states(
     assert (teacher["forward_kl"], teacher["agreement"]) == (0.0, 1.0)
     assert teacher["perplexity"] == pytest.approx(expected["perplexity"], rel=0.01)
     assert "exact_match" in expected
-    assert "exact_match" not in teacher
+    assert not {"exact_match", "accepted"} & teacher.keys()
     assert all("teacher" not in sample for sample in own["samples"])
     assert own["samples"]
-    assert "student after" in (Path(done["report"].uri) / "report.html").read_text()
+    report = (Path(done["report"].uri) / "report.html").read_text()
+    assert f">{100 * np.mean(worth):.1f} %<" in report
+    assert f"{checks}:fits makes of them" in report
 
 
 def test_why_a_teacher_is_not_loaded_whole(
@@ -155,7 +168,7 @@ def test_why_a_teacher_is_not_loaded_whole(
     for overrides in dict[str, object](), spread:
         run = load_run(recipe, overrides)
         spec = stage_spec(plan_stages(run)["evaluate"], run, {})
-        reasons.append(evaluation._why_not_loaded(StageRun(spec, SilentReporter()), teacher_folder))
+        reasons.append(whole_models.why_not_whole(StageRun(spec, SilentReporter()), teacher_folder))
     assert reasons == [None, "one copy of it is spread over 2 ranks"]
     reason = lacking_room(teacher_folder, torch.float32, torch.device("cpu"), 1e-9)
     assert reason is not None

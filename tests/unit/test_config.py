@@ -9,7 +9,7 @@ import yaml
 
 from configs.explain import explain, markdown_rows
 from configs.load import ConfigError, load_run, parse_overrides, recipe_names, validate_run
-from configs.schema.run import RunConfig
+from configs.schema.run import REWARD, VERIFIER, RunConfig
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -368,9 +368,12 @@ def test_on_policy_runs_that_do_not_fit(
         load_run(str(make_recipe(max_steps=None)), whole)
 
 
-def test_a_reward_file_starts_at_the_recipe(make_recipe: Callable[..., Path]) -> None:
-    overrides = {"mode": "onpolicy", "on_policy": ON_POLICY | {"reward": {"function": "r.py:f"}}}
+def test_files_of_functions_start_at_the_recipe(make_recipe: Callable[..., Path]) -> None:
+    overrides = {
+        "mode": "onpolicy",
+        "on_policy": ON_POLICY | {"reward": {"function": "r.py:f"}},
+        "eval.verifier": "v.py:g",
+    }
     run = load_run(str(make_recipe(max_steps=None)), overrides)
-    assert run.on_policy is not None
-    assert run.on_policy.reward is not None
-    assert (run.on_policy.reward.path, run.on_policy.reward.name) == (str(Path.cwd() / "r.py"), "f")
+    here = Path.cwd()
+    assert run.functions == {REWARD: f"{here / 'r.py'}:f", VERIFIER: f"{here / 'v.py'}:g"}

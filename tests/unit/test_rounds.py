@@ -12,10 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from configs.load import load_run
 from configs.schema.on_policy import AdaptiveFraction, Fraction, LinearFraction, OnPolicyConfig
-from kdflow_core.errors import DataError
 from kdflow_core.models.structure import decoder_layers
 from kdflow_core.rollout.prompts import round_prompts, share_answers
-from kdflow_core.rollout.rewards import advantages, load_reward, reward_of
+from kdflow_core.rollout.rewards import advantages
 from tasks.forecast.memory import memory_lines, memory_phases, num_parameters
 from tasks.rounds.round_record import RoundRecord, next_fraction
 from tasks.stages.identity import StageSpec
@@ -110,22 +109,6 @@ def test_advantages_go_by_the_answers_to_one_prompt() -> None:
     expected = [(r - 11 / 3) / deviation for r in (1.0, 3.0)]
     assert worth == pytest.approx([*expected, 0.0, 0.0, (7 - 11 / 3) / deviation])
     assert advantages([1.0, 2.0, 6.0], [0, 1, 2], normalize=False) == [-2.0, -1.0, 3.0]
-
-
-def test_rewards(tmp_path: Path) -> None:
-    path = tmp_path / "reward.py"
-    path.write_text(
-        "def right(prompt, answer, label):\n    return float(answer.strip() == label)\n"
-        "def none(prompt, answer, label):\n    pass\n"
-    )
-    right = load_reward(path, "right")
-    assert reward_of(right, "2 plus 2?", " 4", "4") == 1.0
-    with pytest.raises(DataError, match="gave None for the answer ' 4'; it must give a finite"):
-        reward_of(load_reward(path, "none"), "2 plus 2?", " 4", "4")
-    with pytest.raises(DataError, match="has no function 'wrong'"):
-        load_reward(path, "wrong")
-    with pytest.raises(DataError, match="there is no Python file"):
-        load_reward(tmp_path / "other.py", "right")
 
 
 def planned(

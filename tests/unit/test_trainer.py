@@ -212,12 +212,22 @@ def test_muon_makes_the_gradient_of_inner_matrices_orthogonal(
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"optimizer": {"type": "muon"}}, NARROW], ids=["adamw", "muon", "narrow"]
+    "fields",
+    [
+        {},
+        {"optimizer": {"type": "muon"}},
+        NARROW,
+        NARROW | {"optimizer": {"type": "adamw"}},
+        {"optimizer": {"type": "adamw", "moments_dtype": "bfloat16"}},
+        {"optimizer": {"type": "adamw", "moments_dtype": "float8"}},
+        NARROW | {"optimizer": {"type": "adamw", "moments_dtype": "float8"}},
+    ],
+    ids=["adamw", "muon", "narrow", "wide moments", "narrow moments", "float8", "narrow float8"],
 )
 def test_groups_of_parameters_are_those_of_a_checkpoint(
     tmp_path: Path, student_folder: Path, teacher_folder: Path, fields: dict[str, Any]
 ) -> None:
-    weights = []
+    weights, kept = [], []
     for number, stops in enumerate(([4], [2, 4])):
         for stop in stops:
             training = SmallTraining(
@@ -233,8 +243,11 @@ def test_groups_of_parameters_are_those_of_a_checkpoint(
             training.trainer.save()
             training.trainer.wait()
         weights.append(dict(training.trainer.module.model.named_parameters()))
+        states = training.trainer.optimizers.states()
+        kept.append([{name: value.dtype for name, value in state.items()} for state in states])
     for name, parameter in weights[0].items():
         assert torch.equal(parameter, weights[1][name]), name
+    assert kept[0] == kept[1]
 
 
 def test_a_student_that_is_all_frozen_is_refused(
