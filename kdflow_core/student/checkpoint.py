@@ -14,7 +14,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from kdflow_core.errors import TrainingError
 from kdflow_core.student.seal import METADATA, damage_of, write_seal
@@ -87,8 +87,10 @@ class CheckpointWriter:
     """Writes checkpoints in the background, one at a time, and keeps the newest `keep` and the one
     of the step that is `held`; and `copies`, of whose problems `tell` is told.
 
-    What is saved is copied to host memory first, so that training may go on. Every rank makes one
-    and calls its methods together with the others.
+    What is saved of a GPU is copied to host memory first, so that training may go on; on a CPU,
+    where the copy would take as much memory again, training waits until it is written, and goes on
+    beside its checksums and copies. Every rank makes one and calls its methods together with the
+    others.
     """
 
     def __init__(
@@ -123,11 +125,13 @@ class CheckpointWriter:
             temporary.mkdir(parents=True)
         dist.barrier()
         weights, optimizer_state = get_state_dict(module, optimizers)
-        written = async_save(
-            {"model": _moving(weights, module), "optimizer": optimizer_state},
-            checkpoint_id=str(temporary),
-            process_group=self._group,
-        )
+        state = {"model": _moving(weights, module), "optimizer": optimizer_state}
+        place, group = str(temporary), self._group
+        if next(module.parameters()).device.type == "cpu":
+            written: Any = self._pool.submit(save, state, checkpoint_id=place, process_group=group)
+            wait([written])
+        else:
+            written = async_save(state, checkpoint_id=place, process_group=group)
         self._pending = self._pool.submit(self._finish, written, temporary, step, self.held)
 
     def _finish(self, written: Any, temporary: Path, step: int, held: int | None) -> str | None:

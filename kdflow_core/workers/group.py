@@ -22,6 +22,7 @@ from kdflow_core.workers.base import Events, Request, Start, WorkerGroup
 from kdflow_core.workers.rank_side import BEAT_S, EVENT_PREFIX
 
 GRACE_S = 2.0
+POLL_S = 0.05
 KEPT_LINES = 40
 SILENT_S = 60.0  # a rank that has not beaten for so long is stopped, or starved
 _GROUPS: "weakref.WeakSet[RankGroup]" = weakref.WeakSet()
@@ -90,12 +91,15 @@ class _Pending:
         return self.group.replies(self.number)
 
 
-def ask_ranks_to_stop() -> bool:
-    """Ask the ranks of all groups of this process to save what is done, and to end; False where
-    none of them can now.
+def save_ranks(seconds: float) -> bool:
+    """Have the ranks of all groups of this process save what is done, and end, which may take so
+    many seconds; False at once where none of them can now.
     """
-    found = [group.ask_to_stop() for group in list(_GROUPS)]
-    return any(found)
+    saving = [group for group in list(_GROUPS) if group.ask_to_stop()]
+    deadline = time.monotonic() + seconds
+    while any(group.is_running() for group in saving) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    return bool(saving)
 
 
 class RankGroup:
@@ -155,6 +159,10 @@ class RankGroup:
         for rank in self._ranks if can else ():
             rank.process.send(Request(role="stop").model_dump_json())
         return can
+
+    def is_running(self) -> bool:
+        """Whether a rank has not ended."""
+        return any(rank.process.poll() is None for rank in self._ranks)
 
     def close(self) -> None:
         """See `WorkerGroup`. Raises WorkerError when a rank fails on its way out."""

@@ -11,7 +11,7 @@ import torch
 from configs.schema.run import RunConfig
 from configs.schema.teacher import InProcessTeacher
 from kdflow_core.errors import ModelError
-from tasks.forecast.memory import least_teacher, least_training, told
+from tasks.forecast.memory import checkpoint_copy, least_teacher, least_training, told
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 GB = 10**9
@@ -47,6 +47,15 @@ def check_room(run: RunConfig, folders: Mapping[str, Path]) -> None:
             "student.optimizer={type: adamw, moments_dtype: bfloat16}; student.lora; a smaller "
             "loss.logits_memory_mb; or teacher.sleep",
         )
+        if device.startswith("GPU"):
+            _require(
+                "a checkpoint",
+                checkpoint_copy(run.student, student),
+                _host_memory() // ranks,
+                "the host",
+                "student.weights_dtype=bfloat16 and student.optimizer={type: adamw, moments_dtype: "
+                "float8}; or student.lora",
+            )
 
 
 def _require(what: str, parts: Mapping[str, int], room: int, device: str, remedy: str) -> None:
@@ -67,6 +76,11 @@ def _device() -> tuple[str, int]:
             for k in range(torch.cuda.device_count())
         ]
         return "GPU " + str(sizes.index(min(sizes))), min(sizes)
+    return "this machine", _host_memory()
+
+
+def _host_memory() -> int:
+    """In bytes, as far as this process may have it."""
     total = int(psutil.virtual_memory().total + psutil.swap_memory().total)
     limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.is_file() else "max"
-    return "this machine", min(total, int(limit)) if limit.isdecimal() else total
+    return min(total, int(limit)) if limit.isdecimal() else total

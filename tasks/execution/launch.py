@@ -11,13 +11,13 @@ from configs.schema.workers import RayWorkers
 from configs.secrets import public
 from kdflow_core.errors import WorkerError
 from kdflow_core.workers.base import Launcher, Placement
-from kdflow_core.workers.group import ask_ranks_to_stop
+from kdflow_core.workers.group import save_ranks
 from kdflow_core.workers.local import LocalLauncher
 from kdflow_core.workers.ray_launcher import RayLauncher
 from storage.artifact import ArtifactRef
 from storage.lease import Pulse, exclusive, lease_name
 from tasks.execution.progress import ProgressLog
-from tasks.execution.termination import saving_before_the_end
+from tasks.execution.termination import saving_first
 from tasks.stages.catalogue import CATALOGUE, devices_of, engines_of
 from tasks.stages.checkpoint_places import fetch_checkpoints
 from tasks.stages.identity import StageIdentity, StageSpec, find, open_store, run_of_teacher
@@ -146,8 +146,10 @@ def stage_lease(spec: StageSpec, logger: Logger) -> AbstractContextManager[Pulse
 
 
 def saving_ranks() -> AbstractContextManager[None]:
-    """Within, a SIGTERM first has the ranks of this process save what is done."""
-    return saving_before_the_end(ask_ranks_to_stop)
+    """Within, where ranks of this process are waited for, a SIGTERM first has them save what is
+    done.
+    """
+    return saving_first(save_ranks)
 
 
 def tell_failure(logger: Logger, error: WorkerError) -> None:
@@ -166,7 +168,6 @@ def _run_ranks(spec: StageSpec, logger: Logger, pulse: Pulse) -> None:
     )
     try:
         with (
-            saving_ranks(),
             launcher_of(spec).start(
                 "tasks.jobs.stage_host:StageHost",
                 spec.model_dump_json(),
@@ -174,6 +175,7 @@ def _run_ranks(spec: StageSpec, logger: Logger, pulse: Pulse) -> None:
                 Listener(logger, stage.name, pulse.touch),
                 stall_s=spec.run.stall_limit_s,
             ) as group,
+            saving_ranks(),
         ):
             group.call("work").replies()
     except WorkerError as error:

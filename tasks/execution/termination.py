@@ -11,10 +11,27 @@ SAVE_S = 25.0  # by default both wait for 30 seconds
 
 
 @contextmanager
+def saving_first(save: Callable[[float], object]) -> Iterator[None]:
+    """Within, what a handler of SIGTERM raises waits until `save` is done, which is told how many
+    seconds it has.
+
+    Prefect's handler raises, and has to stay the one that is installed: Prefect kills at once what
+    has another one. A second SIGTERM ends the waiting.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException:
+        save(SAVE_S)
+        raise
+
+
+@contextmanager
 def saving_before_the_end(ask_to_stop: Callable[[], bool]) -> Iterator[None]:
-    """Within, a SIGTERM asks the ranks to save and to end, and is passed on to whoever it was for
-    when they have, after `SAVE_S` seconds, or at once where none of them can (`ask_to_stop` says
-    so).
+    """Within, a SIGTERM asks this rank, which nobody has launched, to save and to end, and is
+    passed on to whoever it was for when it has, after `SAVE_S` seconds, or at once where it cannot
+    (`ask_to_stop` says so). Nothing is raised in the middle of a step.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # Python has signals for the main thread alone

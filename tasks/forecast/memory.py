@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -52,23 +52,34 @@ class _Part:
 
 @dataclass(frozen=True, kw_only=True)
 class StudentBytes:
-    """What a rank that trains keeps of the student, in bytes."""
+    """What a rank that trains keeps of the student, in bytes; of the weights, those that train."""
 
     weights: int
     moments: int
     gradients: int
+    training_weights: int
 
 
 def least_training(run: RunConfig, student: Path, teacher: Path | None) -> dict[str, int]:
     """What a rank that trains holds on its device whatever its batches are, in bytes, with the
     `teacher` that runs beside the student and does not leave for it. Activations come on top.
     """
-    parts = asdict(student_bytes(run.student, student)) | {
+    own = student_bytes(run.student, student)
+    parts = {
+        "weights": own.weights,
+        "moments": own.moments,
+        "gradients": own.gradients,
         "logits": run.loss.logits_memory_mb * 10**6,
     }
     if teacher is not None:
         parts["teacher"] = least_teacher(run.teacher, teacher)
     return parts
+
+
+def checkpoint_copy(student: StudentConfig, folder: Path) -> dict[str, int]:
+    """What a rank on a GPU copies to the host's memory for a checkpoint, in bytes."""
+    own = student_bytes(student, folder)
+    return {"weights": own.training_weights, "moments": own.moments}
 
 
 def told(parts: Mapping[str, int]) -> str:
@@ -192,7 +203,7 @@ def student_bytes(student: StudentConfig, folder: Path) -> StudentBytes:
     muon = isinstance(optimizer, MuonConfig)
     spread = student.num_ranks // student.replicas
     in_parts = student.reduce_gradients == "every_micro_batch"
-    weights = moments = gradients = 0
+    weights = training = moments = gradients = 0
     for name, tensor in checkpoint.tensors.items():
         size = math.prod(tensor.shape)
         if student.lora is not None or _is_frozen(student, name):  # adapters are small
@@ -200,11 +211,13 @@ def student_bytes(student: StudentConfig, folder: Path) -> StudentBytes:
             continue
         by_muon = muon and len(tensor.shape) == 2 and NUMBERED.search(name)
         weights += size * wide
+        training += size * wide
         moment = _moment_bytes(optimizer, tensor.shape)
         moments += moment * (MUON_MOMENTS if by_muon else ADAMW_MOMENTS)
         gradients += size * (wide if in_parts else WIDE)
     return StudentBytes(
         weights=weights // spread,
+        training_weights=training // spread,
         moments=moments // spread,
         gradients=gradients // spread if in_parts else gradients,
     )

@@ -20,6 +20,7 @@ import pytest
 from configs.schema.workers import RayWorkers
 from kdflow_core.errors import WorkerError
 from kdflow_core.workers.base import Launcher, Placement, WorkerGroup
+from kdflow_core.workers.group import save_ranks
 from kdflow_core.workers.local import LocalLauncher
 from kdflow_core.workers.ray_launcher import RayLauncher
 from tests.processes import FORK_SERVER, wait_until_gone
@@ -207,15 +208,20 @@ with stoppable():
 """
 
 
-def test_a_sigterm_to_all_processes_of_a_run_has_ranks_save(
-    rank_module: Callable[[str], str], tmp_path: Path
+@pytest.mark.parametrize("asked", [True, False], ids=["asked", "terminated"])
+def test_ranks_save_when_they_are_asked_and_when_all_processes_are_terminated(
+    rank_module: Callable[[str], str], tmp_path: Path, asked: bool
 ) -> None:
-    """As batch systems send it: not to whom the ranks belong to alone."""
+    """Batch systems send a SIGTERM to each process of a job, not to the launcher alone."""
 
     def terminate() -> None:
         for rank in (0, 1):
             while not (tmp_path / f"ready-{rank}").exists():
                 time.sleep(0.05)
+        if asked:
+            while not save_ranks(60):  # the launcher may not know yet that they can
+                time.sleep(0.05)
+            return
         ranks = [psutil.Process(pid) for pid in pids_in(tmp_path, 2)]
         parents = [parent for rank in ranks if (parent := rank.parent()) is not None]
         servers = {parent for parent in parents if FORK_SERVER in parent.cmdline()}

@@ -1,8 +1,6 @@
 """Ctrl-C in a real terminal: seconds to the prompt, one line, no process left, and on it goes."""
 
-import os
 import shutil
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -50,8 +48,8 @@ def states_of(home: Path) -> list[str]:
 def test_a_training_that_is_ended_in_every_way(
     make_recipe: Callable[..., Path], tmp_path: Path, env: dict[str, str]
 ) -> None:
-    """One run, ended by Ctrl-C, then by SIGTERM, as Slurm and Kubernetes send it before they kill,
-    and by SIGKILL; each time it goes on from where it was.
+    """One run, ended by Ctrl-C, then by a SIGTERM to all its processes, as batch systems send it
+    before they kill, and by SIGKILL; each time it goes on from where it was.
     """
     recipe = make_recipe(max_steps=3000, checkpoint_every=10**6, num_ranks=2)
     command = f"kdflow run {recipe}"
@@ -64,7 +62,9 @@ def test_a_training_that_is_ended_in_every_way(
     terminal.wait_for(STAGES["train"])
     assert "stage tokenize" not in terminal.output  # what was done is not done again
     terminal.press(b"")
-    os.kill(terminal.pid, signal.SIGTERM)
+    run = psutil.Process(terminal.pid)
+    for process in (*run.children(recursive=True), run):
+        process.terminate()
     assert terminal.wait(5 * AT_MOST_S) == 75  # an exit code of its own
     last = terminal.output.strip().splitlines()[-1]
     assert last == f"terminated; what is done is kept, and this goes on from there: {command}"

@@ -378,6 +378,22 @@ def test_what_no_batch_size_makes_fit(
     checked_plan(run, download=False)
 
 
+def test_a_checkpoint_that_the_host_cannot_hold(
+    make: Make, student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and moments, of GPUs that have room for them."""
+    count = sum(t.numel() for t in load_file(student / "model.safetensors").values())
+    monkeypatch.setattr("tasks.checks.room_check._device", lambda: ("GPU 0", 10**12))
+    monkeypatch.setattr("tasks.checks.room_check._host_memory", lambda: 12 * count - 1)
+    refused(
+        make({"student.num_ranks": 2}),
+        r"a checkpoint takes 0\.00 GB \(weights 0\.00, moments 0\.00\) on each rank at the least, "
+        "and the host has 0",
+    )
+    for fields in (NARROWED, {"student.lora": {"rank": 2}}):
+        checked_plan(make(fields), download=False)
+
+
 def test_a_teacher_that_the_device_cannot_hold(
     make: Make, student: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ import yaml
 from prefect.concurrency.sync import concurrency
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from kdflow_core.student.checkpoint import completed_steps
 from tests.command import kdflow
 from tests.prefect_server import Server, start_server
 from tests.processes import stage_ranks
@@ -29,17 +30,67 @@ def server(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Iterator
     running.stop()
 
 
+def prefect_commands() -> list[list[str]]:
+    """Those of the README: a server, a pool, the deployments, a worker, and runs."""
+    return [words for words in commands("As a service") if words[0] == "prefect"]
+
+
+@pytest.fixture(scope="module")
+def deployed(server: Server) -> str:
+    """What is said of the deployments, by the README's commands."""
+    pool, deploy = (w[1:] for w in prefect_commands()[1:3])
+    server.command(*pool)
+    return server.command(*deploy)
+
+
+def test_a_run_that_is_moved_to_another_machine_goes_on_there(
+    server: Server, deployed: str, make_recipe: Callable[..., Path]
+) -> None:
+    """As in containers: `prefect flow-run execute` gets a SIGTERM, has training save, and gives the
+    run back to the server. Before there is a worker, which would take it.
+    """
+    assert "kd/offpolicy" in deployed
+    recipe = make_recipe(num_ranks=2, max_steps=300, checkpoint_every=10**6)
+    parameters = (f"recipe={recipe}", 'overrides={"name": "moved"}')
+    given = [word for parameter in parameters for word in ("--param", parameter)]
+    said = server.command("deployment", "run", "kd/offpolicy", *given)
+    (run,) = (own for own in server.runs() if str(own["id"]) in said)
+    run_id = str(run["id"])
+    server.env["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] = "reschedule"
+    execute = server.start("flow-run", "execute", run_id)
+    container = psutil.Process(execute.pid)
+    deadline = time.monotonic() + 180
+    checkpoints = recipe.parent / "scratch/student"
+    while not re.search("[1-9][0-9]* of 300 steps", (server.folder / "flow-run.log").read_text()):
+        assert time.monotonic() < deadline, "training did not start"
+        time.sleep(0.5)
+    ranks = stage_ranks(container)
+    container.terminate()
+    assert execute.wait(60) == 0
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert not alive
+    (now,) = server.runs(flow_runs={"id": {"any_": [run_id]}})
+    assert now["state_name"] == "AwaitingRetry"
+    (steps,) = (completed_steps(own / "checkpoints") for own in checkpoints.iterdir())
+    assert steps[-1] > 0
+    server.command("flow-run", "execute", run_id)
+    (now,) = server.runs(flow_runs={"id": {"any_": [run_id]}})
+    assert now["state_name"] == "Completed"
+    log = httpx.post(
+        f"{server.api}/logs/filter", json={"logs": {"flow_run_id": {"any_": [run_id]}}}
+    ).json()
+    resumed = f"training from step {steps[-1]} of 300 (resumed from a checkpoint)"
+    assert any(resumed in line["message"] for line in log)
+    assert httpx.delete(f"{server.api}/flow_runs/{run_id}").is_success  # others count runs
+
+
 def test_a_deployment_fails_is_retried_and_runs_to_completion(
-    server: Server, make_recipe: Callable[..., Path]
+    server: Server, deployed: str, make_recipe: Callable[..., Path]
 ) -> None:
     """What the failed run had finished comes from cache, in its retry and in the next run, and the
     UI says so. The README's commands, but for the port and the recipe.
     """
-    _, pool, deploy, start_worker, run_it, _ = (
-        w[1:] for w in commands("As a service") if w[0] == "prefect"
-    )
-    server.command(*pool)
-    deployed = server.command(*deploy)
+    start_worker, run_it = (w[1:] for w in prefect_commands()[3:5])
     assert "kd/offpolicy" in deployed
     assert "kd/nightly" in deployed
     assert "kd/onpolicy" in deployed
@@ -78,7 +129,7 @@ def test_a_deployment_fails_is_retried_and_runs_to_completion(
     done |= dict.fromkeys(("train", "evaluate", "report"), "Completed")
     assert server.task_states(completed["id"]) == done
     artifacts = httpx.post(f"{server.api}/artifacts/filter", json={}).json()
-    tables = [a for a in artifacts if a["type"] == "table"]
+    tables = [a for a in artifacts if a["type"] == "table" and a["key"] != "moved-evaluation"]
     assert [a["key"] for a in tables] == ["tiny-evaluation"]
     assert "student after" in str(tables[0]["data"])
 

@@ -1,0 +1,49 @@
+"""What a rank that trains holds, as it was planned and as it is measured."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+
+from configs.load import load_run
+from tasks.execution.launch import launch_stage
+from tasks.forecast.memory import least_training
+from tasks.stages.identity import stage_spec
+from tasks.stages.planning import plan_stages
+from tests.benchmarks.peaks import watched_peaks
+from tests.conftest import make_llama, make_tokenizer, run_inline
+
+WIDTH = 768
+TOLERANCE = 0.15
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("fields", [{}, {"optimizer": {"type": "muon"}}], ids=["adamw", "muon"])
+def test_training_holds_what_was_planned(
+    tmp_path: Path, make_recipe: Callable[..., Path], fields: dict[str, Any]
+) -> None:
+    """Of a large student, over that of a small one: what each process has stays out of it. To the
+    end, with the last checkpoint and the export. (Several ranks of a CPU, and layers in bfloat16,
+    hold more: memory that was freed between what stays.)
+    """
+    planned, measured = [], []
+    for layers in (6, 16):
+        folder = tmp_path / f"student-{layers}"
+        make_tokenizer(folder, texts=list(topics.values()))
+        make_llama(folder, hidden=WIDTH, layers=layers, rows=416, seed=0)
+        model = {"type": "pretrained", "path": str(folder)}
+        recipe = make_recipe(model=model, max_steps=2, checkpoint_every=10, **fields)
+        run = load_run(
+            str(recipe), {"student.micro_batch_tokens": 64, "student.save_dtype": "bfloat16"}
+        )
+        done = run_inline(run, until="extract")
+        spec = stage_spec(plan_stages(run)["train"], run, done)
+        with watched_peaks("StageHost") as peaks:
+            launch_stage(spec, logging.getLogger("test"))
+        measured.append(max(peaks.values()))
+        planned.append(sum(least_training(run, folder, None).values()))
+    (less, more), (expected_less, expected_more) = measured, planned
+    assert more - less == pytest.approx(expected_more - expected_less, rel=TOLERANCE)
