@@ -15,7 +15,7 @@ from configs.schema.algorithm import (
 from configs.schema.alignment import AlignmentMode, check_aligned
 from configs.schema.base import MOST, SEEDS, PathText, StrictModel
 from configs.schema.data import DataConfig
-from configs.schema.evaluation import EvalConfig
+from configs.schema.eval import EvalConfig
 from configs.schema.loss import LossConfig
 from configs.schema.models import NewVocabularyModel
 from configs.schema.on_policy import OnPolicyConfig, check_on_policy, check_samples

@@ -11,7 +11,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from configs.schema.evaluation import LmEvalConfig
+from configs.schema.eval import LmEvalConfig
 from kdflow_core.errors import DataError
 from kdflow_core.sinks import Reporter
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from configs.schema.evaluation import LmEvalConfig
+from configs.schema.eval import LmEvalConfig
 from storage.artifact import ArtifactRef
 from tasks.checks.chat_check import chat_format
 from tasks.jobs.stage_run import StageRun, job

@@ -5,7 +5,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from configs.schema.evaluation import LmEvalConfig
+from configs.schema.eval import LmEvalConfig
 from kdflow_core.errors import DataError
 from storage.digest import digest
 from storage.fingerprint import Fingerprints
