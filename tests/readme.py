@@ -1,4 +1,4 @@
-"""The commands that the README shows."""
+"""The commands that the README and the guides show."""
 
 import re
 import shlex
@@ -7,9 +7,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def commands(section: str) -> list[list[str]]:
-    """The shell commands under a heading of the README, split into words, comments removed."""
-    text = (ROOT / "README.md").read_text()
+def commands(section: str, page: str = "README.md") -> list[list[str]]:
+    """The shell commands under a heading of a page, split into words, comments removed."""
+    text = (ROOT / page).read_text()
     body = re.split(r"^## ", text.split(f"## {section}\n")[1], flags=re.MULTILINE)[0]
     blocks = re.findall(r"```bash\n(.*?)```", body, flags=re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if line.strip()]

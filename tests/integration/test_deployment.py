@@ -1,20 +1,28 @@
 """A real server and a real worker run the deployment, as the README says."""
 
+import asyncio
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextvars import copy_context
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import httpx
 import psutil
 import pytest
 import yaml
+from docker.types import HostConfig
 from prefect.concurrency.sync import concurrency
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.workers.base import BaseJobConfiguration
+from prefect_docker.worker import DockerWorkerJobConfiguration
+from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
+from configs.schema.run import StorageConfig
 from kdflow_core.student.checkpoint import completed_steps
+from tasks.execution.termination import SAVE_S
 from tests.command import kdflow
 from tests.prefect_server import Server, start_server
 from tests.processes import stage_ranks
@@ -255,6 +263,55 @@ def test_runs_of_a_pool_of_devices_take_turns(
         kdflow("service", "remove", "--pool", "one")
         assert "kdflow-one" not in limits()
         assert automations() == []
+
+
+def made_job(
+    server: Server, configuration: type[BaseJobConfiguration], pool: str, **values: object
+) -> Any:
+    """What a worker of a pool starts for a run that has these values, by Prefect's own classes."""
+    template = httpx.get(f"{server.api}/work_pools/{pool}").json()["base_job_template"]
+    given = {"name": "night", "command": "prefect flow-run execute", "labels": {"a": "b"}}
+    with temporary_settings({PREFECT_API_URL: server.api}):
+        return asyncio.run(
+            configuration.from_template_and_values(
+                base_job_template=template, values=given | values
+            )
+        )
+
+
+def test_runs_in_containers_of_their_own(server: Server) -> None:
+    """Pools and deployments as the guide makes them; that what a worker would start has GPUs, and
+    keeps store and scratch folder. No container is started: here is no Docker.
+    """
+    for words in commands("Containers", "docs/server.md"):
+        if words[:2] in (["prefect", "work-pool"], ["prefect", "--no-prompt"]):
+            server.command(*words[1:])
+    found = httpx.post(f"{server.api}/deployments/filter", json={}).json()
+    for deployment in (own for own in found if own["name"].endswith("-container")):
+        assert deployment["work_pool_name"] == "containers"
+        step = "prefect.deployments.steps.set_working_directory"
+        assert deployment["pull_steps"] == [{step: {"directory": "/opt/kdflow"}}]
+
+    job = made_job(server, KubernetesWorkerJobConfiguration, "containers", gpus=8)
+    pod = job.job_manifest["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 8
+    assert pod["terminationGracePeriodSeconds"] > SAVE_S
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    kept = PurePosixPath(mounts["kdflow"])
+    assert job.env["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] == "reschedule"
+
+    docker = made_job(server, DockerWorkerJobConfiguration, "docker-containers", image="own:1")
+    assert docker.env == job.env
+    assert docker.image == "own:1"
+    assert docker.volumes == [f"kdflow:{kept}"]
+    created = HostConfig(version="1.41", **docker.container_create_kwargs)
+    assert created["DeviceRequests"] == [
+        {"Driver": "nvidia", "Count": -1, "DeviceIDs": [], "Capabilities": [["gpu"]], "Options": {}}
+    ]
+    storage = StorageConfig()
+    for place in (storage.root, storage.scratch):
+        assert (PurePosixPath("/opt/kdflow") / place).is_relative_to(kept)
 
 
 def test_without_a_server_that_lasts_there_is_nothing_to_set_up() -> None:
