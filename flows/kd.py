@@ -17,6 +17,7 @@ from configs.explain import explain
 from configs.schema.run import RunConfig
 from flows.crashed_runs import marked, set_crashed
 from flows.on_policy_round import train_on_policy
+from flows.run_events import stage_finished, student_judged
 from flows.service_commands import limit_exists, limit_name
 from storage.artifact import ArtifactRef
 from tasks.checks.run_check import PlannedRun, checked_plan, planned_run
@@ -24,6 +25,7 @@ from tasks.execution.caching import run_cached
 from tasks.execution.promotion import promote_student
 from tasks.execution.stage_tasks import STAGE_TASKS, share_out
 from tasks.forecast.estimate import decided
+from tasks.presentation.history import STUDENT
 from tasks.presentation.results import (
     artifact_key,
     benchmark_rows,
@@ -103,7 +105,9 @@ def _run(planned: PlannedRun) -> dict[str, ArtifactRef]:
     record_stages(run, stages)
     done = _run_stages(planned, done)
     _publish_to_ui(run, done)
-    get_run_logger().info("%s", promote_student(run, stages, done))
+    promotion = promote_student(run, stages, done)
+    get_run_logger().info("%s", promotion.text)
+    student_judged(run, done["student"], _student_scores(run, done), promotion)
     return done
 
 
@@ -116,8 +120,17 @@ def _run_stages(planned: PlannedRun, done: dict[str, ArtifactRef]) -> dict[str, 
         share_out(spec)
         if CATALOGUE[identity.stage].in_rounds(spec.run):
             train_on_policy(spec)
-        done = done | {identity.output: run_cached(STAGE_TASKS[identity.stage], spec)}
+        ref = run_cached(STAGE_TASKS[identity.stage], spec)
+        stage_finished(planned.run, identity, ref)
+        done = done | {identity.output: ref}
     return done
+
+
+def _student_scores(run: RunConfig, done: dict[str, ArtifactRef]) -> dict[str, Any]:
+    """The trained student's held-out scores over all sources."""
+    rows = evaluation_rows(open_store(run), done["evaluation"])
+    (own,) = (row for row in rows if (row["model"], row["source"]) == (STUDENT, "all"))
+    return {name: _shown(value) for name, value in own.items()}
 
 
 def _publish_to_ui(run: RunConfig, done: dict[str, ArtifactRef]) -> None:

@@ -7,6 +7,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.logging import get_run_logger
 
 from configs.printable import fenced
+from flows.run_events import round_finished
 from tasks.presentation.results import artifact_key
 from tasks.presentation.rollout_answers import Answer, read_answers
 from tasks.rounds.round_record import RoundRecord
@@ -49,6 +50,7 @@ def on_policy_round(number: int, rounds: int, student: str) -> dict[str, Any]:
         description=f"Round {number} of {rounds}",
     )
     get_run_logger().info(round_line(record, rounds))
+    round_finished(run, record)
     return record.model_dump(mode="json")
 
 

@@ -16,7 +16,7 @@ from kdflow_core.workers.local import LocalLauncher
 from kdflow_core.workers.ray_launcher import RayLauncher
 from storage.artifact import ArtifactRef
 from storage.lease import Pulse, exclusive, lease_name
-from tasks.execution.progress import ProgressLog
+from tasks.execution.progress import ProgressLog, Show
 from tasks.execution.termination import saving_first
 from tasks.stages.catalogue import CATALOGUE, devices_of, engines_of
 from tasks.stages.checkpoint_places import fetch_checkpoints
@@ -39,11 +39,13 @@ Logger = logging.Logger | logging.LoggerAdapter[Any]
 class Listener:
     """Logs what a group of ranks reports. See `Events`."""
 
-    def __init__(self, logger: Logger, name: str, pulse: Callable[[], None]) -> None:
+    def __init__(
+        self, logger: Logger, name: str, pulse: Callable[[], None], show: Show = lambda *_: None
+    ) -> None:
         self._logger = logger
         self._name = name
         self._pulse = pulse
-        self._progress = ProgressLog(logger)
+        self._progress = ProgressLog(logger, show)
 
     def event(self, event: dict[str, Any]) -> None:
         """Progress and messages."""
@@ -97,8 +99,9 @@ def ask_rank(name: str, job: str, spec: str, method: str, **arguments: Any) -> A
         raise
 
 
-def launch_stage(spec: StageSpec, logger: Logger) -> ArtifactRef:
-    """The stage's artifact, computed when it is not there or not intact.
+def launch_stage(spec: StageSpec, logger: Logger, show: Show = lambda *_: None) -> ArtifactRef:
+    """The stage's artifact, computed when it is not there or not intact. `show` is told how far it
+    is.
 
     Raises WorkerError when a rank fails; what it had finished stays for the next attempt.
     """
@@ -116,7 +119,7 @@ def launch_stage(spec: StageSpec, logger: Logger) -> ArtifactRef:
             return ref
         open_store(spec.run).retract(identity.kind, identity.digest)
         fetch_checkpoints(spec, logger.info)
-        _run_ranks(spec, logger, pulse)
+        _run_ranks(spec, logger, pulse, show)
         ref = find(spec.run, identity)
     if ref is None:
         raise WorkerError(f"stage {identity.stage} ended without its artifact")
@@ -129,7 +132,7 @@ def launch_share(spec: StageSpec, logger: Logger) -> None:
     assert portion is not None
     logger.info("stage %s, portion %d of %d", spec.identity.stage, portion.number + 1, portion.of)
     with stage_lease(spec, logger) as pulse:
-        _run_ranks(spec, logger, pulse)
+        _run_ranks(spec, logger, pulse, lambda *_: None)
 
 
 def stage_lease(spec: StageSpec, logger: Logger) -> AbstractContextManager[Pulse]:
@@ -158,7 +161,7 @@ def tell_failure(logger: Logger, error: WorkerError) -> None:
         logger.error("%s; its traceback or last output:\n%s", error, error.details)
 
 
-def _run_ranks(spec: StageSpec, logger: Logger, pulse: Pulse) -> None:
+def _run_ranks(spec: StageSpec, logger: Logger, pulse: Pulse, show: Show) -> None:
     stage = CATALOGUE[spec.identity.stage]
     placement = Placement(
         name=f"stage {spec.identity.name}",
@@ -172,7 +175,7 @@ def _run_ranks(spec: StageSpec, logger: Logger, pulse: Pulse) -> None:
                 "tasks.jobs.stage_host:StageHost",
                 spec.model_dump_json(),
                 placement,
-                Listener(logger, stage.name, pulse.touch),
+                Listener(logger, stage.name, pulse.touch, show),
                 stall_s=spec.run.stall_limit_s,
             ) as group,
             saving_ranks(),

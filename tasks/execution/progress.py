@@ -2,10 +2,13 @@
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 from configs.printable import printable
 
+# Told what is done, of how much, in how many seconds.
+Show = Callable[[int, int, float], None]
 LINE_INTERVAL_S = 5.0
 LEAST_WATCHED_S = 1.0  # what is done at once, and told one by one, has no rate
 
@@ -13,8 +16,14 @@ LEAST_WATCHED_S = 1.0  # what is done at once, and told one by one, has no rate
 class ProgressLog:
     """Turns the events of a worker into log lines, one per series every few seconds."""
 
-    def __init__(self, logger: "logging.Logger | logging.LoggerAdapter[Any]") -> None:
+    def __init__(
+        self,
+        logger: "logging.Logger | logging.LoggerAdapter[Any]",
+        show: Show = lambda *_: None,
+    ) -> None:
+        """`show` is told with each line."""
         self._logger = logger
+        self._show = show
         self._series: tuple[str, int] | None = None
         self._first = (0.0, 0)
         self._done = 0
@@ -56,6 +65,7 @@ class ProgressLog:
         if event["detail"]:
             parts.append(event["detail"])
         self._logger.info(" | ".join(parts))
+        self._show(done, total, elapsed)
 
 
 def clock(seconds: float) -> str:

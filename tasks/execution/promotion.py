@@ -1,6 +1,7 @@
 """Whether the student of a run that has come to its end counts as the latest one."""
 
 from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
 from configs.schema.run import RunConfig
 from storage.artifact import ArtifactRef
@@ -17,21 +18,26 @@ from tasks.stages.planning import used_by
 BETTER_HIGH = ("agreement",)
 
 
+class Promotion(NamedTuple):
+    """What became of a student, and why, in words."""
+
+    outcome: Literal["promoted", "kept-back", "unchanged"]
+    text: str
+
+
 def promote_student(
     run: RunConfig, stages: Mapping[str, StageIdentity], done: Mapping[str, ArtifactRef]
-) -> str:
-    """Promote the student of a run, unless it is worse than what counts now; what came of it, in
-    words.
-    """
+) -> Promotion:
+    """Promote the student of a run, unless it is worse than what counts now."""
     store = open_store(run)
     try:
         last = promoted(store, run.name)
         student, evaluation = done["student"], done["evaluation"]
         if last is not None and last.student == student.name:
-            return f"the student of {last.run} counts already"
+            return Promotion("unchanged", f"the student of {last.run} counts already")
         worse = None if last is None else _worse(run, store, last, evaluation)
         if worse is not None:
-            return f"not promoted: {worse}"
+            return Promotion("kept-back", f"not promoted: {worse}")
         promote(
             store,
             run.name,
@@ -41,8 +47,8 @@ def promote_student(
             started_from=started_from(run),
         )
     except StoreError as error:
-        return f"not promoted: {error}"
-    return "promoted: student.start=latest goes on with this student"
+        return Promotion("kept-back", f"not promoted: {error}")
+    return Promotion("promoted", "promoted: student.start=latest goes on with this student")
 
 
 def _worse(

@@ -13,6 +13,8 @@ from kdflow_core.errors import WorkerError
 from storage.artifact import ArtifactRef
 from tasks.execution.caching import StageCachePolicy
 from tasks.execution.launch import launch_share, launch_stage
+from tasks.execution.progress_artifact import ProgressArtifact
+from tasks.presentation.results import artifact_key
 from tasks.stages.catalogue import CATALOGUE
 from tasks.stages.identity import Portion, StageSpec, find
 
@@ -25,7 +27,9 @@ def died_unexpectedly(_task: "Task[..., Any]", _run: TaskRun, state: State[Any])
 
 
 def _run(spec: StageSpec) -> ArtifactRef:
-    return launch_stage(spec, get_run_logger())
+    name = spec.identity.name
+    bar = ProgressArtifact(artifact_key(f"{spec.run.name}-{name}"), f"Stage {name}")
+    return launch_stage(spec, get_run_logger(), bar.show)
 
 
 def cached_task(

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import yaml
 from docker.types import HostConfig
+from prefect import flow
 from prefect.concurrency.sync import concurrency
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.workers.base import BaseJobConfiguration
@@ -22,11 +23,12 @@ from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
 from configs.schema.run import StorageConfig
 from kdflow_core.student.checkpoint import completed_steps
+from tasks.execution.progress_artifact import LONG_S, ProgressArtifact
 from tasks.execution.termination import SAVE_S
 from tests.command import kdflow
 from tests.prefect_server import Server, start_server
 from tests.processes import stage_ranks
-from tests.readme import commands
+from tests.readme import ROOT, commands
 
 pytestmark = [pytest.mark.prefect, pytest.mark.ranks]
 
@@ -153,6 +155,21 @@ def test_a_wrong_parameter_fails_with_its_path_and_remedy(server: Server) -> Non
     assert re.search("did you mean 'quickstart'", str(failed[0]["state"]))
 
 
+def events_of(server: Server, prefix: str, run: str, count: int) -> list[dict[str, Any]]:
+    """A run's events whose names begin so, the oldest first, once there are so many: the server
+    keeps them a little after it has acted on them.
+    """
+    where = {"filter": {"event": {"prefix": [prefix]}, "order": "ASC"}, "limit": 50}
+    deadline = time.monotonic() + 60
+    while True:
+        found = httpx.post(f"{server.api}/events/filter", json=where).json()["events"]
+        own = [event for event in found if event["resource"]["kdflow.run"] == run]
+        if len(own) >= count:
+            return own
+        assert time.monotonic() < deadline, found
+        time.sleep(0.2)
+
+
 @pytest.mark.parametrize(
     "start",
     [
@@ -191,6 +208,9 @@ def test_on_policy_rounds_are_subflows(
         assert server.task_states(run["id"]) == dict.fromkeys(
             ("rollout", "score", "train"), "Completed"
         )
+    told = events_of(server, "kdflow.round.", name, 2)
+    assert [event["resource"]["kdflow.round"] for event in told] == ["1", "2"]
+    assert all(event["payload"]["heldout"]["reverse_kl"] > 0 for event in told)
     artifacts = httpx.post(f"{server.api}/artifacts/filter", json={}).json()
     shown = [a["data"] for a in artifacts if a["key"] == f"{name}-round"]
     assert len(shown) == 2
@@ -263,6 +283,56 @@ def test_runs_of_a_pool_of_devices_take_turns(
         kdflow("service", "remove", "--pool", "one")
         assert "kdflow-one" not in limits()
         assert automations() == []
+
+
+def test_an_automation_holds_the_nights_after_a_student_that_got_worse(
+    server: Server, deployed: str, make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """By the file that the guide names, and by what a run tells the server at its end."""
+    assert "kd/nightly" in deployed
+    nightly = httpx.get(f"{server.api}/deployments/name/kd/nightly").json()["id"]
+    (command,) = (w[1:] for w in commands("Having Prefect act on it", "docs/nightly.md"))
+    text = (ROOT / command[-1]).read_text().replace("NAME", "held").replace('"ID"', f'"{nightly}"')
+    automation = tmp_path / "hold-nights.json"
+    automation.write_text(text)
+    server.command(*command[:-1], str(automation))
+
+    recipe, judged = str(make_recipe()), "kdflow.student."
+    with temporary_settings({PREFECT_API_URL: server.api}):
+        kdflow("run", recipe, "name=held", "promotion.metric=forward_kl")
+        kdflow("run", recipe, "name=held", "promotion.metric=forward_kl", "student.lr=10")
+    deadline = time.monotonic() + 60
+    while not httpx.get(f"{server.api}/deployments/{nightly}").json()["paused"]:
+        assert time.monotonic() < deadline, "the automation did not act"
+        time.sleep(0.5)
+    own = events_of(server, judged, "held", 2)
+    assert [event["event"] for event in own] == [f"{judged}promoted", f"{judged}kept-back"]
+    before, after = (event["payload"]["scores"]["forward_kl"] for event in own)
+    assert after > before
+    stages = events_of(server, "kdflow.stage.", "held", 10)
+    assert [event["resource"]["kdflow.stage"] for event in stages] == 2 * [
+        "tokenize", "extract", "train", "evaluate", "report"
+    ]  # fmt: skip
+
+
+def test_a_bar_appears_when_a_stage_takes_long(server: Server) -> None:
+    def bars() -> list[float]:
+        found = httpx.post(f"{server.api}/artifacts/filter", json={}).json()
+        return [own["data"] for own in found if own["key"] == "own-train"]
+
+    @flow
+    def stage() -> None:
+        bar = ProgressArtifact("own-train", "Stage train")
+        bar.show(1, 8, LONG_S / 2)
+        bar.show(1, 0, 2 * LONG_S)  # nobody knows how much there is
+        assert bars() == []
+        bar.show(2, 8, LONG_S)
+        assert bars() == [25.0]
+        bar.show(9, 8, 3 * LONG_S)
+        assert bars() == [100.0]
+
+    with temporary_settings({PREFECT_API_URL: server.api}):
+        stage()
 
 
 def made_job(
