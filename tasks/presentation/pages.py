@@ -8,8 +8,10 @@ from typing import Any
 import matplotlib as mpl
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 FOLDER = Path(__file__).parent
+FEW = 10  # points that are shown as such
 Points = Sequence[Mapping[str, Any]]
 
 
@@ -33,11 +35,13 @@ def curve(
                 [point[name] for point in known],
                 label=label,
                 linewidth=1.5,
+                marker="." if len(known) <= FEW else "",  # of one there is no line
             )
         if marked is not None:
             axes.axvline(marked, color="#57606a", linestyle=":", label=f"kept: step {marked}")
         axes.set_title(title, loc="left")
         axes.set_xlabel(over)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(visible=True, alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         if len(series) > 1 or marked is not None:
