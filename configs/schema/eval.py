@@ -50,7 +50,6 @@ class EvalConfig(StrictModel):
     number from 0 to 1, that says which of those answers are right; by default those that end with
     the data's `answer`.
     """
-
     lm_eval: LmEvalConfig | None = None
     """Benchmarks by the LM Evaluation Harness, of the teacher before training and of the student
     after it: `{tasks: [arc_easy, gsm8k], limit: 200}`; needs the package `lm_eval`.
