@@ -2,7 +2,9 @@
 
 import difflib
 import logging
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from kdflow_core.sinks import Reporter
 
 SEPARATOR = ","  # between a metric and the filter of what it was taken of, in the harness's results
 NO_FILTER = "none"
+STDERR = 2
 
 
 class ReportingModel(HFLM):  # type: ignore[misc]
@@ -83,19 +86,35 @@ def run_tasks(
     the harness has one. Raises DataError where a task's documents cannot be had.
     """
     try:
-        found = simple_evaluate(
-            model=model,
-            tasks=list(config.tasks),
-            num_fewshot=config.num_fewshot,
-            limit=config.limit,
-            apply_chat_template=config.chat_template,
-            task_manager=manager,
-            log_samples=False,
-        )
+        with _quiet():
+            found = simple_evaluate(
+                model=model,
+                tasks=list(config.tasks),
+                num_fewshot=config.num_fewshot,
+                limit=config.limit,
+                apply_chat_template=config.chat_template,
+                task_manager=manager,
+                log_samples=False,
+            )
     except (OSError, ValueError) as error:
         raise DataError(f"eval.lm_eval: {type(error).__name__}: {error}") from error
     assert found is not None  # this is its only rank
     return list(_records(found))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the harness, which draws bars whatever it is told, and the git that it asks for
+    its version write to standard error. What goes wrong is raised.
+    """
+    kept = os.dup(STDERR)
+    try:
+        with open(os.devnull, "w", encoding="utf-8") as nothing, redirect_stderr(nothing):
+            os.dup2(nothing.fileno(), STDERR)
+            yield
+    finally:
+        os.dup2(kept, STDERR)
+        os.close(kept)
 
 
 def _records(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import torch
 import yaml
+from safetensors.torch import load
 
 from tests.faults.campaign import Attempt, Place, Tally, World, report
 from tests.processes import stage_ranks
@@ -25,6 +27,8 @@ from tests.ray_cluster import RayCluster, running_cluster
 
 ATTEMPTS = 3
 GONE_WITHIN_S = 10.0
+ROUNDING = 1e-4  # of weights, after some dozen steps
+Result = tuple[bytes, object] | None
 Accident = Callable[[RayCluster, Attempt, psutil.Process], None]
 
 
@@ -97,7 +101,7 @@ def strike(cluster: RayCluster, attempt: Attempt, accident: Accident, rng: rando
     return True
 
 
-def one_accident(world: World, expected: object, tally: Tally, seed: int, mode: str) -> None:
+def one_accident(world: World, expected: Result, tally: Tally, seed: int, mode: str) -> None:
     rng = random.Random(seed)
     accident = ACCIDENTS[seed % len(ACCIDENTS)]
     label = f"seed={seed} {mode} {accident.__name__}"
@@ -116,11 +120,23 @@ def one_accident(world: World, expected: object, tally: Tally, seed: int, mode: 
         with running_cluster() as cluster:
             code, output = on_ray(place, cluster).start().finish()
         attempts += 1
-    same = place.result() == expected
+    same = alike(place.result(), expected, exactly=accident is not kill_raylet)
     print(f"{label}: over after {ended_s:.0f} s, {attempts} runs, same result {same}", flush=True)
     tally.outcomes[accident.__name__, "same result" if code == 0 and same else "OTHER"] += 1
     if code != 0 or not same:
         tally.fail(f"{label}: exit code {code}, same result {same}\n{output}")
+
+
+def alike(found: Result, expected: Result, *, exactly: bool) -> bool:
+    """Where a node is gone, both ranks are on the other one, with half of its threads each: the
+    last bits of a product go by their number on some processors.
+    """
+    if exactly or found is None or expected is None:
+        return found == expected
+    ours, theirs = load(found[0]), load(expected[0])
+    return ours.keys() == theirs.keys() and all(
+        torch.allclose(ours[name], theirs[name], rtol=0, atol=ROUNDING) for name in ours
+    )
 
 
 def main(arguments: list[str]) -> int:

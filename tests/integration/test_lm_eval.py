@@ -80,12 +80,16 @@ def share_of_right(folder: Path, limit: int) -> float:
 
 
 def test_teacher_and_student_are_asked(
-    make_recipe: Callable[..., Path], tasks: Path, teacher_folder: Path
+    make_recipe: Callable[..., Path],
+    tasks: Path,
+    teacher_folder: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     run = load(make_recipe(max_steps=1), tasks)
     plan = list(plan_stages(run))
     assert plan.index("lm-eval-teacher") < plan.index("tokenize")
     done = run_inline(run, until="report", launched=["train"])
+    assert "requests" not in capfd.readouterr().err
     store = open_store(run)
     (row,) = benchmark_rows(store, done)
     assert (row["task"], row["metric"], row["documents"]) == ("small_sums", "acc", DOCUMENTS)
