@@ -43,10 +43,13 @@ from tasks.checks.run_check import (
 from tasks.execution.launch import warm_up
 from tasks.forecast.estimate import Estimate, Prospect, check_room
 from tasks.presentation.results import (
+    SIDES,
+    benchmark_rows,
     evaluation_rows,
     report_path,
     share_of_right_answers,
     student_path,
+    with_error,
 )
 from tasks.stages.explanation import stage_status
 from tasks.stages.identity import open_store
@@ -106,16 +109,19 @@ def run(
             typer.echo(f"served from cache: {', '.join(planned.stages)}", err=as_json)
             done = there
     store = open_store(config)
-    rows = evaluation_rows(store, done["evaluation"])
+    rows, benchmarks = evaluation_rows(store, done["evaluation"]), benchmark_rows(store, done)
     paths = {
         "student": str(student_path(store, done["student"])),
         "report": str(report_path(store, done["report"])),
     }
     if as_json:
         artifacts = {name: ref.name for name, ref in done.items()}
-        print_lines([{**paths, "artifacts": artifacts, "evaluation": rows}])
+        record = {**paths, "artifacts": artifacts, "evaluation": rows}
+        print_lines([record | ({"benchmarks": benchmarks} if benchmarks else {})])
         return
     console.print(score_table(rows))
+    if benchmarks:
+        console.print(benchmark_table(benchmarks))
     _print_paths(paths)
 
 
@@ -297,6 +303,14 @@ def score_table(rows: list[dict[str, Any]]) -> Table:
                 _number(row[text], form),
                 _number(share_of_right_answers(row), ".1%"),
             )
+    return table
+
+
+def benchmark_table(rows: list[dict[str, Any]]) -> Table:
+    """What teacher and student have of each benchmark, with standard errors."""
+    table = Table("task", "metric", *SIDES, title="benchmarks (LM Evaluation Harness)")
+    for row in rows:
+        table.add_row(row["task"], row["metric"], *(with_error(row[side]) for side in SIDES))
     return table
 
 

@@ -27,11 +27,13 @@ from tasks.execution.stage_tasks import STAGE_TASKS, share_out
 from tasks.forecast.estimate import decided
 from tasks.presentation.history import STUDENT
 from tasks.presentation.results import (
+    SIDES,
     artifact_key,
     benchmark_rows,
     evaluation_rows,
     report_path,
     student_path,
+    with_error,
 )
 from tasks.stages.catalogue import CATALOGUE
 from tasks.stages.identity import open_store, stage_spec
@@ -142,7 +144,7 @@ def _publish_to_ui(run: RunConfig, done: dict[str, ArtifactRef]) -> None:
     if benchmarks := benchmark_rows(store, done):
         create_table_artifact(
             key=f"{key}-benchmarks",
-            table=[{k: _benchmark_cell(v) for k, v in row.items()} for row in benchmarks],
+            table=[row | {side: with_error(row[side]) for side in SIDES} for row in benchmarks],
             description="Benchmarks",
         )
     sizes = "\n".join(f"| {n} | `{r.digest}` | {r.num_bytes:,} |" for n, r in done.items())
@@ -155,14 +157,6 @@ def _publish_to_ui(run: RunConfig, done: dict[str, ArtifactRef]) -> None:
     create_link_artifact(key=f"{key}-report", link=path.as_uri(), description="The HTML report")
     get_run_logger().info("student: %s", student_path(store, done["student"]))
     get_run_logger().info("report: %s", path)
-
-
-def _benchmark_cell(value: Any) -> Any:
-    """A value with its standard error, as text."""
-    if not isinstance(value, dict):
-        return _shown(value)
-    error = "" if value["stderr"] is None else f" ± {value['stderr']:.4f}"
-    return f"{value['value']:.4f}{error}"
 
 
 def _shown(value: Any) -> Any:

@@ -8,7 +8,6 @@ from configs.load import parse_overrides
 from configs.printable import printable
 from flows.json_output import AsJson, print_lines
 from tasks.checks.run_check import checked_run
-from tasks.presentation.rollout_answers import answers_of
 
 app = typer.Typer(help="Look at what a run has made.", no_args_is_help=True)
 
@@ -29,6 +28,8 @@ def rollouts(
     as_json: AsJson = False,
 ) -> None:
     """Print what the student answered in a round: prompt, answer, and what is known of it."""
+    from tasks.presentation.rollout_answers import answers_of  # noqa: PLC0415 - loads pyarrow
+
     answers = answers_of(checked_run(recipe, parse_overrides(overrides or [])), number)
     if as_json:
         print_lines(answer.model_dump(mode="json") for answer in answers[:limit])

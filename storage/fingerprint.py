@@ -11,9 +11,9 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from configs.secrets import public
-from storage.data_files import file_system, list_files
 from storage.digest import digest, hash_file
 from storage.errors import StoreError
+from storage.listing import file_system, list_files
 from storage.memo import Memo
 
 MEMO = "fingerprints.sqlite"

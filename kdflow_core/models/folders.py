@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-
 from configs.patience import is_transient, patient
 from kdflow_core.errors import ModelError
 from kdflow_core.models.families.base import LAYER_FIELDS, context_field
@@ -42,6 +40,8 @@ def resolve_folder(path: str, revision: str | None, *, weights: bool = True) -> 
     if path.startswith((".", "/")):
         raise ModelError(f"there is no model folder '{path}'")
     patterns = SMALL_FILES + (WEIGHT_FILES if weights else [])
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - takes a while to load
+
     try:
         fetch = patient(f"model {path}", attempts=HUB_ATTEMPTS, transient=_hub_is_away)
         return Path(fetch(snapshot_download, path, revision=revision, allow_patterns=patterns))

@@ -10,6 +10,7 @@ from storage.artifact import ArtifactRef
 from storage.store import ArtifactStore
 
 EVALUATION_FILE = "evaluation.json"
+SIDES = ("teacher", "student")
 BENCHMARKS_FILE = "benchmarks.json"
 REPORT_FILE = "report.html"
 SCORE_COLUMNS = (
@@ -62,7 +63,7 @@ def benchmark_rows(store: ArtifactStore, made: Mapping[str, ArtifactRef]) -> lis
     and its standard error, each None where there is none.
     """
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for side in ("teacher", "student"):
+    for side in SIDES:
         ref = made.get(f"{side}_benchmarks")
         if ref is None:
             continue
@@ -73,6 +74,14 @@ def benchmark_rows(store: ArtifactStore, made: Mapping[str, ArtifactRef]) -> lis
             own = rows.setdefault(name, row | {"teacher": None, "student": None})
             own[side] = {"value": record["value"], "stderr": record["stderr"]}
     return list(rows.values())
+
+
+def with_error(found: Mapping[str, float | None] | None) -> str:
+    """A value of a benchmark with its standard error, as text."""
+    if found is None:
+        return "-"
+    error = found["stderr"]
+    return f"{found['value']:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def report_path(store: ArtifactStore, ref: ArtifactRef) -> Path:
