@@ -1,5 +1,6 @@
 """What SGLang's engine would serve although it should not: weights that failed to reach the second
-of its ranks, of which SGLang hears the first one alone, and none at all, after a sleep.
+of its ranks, of which SGLang hears the first one alone, and none at all, after a sleep. And which
+models it has.
 """
 
 import importlib
@@ -17,6 +18,7 @@ from configs.schema.rollout import SglangRollout
 from kdflow_core.errors import ModelError
 from kdflow_core.rollout import build_rollout_engine
 from kdflow_core.rollout.base import Prompt, Sampling
+from kdflow_core.sglang_runtime.versions import check_architecture
 from kdflow_core.weight_buckets import BucketFile
 from tests.conftest import VOCABULARY
 
@@ -31,6 +33,18 @@ def sglang(name: str) -> ModuleType:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return importlib.import_module(name)
+
+
+def test_sources_say_which_models_there_are() -> None:
+    """Planning reads them, as loading SGLang takes long."""
+    sglang("kdflow_core.sglang_runtime.engine")
+    registry = sglang("sglang.srt.models.registry").ModelRegistry
+    loaded = registry.get_supported_archs()
+    assert len(loaded) > 100
+    for architecture in loaded:
+        check_architecture(architecture)
+    with pytest.raises(ModelError, match="does not run BioGptForCausalLM"):
+        check_architecture("BioGptForCausalLM")
 
 
 def test_what_fails_on_the_second_rank_is_an_error_and_is_not_served(

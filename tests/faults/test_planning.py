@@ -436,3 +436,23 @@ def test_answers_of_a_model_with_soft_caps_in_sglang_on_a_cpu(
     refused(make(fields), r"student\.model: SGLang on a CPU writes answers without the soft-caps")
     eager = {"type": "transformers", "attention": "eager"}
     checked_plan(make(fields | {field: eager}), download=False)
+
+
+@pytest.mark.parametrize("by", ["rounds", "answers", "teacher"])
+def test_a_model_that_sglang_has_no_code_for(make: Make, student: Path, by: str) -> None:
+    """Seen by SGLang's sources, before anything of it is loaded."""
+    tiny_model("BioGptForCausalLM", student, vocab_size=416)
+    engine = {"type": "sglang", "dtype": "float32"}
+    fields: Fields = {"data.answers": {"by": "student", "engine": engine}}
+    field = "data.answers.engine"
+    if by == "rounds":
+        rounds = {"rounds": 1, "prompts_per_round": 8, "rollout": engine}
+        fields = {"mode": "onpolicy", "student.max_steps": None, "on_policy": rounds}
+        field = "on_policy.rollout"
+    if by == "teacher":
+        model = {"type": "pretrained", "path": str(student)}
+        fields, field = {"teacher": engine | {"model": model}}, "teacher.type"
+    message = r"SGLang [\d.]+ does not run BioGptForCausalLM; set the type of what runs it to tr"
+    refused(make(fields), message)
+    other = "transformers" if by == "teacher" else {"type": "transformers", "dtype": "float32"}
+    checked_plan(make(fields | {field: other}), download=False)
