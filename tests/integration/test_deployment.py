@@ -159,11 +159,11 @@ def events_of(server: Server, prefix: str, run: str, count: int) -> list[dict[st
     """A run's events whose names begin so, the oldest first, once there are so many: the server
     keeps them a little after it has acted on them.
     """
-    where = {"filter": {"event": {"prefix": [prefix]}, "order": "ASC"}, "limit": 50}
+    where = {"filter": {"event": {"prefix": [prefix]}, "order": "DESC"}, "limit": 50}
     deadline = time.monotonic() + 60
     while True:
         found = httpx.post(f"{server.api}/events/filter", json=where).json()["events"]
-        own = [event for event in found if event["resource"]["kdflow.run"] == run]
+        own = [event for event in reversed(found) if event["resource"]["kdflow.run"] == run]
         if len(own) >= count:
             return own
         assert time.monotonic() < deadline, found
