@@ -106,10 +106,13 @@ def _run(planned: PlannedRun) -> dict[str, ArtifactRef]:
     run, stages = planned.run, planned.stages
     record_stages(run, stages)
     done = _run_stages(planned, done)
-    _publish_to_ui(run, done)
+    rows = evaluation_rows(open_store(run), done["evaluation"])
+    scores = [{name: _shown(value) for name, value in row.items()} for row in rows]
+    _publish_to_ui(run, done, scores)
     promotion = promote_student(run, stages, done)
     get_run_logger().info("%s", promotion.text)
-    student_judged(run, done["student"], _student_scores(run, done), promotion)
+    (own,) = (row for row in scores if (row["model"], row["source"]) == (STUDENT, "all"))
+    student_judged(run, done["student"], own, promotion)
     return done
 
 
@@ -128,19 +131,12 @@ def _run_stages(planned: PlannedRun, done: dict[str, ArtifactRef]) -> dict[str, 
     return done
 
 
-def _student_scores(run: RunConfig, done: dict[str, ArtifactRef]) -> dict[str, Any]:
-    """The trained student's held-out scores over all sources."""
-    rows = evaluation_rows(open_store(run), done["evaluation"])
-    (own,) = (row for row in rows if (row["model"], row["source"]) == (STUDENT, "all"))
-    return {name: _shown(value) for name, value in own.items()}
-
-
-def _publish_to_ui(run: RunConfig, done: dict[str, ArtifactRef]) -> None:
+def _publish_to_ui(
+    run: RunConfig, done: dict[str, ArtifactRef], scores: list[dict[str, Any]]
+) -> None:
     store = open_store(run)
-    rows = evaluation_rows(store, done["evaluation"])
     key = artifact_key(run.name)
-    table = [{k: _shown(v) for k, v in row.items()} for row in rows]
-    create_table_artifact(key=f"{key}-evaluation", table=table, description="Held-out evaluation")
+    create_table_artifact(key=f"{key}-evaluation", table=scores, description="Held-out evaluation")
     if benchmarks := benchmark_rows(store, done):
         create_table_artifact(
             key=f"{key}-benchmarks",

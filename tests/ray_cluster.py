@@ -12,6 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psutil
+
+from tests.processes import stage_ranks
+
 HEAD, SECOND = "127.0.0.2", "127.0.0.3"  # Ray writes others of the loopback as network addresses
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
@@ -48,6 +52,11 @@ class RayCluster:
     def __init__(self, address: str, raylets: dict[str, int]) -> None:
         self.address = address
         self.raylets = raylets
+
+    def ranks(self) -> list[psutil.Process]:
+        """The ranks of stages on both nodes, of which one may be gone."""
+        alive = [pid for pid in self.raylets.values() if psutil.pid_exists(pid)]
+        return [rank for pid in alive for rank in stage_ranks(psutil.Process(pid))]
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from configs.schema.student import FLOAT8_GROUP
 from kdflow_core.models.partial_loading import own_part
+from kdflow_core.student.rounding import cut, noise_for
 
 MOST = 448.0  # the largest number
 LEAST_NORMAL = 2.0**-6
@@ -71,10 +72,8 @@ def _rounded(scaled: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
     """Numbers up to `MOST` rounded to one of their two neighbours in float8, to each the more often
     the nearer it is. What is not a number stays so.
     """
-    bits = scaled.view(torch.int32)
-    noise = torch.empty_like(bits).random_(0, 1 << CUT_BITS, generator=draws)
-    # Cut off, after so much was added that the cut carries over as often as it should.
-    normal = (bits + noise).bitwise_and_(-(1 << CUT_BITS)).view(torch.float32)
+    noise = noise_for(scaled, CUT_BITS, draws)
+    normal = cut(scaled, noise, CUT_BITS)
     share = noise.float().mul_(2.0**-CUT_BITS)
     small = (scaled.abs() / SPACING).add_(share).floor_().mul_(SPACING).copysign_(scaled)
     rounded = torch.where(scaled.abs() < LEAST_NORMAL, small, normal)

@@ -2,8 +2,7 @@
 
 A usual step of a weight is less than half of what lies between two neighbours in bfloat16, and
 would be rounded away every time. Steps are computed in float32, and what is kept in bfloat16 is
-rounded up or down at random, so that it is right on average (stochastic rounding: arXiv 2010.06192,
-section 3.1).
+rounded up or down at random (see `rounding`).
 
 Dimensions: E elements of this rank's part of a parameter, some at a time; M of its last dimension.
 """
@@ -18,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from kdflow_core.models.partial_loading import own_part
 from kdflow_core.student.float8 import pack_, scales_of, unpacked
+from kdflow_core.student.rounding import cut, noise_for
 
 CHUNK = 1 << 22  # elements at a time, each of which takes about 40 bytes meanwhile
 CUT_BITS = 16  # float32 has so many more than bfloat16
@@ -172,10 +172,7 @@ def _keep_(kept_E: torch.Tensor, exact_E: torch.Tensor, draws: torch.Generator) 
     if kept_E.dtype != torch.bfloat16:
         kept_E.copy_(exact_E)
         return
-    bits_E = exact_E.view(torch.int32)
-    noise_E = torch.empty_like(bits_E).random_(0, 1 << CUT_BITS, generator=draws)
-    # Cut off, after so much was added that the cut carries over as often as it should.
-    rounded_E = (bits_E + noise_E).bitwise_and_(-(1 << CUT_BITS)).view(torch.float32)
+    rounded_E = cut(exact_E, noise_for(exact_E, CUT_BITS, draws), CUT_BITS)
     kept_E.copy_(torch.where(exact_E.isfinite(), rounded_E, exact_E))
 
 

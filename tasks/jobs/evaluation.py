@@ -22,7 +22,7 @@ from kdflow_core.eval.distribution import (
 )
 from kdflow_core.eval.greedy import accepted, exact_match, generate_greedily
 from kdflow_core.eval.sample_sums import SampleSums
-from kdflow_core.functions import load_function
+from kdflow_core.functions import Judge, load_function
 from kdflow_core.models.tokenizers import true_vocabulary_size
 from storage.artifact import ArtifactRef
 from storage.tokens import TokenTable
@@ -69,8 +69,10 @@ def evaluate_student(stage: StageRun) -> ArtifactRef:
         }
         for number, (example, prompt) in enumerate(zip(shown, prompts, strict=True))
     ]
+    named = stage.run.eval.verifier
+    verifier = None if named is None else load_function(named, VERIFIER)
     for title, texts in answers.items():
-        for source, found in _judged_answers(stage, texts or [], prompts, shown).items():
+        for source, found in _judged_answers(verifier, texts or [], prompts, shown).items():
             models[title].setdefault(source, {}).update(found)
     path = stage.workdir / EVALUATION_FILE
     result = {"models": models, "samples": samples}
@@ -169,15 +171,17 @@ def _judge(
 
 
 def _judged_answers(
-    stage: StageRun, texts: Sequence[str], prompts: Sequence[str], shown: Sequence[Example]
+    verifier: Judge | None,
+    texts: Sequence[str],
+    prompts: Sequence[str],
+    shown: Sequence[Example],
 ) -> dict[str, dict[str, float]]:
     """By source, which shares of a model's answers are right; nothing where it gave none."""
     if not texts:
         return {}
     labels, sources = [e.label for e in shown], [e.source for e in shown]
     shares = {"exact_match": exact_match(texts, labels, sources)}
-    if stage.run.eval.verifier is not None:
-        verifier = load_function(stage.run.eval.verifier, VERIFIER)
+    if verifier is not None:
         shares["accepted"] = accepted(verifier, texts, prompts, labels, sources, field=VERIFIER)
     found: dict[str, dict[str, float]] = defaultdict(dict)
     for kind, by_source in shares.items():

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from configs.load import validate_run
 from configs.schema.run import RunConfig
@@ -31,7 +31,7 @@ from tasks.presentation.tracking import METRICS_FILE, read_metrics
 from tasks.stages.identity import open_store, stage_spec
 from tasks.stages.planning import plan_stages
 from tests.benchmarks.offpolicy import write_data
-from tests.benchmarks.subjects import quickstart_model
+from tests.benchmarks.subjects import distillation, quickstart_model, save_untrained
 
 PACKAGES = ("torch", "transformers", "zarr")
 STUDENT_LAYERS, STUDENT_WIDTH = 6, 576
@@ -40,56 +40,28 @@ STUDENT_LAYERS, STUDENT_WIDTH = 6, 576
 def make_model(folder: Path, *, layers: int, width: int) -> int:
     """An untrained model with the quick start's tokens; how many weights its layers have."""
     tokenizer = AutoTokenizer.from_pretrained(quickstart_model("teacher"))
-    torch.manual_seed(layers)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=width * 8 // 3,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 64,
-        tie_word_embeddings=True,
-        max_position_embeddings=2048,
-        eos_token_id=tokenizer.eos_token_id,
+    model = save_untrained(
+        folder,
+        tokenizer,
+        vocabulary=len(tokenizer),
+        layers=layers,
+        width=width,
+        key_value_heads=width // 64,
     )
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     return sum(p.numel() for p in model.model.layers.parameters())
 
 
 def recipe(args: argparse.Namespace, folder: Path, delivery: str) -> RunConfig:
-    model = {"type": "pretrained"}
-    return validate_run(
-        {
-            "name": f"epochs-{delivery}",
-            "delivery": delivery,
-            "data": {
-                "sources": [{"type": "files", "path": str(folder / "data.jsonl")}],
-                "max_length": 2048,
-                "heldout_fraction": 0.1,
-            },
-            "teacher": {
-                "type": "transformers",
-                "model": model | {"path": str(folder / "teacher")},
-                "dtype": args.dtype,
-                "tokens_per_batch": 2048,
-            },
-            "student": {
-                "model": model | {"path": str(folder / "student")},
-                "compute_dtype": args.dtype,
-                "epochs": args.epochs,
-                "global_batch_size": 4,
-                "micro_batch_tokens": 2048,
-            },
-            "loss": {"kd_ratio": 1.0},
-            "storage": {
-                "root": str(folder / f"store-{delivery}"),
-                "scratch": str(folder / "scratch"),
-            },
-            "tracking": {"tensorboard": False},
-        }
+    tree = distillation(
+        folder,
+        teacher=folder / "teacher",
+        student=folder / "student",
+        dtype=args.dtype,
+        tokens_per_pass=2048,
     )
+    tree["student"] |= {"epochs": args.epochs, "global_batch_size": 4}
+    tree["storage"]["root"] = str(folder / f"store-{delivery}")
+    return validate_run(tree | {"name": f"epochs-{delivery}", "delivery": delivery})
 
 
 def measure(run: RunConfig) -> dict[str, Any]:

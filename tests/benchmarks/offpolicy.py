@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from configs.load import validate_run
 from configs.schema.run import RunConfig
@@ -43,7 +43,7 @@ from tasks.presentation.tracking import METRICS_FILE, read_metrics
 from tasks.stages.identity import open_store
 from tasks.stages.planning import plan_stages
 from tests.benchmarks.peaks import watched_peaks
-from tests.benchmarks.subjects import quickstart_model
+from tests.benchmarks.subjects import distillation, quickstart_model, save_untrained
 from tests.conftest import run_inline
 from tests.real_tokenizers import real_tokenizer
 
@@ -63,20 +63,14 @@ def random_models(folder: Path) -> tuple[Path, Path]:
     tokenizer.chat_template = TEMPLATE
     made = []
     for name, layers in (("teacher", 12), ("student", 6)):
-        torch.manual_seed(layers)
-        config = LlamaConfig(
-            vocab_size=151_936,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=layers,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            tie_word_embeddings=True,
-            max_position_embeddings=2048,
-            eos_token_id=tokenizer.eos_token_id,
+        save_untrained(
+            folder / name,
+            tokenizer,
+            vocabulary=151_936,
+            layers=layers,
+            width=576,
+            key_value_heads=3,
         )
-        LlamaForCausalLM(config).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
         made.append(folder / name)
     return made[0], made[1]
 
@@ -97,40 +91,25 @@ def write_data(path: Path, count: int, lengths: tuple[int, int]) -> None:
 
 
 def recipe(args: argparse.Namespace, folder: Path) -> RunConfig:
-    model = {"type": "pretrained"}
-    return validate_run(
-        {
-            "name": "benchmark",
-            "data": {
-                "sources": [{"type": "files", "path": str(folder / "data.jsonl")}],
-                "max_length": 2048,
-                "heldout_fraction": 0.1,
-            },
-            "teacher": {
-                "type": "transformers",
-                "model": model | {"path": str(args.teacher.absolute())},
-                "dtype": args.dtype,
-                "tokens_per_batch": args.micro_batch_tokens,
-            },
-            "student": {
-                "model": model | {"path": str(args.student.absolute())},
-                "compute_dtype": args.dtype,
-                "float32_residual": args.float32_residual,
-                "lr": LR,
-                "min_lr_ratio": 1.0,
-                "warmup_fraction": 0.0,
-                "adam_betas": (0.9, 0.999),
-                "max_grad_norm": CLIP,
-                "max_steps": args.steps,
-                "global_batch_size": args.sequences,
-                "micro_batch_tokens": args.micro_batch_tokens,
-                "checkpoint_every": 10**6,
-            },
-            "loss": {"kd_ratio": 1.0},
-            "storage": {"root": str(folder / "store"), "scratch": str(folder / "scratch")},
-            "tracking": {"tensorboard": False},
-        }
+    tree = distillation(
+        folder,
+        teacher=args.teacher,
+        student=args.student,
+        dtype=args.dtype,
+        tokens_per_pass=args.micro_batch_tokens,
     )
+    tree["student"] |= {
+        "float32_residual": args.float32_residual,
+        "lr": LR,
+        "min_lr_ratio": 1.0,
+        "warmup_fraction": 0.0,
+        "adam_betas": (0.9, 0.999),
+        "max_grad_norm": CLIP,
+        "max_steps": args.steps,
+        "global_batch_size": args.sequences,
+        "checkpoint_every": 10**6,
+    }
+    return validate_run(tree | {"name": "benchmark"})
 
 
 class Work:

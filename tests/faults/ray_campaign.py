@@ -22,7 +22,6 @@ import yaml
 from safetensors.torch import load
 
 from tests.faults.campaign import Attempt, Place, Tally, World, report
-from tests.processes import stage_ranks
 from tests.ray_cluster import RayCluster, running_cluster
 
 ATTEMPTS = 3
@@ -70,31 +69,25 @@ def on_ray(place: Place, cluster: RayCluster) -> Place:
     return place
 
 
-def ranks_on(cluster: RayCluster) -> list[psutil.Process]:
-    """The ranks of both nodes; a node may be gone."""
-    alive = [pid for pid in cluster.raylets.values() if psutil.pid_exists(pid)]
-    return [rank for pid in alive for rank in stage_ranks(psutil.Process(pid))]
-
-
 def left_on(cluster: RayCluster) -> list[psutil.Process]:
     """The ranks that are still there some seconds later."""
     deadline = time.monotonic() + GONE_WITHIN_S
-    while (found := ranks_on(cluster)) and time.monotonic() < deadline:
+    while (found := cluster.ranks()) and time.monotonic() < deadline:
         time.sleep(0.2)
     return found
 
 
 def strike(cluster: RayCluster, attempt: Attempt, accident: Accident, rng: random.Random) -> bool:
     """Once there are ranks, and then at a random moment. Whether there was one to strike."""
-    while not ranks_on(cluster):
+    while not cluster.ranks():
         if attempt.process.poll() is not None:
             return False
         time.sleep(0.02)
     time.sleep(rng.uniform(0, 12))
-    ranks = ranks_on(cluster)
+    ranks = cluster.ranks()
     while not ranks and attempt.process.poll() is None:  # between two stages
         time.sleep(0.02)
-        ranks = ranks_on(cluster)
+        ranks = cluster.ranks()
     if not ranks or attempt.process.poll() is not None:
         return False
     accident(cluster, attempt, rng.choice(ranks))

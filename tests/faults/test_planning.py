@@ -419,19 +419,25 @@ def test_a_teacher_that_the_device_cannot_hold(
     )
 
 
+SGLANG = {"type": "sglang", "dtype": "float32"}
+
+
+def answering(by: str) -> tuple[Fields, str]:
+    """A student that answers in SGLang, in rounds or before them; and the field that says so."""
+    if by == "rounds":
+        rounds = {"rounds": 1, "prompts_per_round": 8, "rollout": SGLANG}
+        fields = {"mode": "onpolicy", "student.max_steps": None, "on_policy": rounds}
+        return fields, "on_policy.rollout"
+    return {"data.answers": {"by": "student", "engine": SGLANG}}, "data.answers.engine"
+
+
 @pytest.mark.parametrize("by", ["rounds", "answers"])
 def test_answers_of_a_model_with_soft_caps_in_sglang_on_a_cpu(
     make: Make, student: Path, by: str
 ) -> None:
     """They would be another model's, and nothing would say so."""
     tiny_model("Gemma2ForCausalLM", student, vocab_size=416)
-    engine = {"type": "sglang", "dtype": "float32"}
-    fields: Fields = {"data.answers": {"by": "student", "engine": engine}}
-    field = "data.answers.engine"
-    if by == "rounds":
-        rounds = {"rounds": 1, "prompts_per_round": 8, "rollout": engine}
-        fields = {"mode": "onpolicy", "student.max_steps": None, "on_policy": rounds}
-        field = "on_policy.rollout"
+    fields, field = answering(by)
     fields |= {"student.attention": "eager", "student.packing": False}
     refused(make(fields), r"student\.model: SGLang on a CPU writes answers without the soft-caps")
     eager = {"type": "transformers", "attention": "eager"}
@@ -442,16 +448,11 @@ def test_answers_of_a_model_with_soft_caps_in_sglang_on_a_cpu(
 def test_a_model_that_sglang_has_no_code_for(make: Make, student: Path, by: str) -> None:
     """Seen by SGLang's sources, before anything of it is loaded."""
     tiny_model("BioGptForCausalLM", student, vocab_size=416)
-    engine = {"type": "sglang", "dtype": "float32"}
-    fields: Fields = {"data.answers": {"by": "student", "engine": engine}}
-    field = "data.answers.engine"
-    if by == "rounds":
-        rounds = {"rounds": 1, "prompts_per_round": 8, "rollout": engine}
-        fields = {"mode": "onpolicy", "student.max_steps": None, "on_policy": rounds}
-        field = "on_policy.rollout"
     if by == "teacher":
         model = {"type": "pretrained", "path": str(student)}
-        fields, field = {"teacher": engine | {"model": model}}, "teacher.type"
+        fields, field = {"teacher": SGLANG | {"model": model}}, "teacher.type"
+    else:
+        fields, field = answering(by)
     message = r"SGLang [\d.]+ does not run BioGptForCausalLM; set the type of what runs it to tr"
     refused(make(fields), message)
     other = "transformers" if by == "teacher" else {"type": "transformers", "dtype": "float32"}

@@ -24,7 +24,7 @@ from tasks.rounds.rounds_at_work import RoundsAtWork
 from tasks.stages.identity import stage_spec
 from tasks.stages.planning import plan_stages
 from tests.conftest import run_inline
-from tests.processes import stage_ranks, wait_until_gone
+from tests.processes import wait_until_gone
 from tests.ray_cluster import RayCluster, running_cluster
 
 pytestmark = pytest.mark.ranks
@@ -134,12 +134,6 @@ def kill_bridge(_: RayCluster, rank: psutil.Process) -> None:
             process.kill()
 
 
-def ranks_on(cluster: RayCluster) -> list[psutil.Process]:
-    return [
-        rank for raylet in cluster.raylets.values() for rank in stage_ranks(psutil.Process(raylet))
-    ]
-
-
 def stop_relay(_: RayCluster, rank: psutil.Process) -> None:
     """As where a machine is cut off."""
     parent = rank.parent()
@@ -168,7 +162,7 @@ def ends_and_goes_on(ray_run: Load, cluster: RayCluster, accident: Accident, *, 
 
     def strike() -> None:
         wait_for_a_checkpoint(run)
-        ranks = ranks_on(cluster)
+        ranks = cluster.ranks()
         seen.extend(rank.pid for rank in ranks)
         accident(cluster, ranks[-1])
 
@@ -200,7 +194,7 @@ def test_training_goes_on_with_other_ranks_on_other_nodes(
 
     def strike() -> None:
         wait_for_a_checkpoint(run)
-        kill_rank(cluster, ranks_on(cluster)[0])
+        kill_rank(cluster, cluster.ranks()[0])
 
     thread = threading.Thread(target=strike, daemon=True)
     thread.start()
