@@ -118,7 +118,12 @@ class SmallTraining:
             vocabulary_size=VOCABULARY,
         )
         mesh = student_mesh(torch.device("cpu"), replicas=config.replicas)
-        shard(module, mesh=mesh, compute_dtype=DTYPES[config.compute_dtype])
+        shard(
+            module,
+            mesh=mesh,
+            compute_dtype=DTYPES[config.compute_dtype],
+            offload=config.offload,
+        )
         self.trainer = Trainer(
             module=module,
             num_steps=steps,

@@ -193,6 +193,10 @@ class StudentConfig(StrictModel):
     """Spread large output heads over the ranks, each with a part of the vocabulary, where they are
     not tied to the embedding.
     """
+    offload: bool = False
+    """Keep weights, gradients and optimizer states in host memory, where the optimizer steps;
+    layers come to the GPU one after another: for students that its memory does not hold, slower.
+    """
     sleep: bool = False
     """On-policy: wait in host memory while the others work."""
     checkpoint_every: int = Field(default=100, gt=0, le=MOST)
@@ -260,6 +264,31 @@ class StudentConfig(StrictModel):
                 raise ValueError(
                     f"weights_dtype=bfloat16 needs {field}={wanted}; set that, or weights_dtype="
                     "float32"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_offloaded(self) -> "StudentConfig":
+        if not self.offload:
+            return self
+        for field, wanted, unfit, why in (
+            ("sleep", "false", self.sleep, "an offloaded student is never on the device"),
+            (
+                "vocabulary_parallel",
+                "false",
+                self.vocabulary_parallel,
+                "each rank computes with its part of the head on the device",
+            ),
+            (
+                "optimizer.type",
+                "adamw",
+                not isinstance(self.optimizer, AdamWConfig),
+                "Muon's products of matrices would be the host's",
+            ),
+        ):
+            if unfit:
+                raise ValueError(
+                    f"offload=true needs {field}={wanted}: {why}; set that, or offload=false"
                 )
         return self
 

@@ -14,7 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from transformers import PreTrainedModel
 
 from kdflow_core.algorithms.base import Algorithm, MicroBatch, Student
@@ -137,39 +143,46 @@ def shard(
     mesh: DeviceMesh,
     compute_dtype: torch.dtype,
     reshard_after_forward: bool = True,
+    offload: bool = False,
 ) -> None:
     """Shard each decoder layer, then the rest. Parameters stay float32; layers compute in
     `compute_dtype` (float32 where the module has a `product_dtype`, which autocast sees to);
     gradients are reduced in float32. One rank that computes in float32 has nothing to gather or to
-    cast, and stays as it is. Raises ModelError.
+    cast, and stays as it is. With `offload`, parameters and gradients are in host memory but for
+    the layer that computes. Raises ModelError.
     """
     if module.product_dtype is not None:
         compute_dtype = torch.float32
         _spare_routers(module.model)
     if mesh.device_type == "cpu":
         _spare_embedding_gradient(module.model)
-    if mesh.size() == 1 and compute_dtype == torch.float32 and module.head_part is None:
+    alone = mesh.size() == 1 and module.head_part is None
+    if alone and compute_dtype == torch.float32 and not offload:
         module.to(mesh.device_type)
         return
     param_dtype = None if compute_dtype == torch.float32 else compute_dtype
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+    place = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     for model in (module.model, *module.algorithm.models):
         if param_dtype is not None:
             _cast_buffers(model, param_dtype)
-            _shard_routers(model, mesh, param_dtype)
+            _shard_routers(model, mesh, param_dtype, place)
         for layer in decoder_layers(model):
             fully_shard(
                 layer,
                 mesh=mesh,
                 mp_policy=policy,
                 reshard_after_forward=reshard_after_forward,
+                offload_policy=place,
             )
     # The root's inputs are token ids, loss weights and teacher states: not to be cast.
     root_policy = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     spread = set() if module.head_part is None else spread_head_(module.model, mesh)
-    fully_shard(module, mesh=mesh, mp_policy=root_policy, ignored_params=spread)
+    fully_shard(
+        module, mesh=mesh, mp_policy=root_policy, ignored_params=spread, offload_policy=place
+    )
     if not isinstance(module, FSDPModule):
         raise ModelError("FSDP2 did not take the student module")
 
@@ -194,7 +207,9 @@ def _cast_buffers(model: PreTrainedModel, dtype: torch.dtype) -> None:
             setattr(model.get_submodule(owner), name, buffer.to(dtype))
 
 
-def _shard_routers(model: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+def _shard_routers(
+    model: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype, place: OffloadPolicy
+) -> None:
     """Have the routers among experts choose in float32, whatever the layers around them compute
     in: Switch Transformer, arXiv 2101.03961, section 2.4.
     """
@@ -203,7 +218,13 @@ def _shard_routers(model: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype)
     )
     for router in routers(model):
         # Small, and so kept until the backward pass.
-        fully_shard(router, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(
+            router,
+            mesh=mesh,
+            mp_policy=policy,
+            reshard_after_forward=False,
+            offload_policy=place,
+        )
 
 
 def _spare_embedding_gradient(model: PreTrainedModel) -> None:

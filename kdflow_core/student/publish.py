@@ -72,10 +72,10 @@ class WeightPublisher:
             return None
         return self._files[number % FILES].write(named)
 
-    def broadcast(self, number: int, group: Any) -> None:
-        """Send a bucket to the other ranks of `group`, which rank 0 has joined."""
+    def broadcast(self, number: int, group: Any, device: torch.device) -> None:
+        """Send a bucket from `device` to the other ranks of `group`, which rank 0 has joined."""
         for _, tensor in self.gather(number):
-            dist.broadcast(tensor.contiguous(), src=0, group=group)
+            dist.broadcast(tensor.to(device).contiguous(), src=0, group=group)
 
     def describe(self, number: int) -> list[dict[str, Any]]:
         """Names, dtypes and shapes of a bucket, as `broadcast` sends it."""

@@ -11,7 +11,7 @@ import torch
 from configs.schema.run import RunConfig
 from configs.schema.teacher import InProcessTeacher
 from kdflow_core.errors import ModelError
-from tasks.forecast.memory import checkpoint_copy, least_teacher, least_training, told
+from tasks.forecast.memory import least_host_memory, least_teacher, least_training, told
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 GB = 10**9
@@ -37,20 +37,24 @@ def check_room(run: RunConfig, folders: Mapping[str, Path]) -> None:
         sleeps = isinstance(run.teacher, InProcessTeacher) and run.teacher.sleep
         beside = teacher if run.teacher_in_training and not sleeps else None
         beside = beside if run.algorithm.reads_signals else None
-        parts = least_training(run, student, beside)
+        on_gpu = device.startswith("GPU")
+        parts = least_training(run, student, beside, on_gpu=on_gpu)
         _require(
             f"training (student.num_ranks={ranks})",
             parts,
-            room // (1 if device.startswith("GPU") else ranks),
+            room // (1 if on_gpu else ranks),
             device,
             "more student.num_ranks, which share the student; student.weights_dtype=bfloat16 and "
             "student.optimizer={type: adamw, moments_dtype: bfloat16}; student.lora; a smaller "
-            "loss.logits_memory_mb; or teacher.sleep",
+            "loss.logits_memory_mb; teacher.sleep"
+            + ("; or student.offload, to the host's memory" if on_gpu else ""),
         )
-        if device.startswith("GPU"):
+        if on_gpu:
             _require(
-                "a checkpoint",
-                checkpoint_copy(run.student, student),
+                "the student that student.offload keeps there"
+                if run.student.offload
+                else "a checkpoint",
+                least_host_memory(run.student, student),
                 _host_memory() // ranks,
                 "the host",
                 "student.weights_dtype=bfloat16 and student.optimizer={type: adamw, moments_dtype: "

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -52,34 +53,43 @@ class _Part:
 
 @dataclass(frozen=True, kw_only=True)
 class StudentBytes:
-    """What a rank that trains keeps of the student, in bytes; of the weights, those that train."""
+    """What a rank that trains keeps of the student, in bytes; of the weights, those that train; and
+    what an offloaded one brings to the device: head and embedding, and a layer beside the next.
+    """
 
     weights: int
     moments: int
     gradients: int
     training_weights: int
+    gathered: int
 
 
-def least_training(run: RunConfig, student: Path, teacher: Path | None) -> dict[str, int]:
+def least_training(
+    run: RunConfig, student: Path, teacher: Path | None, *, on_gpu: bool
+) -> dict[str, int]:
     """What a rank that trains holds on its device whatever its batches are, in bytes, with the
     `teacher` that runs beside the student and does not leave for it. Activations come on top.
     """
     own = student_bytes(run.student, student)
-    parts = {
-        "weights": own.weights,
-        "moments": own.moments,
-        "gradients": own.gradients,
-        "logits": run.loss.logits_memory_mb * 10**6,
-    }
-    if teacher is not None:
-        parts["teacher"] = least_teacher(run.teacher, teacher)
-    return parts
+    logits = {"logits": run.loss.logits_memory_mb * 10**6}
+    beside = {} if teacher is None else {"teacher": least_teacher(run.teacher, teacher)}
+    if run.student.offload and on_gpu:
+        return {"gathered": own.gathered} | logits | beside
+    return _held(own) | logits | beside
 
 
-def checkpoint_copy(student: StudentConfig, folder: Path) -> dict[str, int]:
-    """What a rank on a GPU copies to the host's memory for a checkpoint, in bytes."""
+def least_host_memory(student: StudentConfig, folder: Path) -> dict[str, int]:
+    """What a rank on a GPU keeps in the host's memory, in bytes: an offloaded student, or the copy
+    of another one for a checkpoint.
+    """
     own = student_bytes(student, folder)
+    if student.offload:
+        return _held(own)
     return {"weights": own.training_weights, "moments": own.moments}
+
+
+def _held(own: StudentBytes) -> dict[str, int]:
+    return {"weights": own.weights, "moments": own.moments, "gradients": own.gradients}
 
 
 def told(parts: Mapping[str, int]) -> str:
@@ -110,11 +120,14 @@ def memory_phases(spec: StageSpec) -> list[Phase]:
     student = num_parameters(_folder(spec, "student"))
     own = student_bytes(run.student, _folder(spec, "student"))
     spread = ranks // run.student.replicas
+    on_device = _held(own)
+    if run.student.offload:
+        on_device = {"weights": own.gathered, "moments": 0, "gradients": 0}
     parts = {
         "student": _Part(
-            size=own.weights + own.moments,
+            size=on_device["weights"] + on_device["moments"],
             needed=frozenset({"swap weights", "train"}),
-            leaves=run.student.sleep,
+            leaves=run.student.sleep or run.student.offload,
         ),
         "algorithm": _Part(
             size=_algorithm_bytes(spec, student) // spread,
@@ -130,7 +143,7 @@ def memory_phases(spec: StageSpec) -> list[Phase]:
         "states": _Part(
             size=_state_bytes(spec, run.on_policy), needed=frozenset({"score", "train"})
         ),
-        "gradients": _Part(size=own.gradients, needed=frozenset({"train"})),
+        "gradients": _Part(size=on_device["gradients"], needed=frozenset({"train"})),
         "logits": _Part(size=run.loss.logits_memory_mb * 10**6, needed=frozenset({"train"})),
     }
     return [
@@ -204,12 +217,15 @@ def student_bytes(student: StudentConfig, folder: Path) -> StudentBytes:
     spread = student.num_ranks // student.replicas
     in_parts = student.reduce_gradients == "every_micro_batch"
     weights = training = moments = gradients = 0
+    by_layer: Counter[str] = Counter()
     for name, tensor in checkpoint.tensors.items():
         size = math.prod(tensor.shape)
+        numbered = NUMBERED.search(name)
+        by_layer[numbered.group() if numbered else ""] += size * DTYPE_BYTES[student.compute_dtype]
         if student.lora is not None or _is_frozen(student, name):  # adapters are small
             weights += size * narrow
             continue
-        by_muon = muon and len(tensor.shape) == 2 and NUMBERED.search(name)
+        by_muon = muon and len(tensor.shape) == 2 and numbered
         weights += size * wide
         training += size * wide
         moment = _moment_bytes(optimizer, tensor.shape)
@@ -220,6 +236,7 @@ def student_bytes(student: StudentConfig, folder: Path) -> StudentBytes:
         training_weights=training // spread,
         moments=moments // spread,
         gradients=gradients // spread if in_parts else gradients,
+        gathered=by_layer.pop("", 0) + 2 * max(by_layer.values(), default=0),
     )
 
 

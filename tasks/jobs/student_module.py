@@ -100,6 +100,7 @@ def build_module(
         mesh=mesh,
         compute_dtype=compute_dtype,
         reshard_after_forward=config.reshard_after_forward,
+        offload=config.offload,
     )
     if in_parts:
         for own in (module.model, *module.algorithm.models):
@@ -144,7 +145,8 @@ def _load(stage: StageRun, folder: Path, attention: str) -> tuple[PreTrainedMode
     """The student, and whether its weights are yet to be read, by each rank its own."""
     config, trusts = stage.run.student, stage.trusts("student")
     dtype = DTYPES[config.weights_dtype]
-    if dist.get_world_size() > 1 or config.compute_dtype != "float32":  # else it is not sharded
+    if dist.get_world_size() > 1 or config.compute_dtype != "float32" or config.offload:
+        # Else it is not sharded.
         unfilled = unfilled_causal_lm(
             folder, dtype=dtype, attention=attention, trust_remote_code=trusts
         )

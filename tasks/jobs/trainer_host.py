@@ -222,7 +222,7 @@ class TrainerHost:
     @offered
     def send_bucket(self, number: int) -> None:
         """Send one bucket to the engine's ranks."""
-        self._publisher.broadcast(number, self._group)
+        self._publisher.broadcast(number, self._group, self._session.device)
 
     @offered
     def close_weights(self) -> None:

@@ -15,7 +15,7 @@ from kdflow_core.workers.rank_side import stoppable
 from storage.artifact import ArtifactRef
 from storage.log_probs import LogProbs
 from storage.tokens import TokenTable
-from tasks.forecast.memory import least_training, told
+from tasks.forecast.memory import least_host_memory, least_training, told
 from tasks.jobs import parts
 from tasks.jobs.stage_run import StageRun, job
 from tasks.jobs.stored import LOG_PROBS_FILE, StoredLogProbs, StoredStates, TokenExamples
@@ -71,8 +71,15 @@ def _before(stage: StageRun) -> Mapping[str, int]:
 def _tell_memory(stage: StageRun) -> None:
     if stage.context.rank == 0:
         beside = stage.model_folder("teacher") if stage.run.delivery == "live" else None
-        parts_of_rank = least_training(stage.run, stage.model_folder("student"), beside)
-        stage.reporter.message(f"each rank holds {told(parts_of_rank)}; activations come on top")
+        run, folder = stage.run, stage.model_folder("student")
+        on_gpu = parts.device(stage).type == "cuda"
+        held = told(least_training(run, folder, beside, on_gpu=on_gpu))
+        apart = (
+            f", and {told(least_host_memory(run.student, folder))} in the host's memory"
+            if run.student.offload and on_gpu
+            else ""
+        )
+        stage.reporter.message(f"each rank holds {held}{apart}; activations come on top")
 
 
 def _stored_teachers(stage: StageRun, table: TokenTable) -> dict[str, TeacherAtHand[StoredStates]]:

@@ -53,6 +53,7 @@ OPERATIONAL_STUDENT_FIELDS = {
     "reshard_after_forward",
     "reduce_gradients",
     "vocabulary_parallel",
+    "offload",
     "sleep",
     "checkpoint_every",
     "checkpoint_minutes",

@@ -69,12 +69,13 @@ def assert_alike(parameters: Sequence[torch.Tensor]) -> None:
     [
         ({"optimizer": {"type": "muon"}}, (1e-3, 2e-4)),
         ({"parameter_groups": GROUPS}, (1e-3, 2e-4)),
+        ({"offload": True}, (1e-3, 2e-4)),
         # Four numbers further at most; and about half of how far weights move in all.
         (NARROW, (2**-5, 4e-3)),
         # Rounded at random, and so a little further.
         ({"optimizer": {"type": "adamw", "moments_dtype": "float8"}}, (2**-5, 4e-3)),
     ],
-    ids=["muon", "groups", "narrow", "float8"],
+    ids=["muon", "groups", "offloaded", "narrow", "float8"],
 )
 def test_ranks_may_change_at_every_checkpoint(
     tmp_path: Path,

@@ -62,7 +62,8 @@ def losses(folder: Path) -> list[float]:
 
 def test_division_of_the_work_does_not_matter(variant: Callable[..., Any]) -> None:
     """One rank or several, or replicas of these, one micro-batch or many, packed or padded,
-    recomputed activations or kept ones, output heads gathered or spread.
+    recomputed activations or kept ones, output heads gathered or spread, weights on the device or
+    in the host's memory.
     """
     settings = (
         {"packing": True},
@@ -71,6 +72,8 @@ def test_division_of_the_work_does_not_matter(variant: Callable[..., Any]) -> No
         {"micro_batch_tokens": 40, "packing": False},
         {"num_ranks": 2, "micro_batch_tokens": 40, "activation_checkpointing": True},
         {"num_ranks": 2, "micro_batch_tokens": 90, "vocabulary_parallel": True},
+        {"offload": True, "micro_batch_tokens": 90},
+        {"num_ranks": 2, "offload": True, "checkpoint_every": 2},
     )
     folders = [variant(i, **student)[2] for i, student in enumerate(settings)]
     reference = losses(folders[0])
@@ -81,6 +84,27 @@ def test_division_of_the_work_does_not_matter(variant: Callable[..., Any]) -> No
         np.testing.assert_allclose(losses(folder), reference, rtol=RTOL)
         for name, tensor in load_file(folder / "model/model.safetensors").items():
             torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        NARROW,
+        {"compute_dtype": "bfloat16", "lora": {"rank": 2}},
+        {"compute_dtype": "bfloat16", "float32_residual": True, "max_grad_norm": 0.1},
+    ],
+    ids=["narrow", "adapters", "residual"],
+)
+def test_an_offloaded_student_is_the_same(
+    variant: Callable[..., Any], fields: dict[str, Any]
+) -> None:
+    """To the last bit: where the weights are is nothing that the result goes by."""
+    own = fields | {"num_ranks": 2, "micro_batch_tokens": 90}
+    there, here = (variant(i, offload=i == 0, **own)[2] for i in range(2))
+    assert losses(there) == losses(here)
+    weights = load_file(here / "model/model.safetensors")
+    for name, tensor in load_file(there / "model/model.safetensors").items():
+        assert torch.equal(tensor, weights[name]), name
 
 
 @pytest.mark.slow  # compiles for half a minute

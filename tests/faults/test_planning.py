@@ -378,6 +378,29 @@ def test_what_no_batch_size_makes_fit(
     checked_plan(run, download=False)
 
 
+def test_an_offloaded_student_is_held_by_the_host(
+    make: Make, student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the device it takes embedding and head, and two layers, as they are computed with."""
+    tensors = load_file(student / "model.safetensors")
+    count = sum(t.numel() for t in tensors.values())
+    inner = [t.numel() for name, t in tensors.items() if ".layers." in name]
+    gathered = 4 * (count - sum(inner) + 2 * sum(inner) // 2)  # it has two layers, alike
+    run = make({"student.offload": True, "student.num_ranks": 2})
+    room, host = gathered + 1_000_000, 16 * count
+
+    def has(on_device: int, in_host: int) -> None:
+        monkeypatch.setattr("tasks.checks.room_check._device", lambda: ("GPU 0", on_device))
+        monkeypatch.setattr("tasks.checks.room_check._host_memory", lambda: in_host)
+
+    has(room - 1, host)
+    refused(run, r"training .* takes 0\.00 GB \(gathered 0\.00, logits 0\.00\) on each rank")
+    has(room, host - 2)
+    refused(run, r"the student that student\.offload keeps there takes .* and the host has 0")
+    has(room, host)
+    checked_plan(run, download=False)
+
+
 def test_a_checkpoint_that_the_host_cannot_hold(
     make: Make, student: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,6 +44,6 @@ def test_training_holds_what_was_planned(
         with watched_peaks("StageHost") as peaks:
             launch_stage(spec, logging.getLogger("test"))
         measured.append(max(peaks.values()))
-        planned.append(sum(least_training(run, folder, None).values()))
+        planned.append(sum(least_training(run, folder, None, on_gpu=False).values()))
     (less, more), (expected_less, expected_more) = measured, planned
     assert more - less == pytest.approx(expected_more - expected_less, rel=TOLERANCE)

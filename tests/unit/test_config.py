@@ -260,6 +260,14 @@ def test_what_an_algorithm_refuses(
         ({"student.continues": "my-run", "student.start": "continue"}, "student.continues"),
         ({"student.float32_residual": True}, "is beside compute_dtype=bfloat16"),
         (
+            {"student.offload": True, "student.vocabulary_parallel": True},
+            "offload=true needs vocabulary_parallel=false",
+        ),
+        (
+            {"student.offload": True, "student.optimizer": {"type": "muon"}},
+            "offload=true needs optimizer.type=adamw: Muon's",
+        ),
+        (
             {
                 "student.float32_residual": True,
                 "student.compute_dtype": "bfloat16",
