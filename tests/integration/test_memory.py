@@ -41,7 +41,7 @@ def test_training_holds_what_was_planned(
         )
         done = run_inline(run, until="extract")
         spec = stage_spec(plan_stages(run)["train"], run, done)
-        with watched_peaks("StageHost") as peaks:
+        with watched_peaks("StageHost", field="VmHWM") as peaks:
             launch_stage(spec, logging.getLogger("test"))
         measured.append(max(peaks.values()))
         planned.append(sum(least_training(run, folder, None, on_gpu=False).values()))
