@@ -21,7 +21,11 @@ TOLERANCE = 0.15
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("fields", [{}, {"optimizer": {"type": "muon"}}], ids=["adamw", "muon"])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"optimizer": {"type": "muon"}}, {"num_ranks": 2}],
+    ids=["adamw", "muon", "ranks"],
+)
 def test_training_holds_what_was_planned(
     tmp_path: Path,
     make_recipe: Callable[..., Path],
@@ -29,8 +33,7 @@ def test_training_holds_what_was_planned(
     fields: dict[str, Any],
 ) -> None:
     """Of a large student, over that of a small one: what each process has stays out of it. To the
-    end, with the last checkpoint and the export. (Several ranks of a CPU, and layers in bfloat16,
-    hold more: memory that was freed between what stays. Activations, which come on top, are few.)
+    end, with the last checkpoint and the export. Activations, which come on top, are few.
     """
     # What is freed goes back at once: else the allocator keeps some of it, now more, now less.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")
