@@ -18,7 +18,8 @@ class OffloadedModule:
     """Parameters and buffers of a frozen module, which can sleep in host memory (pinned, where
     there is a CUDA device). Tensors that share storage go on sharing it.
 
-    The host copy is made at the first sleep and kept, so later sleeps copy nothing.
+    The host copy is made at the first sleep and kept, so later sleeps copy nothing, until the
+    weights have `changed`.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
@@ -26,12 +27,18 @@ class OffloadedModule:
         self._shared: list[_Shared] = []
         self._places: dict[int, tuple[torch.device, int, torch.Size, tuple[int, ...]]] = {}
         self._asleep = False
+        self._is_current = False
+
+    def changed(self) -> None:
+        """The weights have other values now."""
+        self._is_current = False
 
     def sleep(self) -> None:
         """Free the device memory. Nothing to do when asleep."""
         if self._asleep or self._module is None:
             return
-        self._shared = self._shared or self._copy_out(self._module)
+        if not self._is_current:
+            self._shared, self._is_current = self._copy_out(self._module), True
         for shared in self._shared:
             for tensor in shared.tensors:
                 tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)

@@ -80,7 +80,9 @@ class RolloutEngine(Protocol):
         ...
 
     def begin_weights(self) -> None:
-        """New weights will come; until `end_weights` there are no answers."""
+        """New weights will come; until `end_weights` there are no answers. An engine that sleeps
+        takes no more of the device for them than they need.
+        """
         ...
 
     def load_weights(self, bucket: Bucket) -> None:

@@ -81,7 +81,9 @@ class TransformersRolloutEngine:
 
     def begin_weights(self) -> None:
         """See `RolloutEngine`."""
-        self._missing = set(dict(self._running().named_parameters()))
+        model = self._running()
+        self.wake()
+        self._missing = set(dict(model.named_parameters()))
 
     @torch.no_grad()
     def load_weights(self, bucket: Bucket) -> None:
@@ -98,6 +100,7 @@ class TransformersRolloutEngine:
         if self._missing:
             raise ModelError(missing_text(sorted(self._missing)))
         self.version = version
+        self._offload.changed()
 
     def sleep(self) -> None:
         """See `RolloutEngine`."""

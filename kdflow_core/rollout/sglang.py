@@ -73,7 +73,6 @@ class SglangRolloutEngine:
         )
         self.version = 0
         self._sleeps = sleeps
-        self._asleep = False
         self._has_weights = True
 
     def generate(
@@ -128,7 +127,9 @@ class SglangRolloutEngine:
 
     def begin_weights(self) -> None:
         """See `RolloutEngine`."""
-        self._running().begin_weights()
+        engine = self._running()
+        engine.wake_weights()
+        engine.begin_weights()
 
     def load_weights(self, bucket: Bucket) -> None:
         """See `RolloutEngine`. The engine's own processes open the bucket."""
@@ -151,15 +152,13 @@ class SglangRolloutEngine:
 
     def sleep(self) -> None:
         """See `RolloutEngine`. The weights are let go of: after `wake`, new ones have to come."""
-        if self._sleeps and not self._asleep:
+        if self._sleeps:
             self._running().sleep()
-            self._asleep, self._has_weights = True, False
+            self._has_weights = False
 
     def wake(self) -> None:
         """See `RolloutEngine`."""
-        if self._asleep:
-            self._running().wake()
-            self._asleep = False
+        self._running().wake()
 
     def close(self) -> None:
         """See `RolloutEngine`."""

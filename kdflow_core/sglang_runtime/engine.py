@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.constants import GPU_MEMORY_ALL_TYPES, GPU_MEMORY_TYPE_WEIGHTS
 from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.models.registry import ModelRegistry
 from sglang.srt.server_args import ServerArgs
@@ -79,6 +80,7 @@ class GenerationEngine:
                 ) from error
         self._loop = self._engine.loop
         self._requests = 0
+        self._asleep = frozenset[str]()  # which parts of its memory
 
     def generate(
         self,
@@ -155,12 +157,25 @@ class GenerationEngine:
         self._remote("kdflow_serve_weights", version=str(version))
 
     def sleep(self) -> None:
-        """Give weights and cache back to the device. For engines with `sleep` alone."""
-        self._engine.release_memory_occupation()
+        """Give weights, cache and graphs back to the device. For engines with `sleep` alone.
+        Nothing to do when asleep.
+        """
+        if awake := [part for part in GPU_MEMORY_ALL_TYPES if part not in self._asleep]:
+            self._engine.release_memory_occupation(awake)
+        self._asleep = frozenset(GPU_MEMORY_ALL_TYPES)
+
+    def wake_weights(self) -> None:
+        """Take the memory of the weights again, which come anew. Nothing to do when awake."""
+        self._wake(frozenset({GPU_MEMORY_TYPE_WEIGHTS}))
 
     def wake(self) -> None:
-        """Take the memory again; weights have to come anew, the cache is empty."""
-        self._engine.resume_memory_occupation()
+        """Take all memory again; the cache is empty. Nothing to do when awake."""
+        self._wake(frozenset(GPU_MEMORY_ALL_TYPES))
+
+    def _wake(self, parts: frozenset[str]) -> None:
+        if asleep := sorted(self._asleep & parts):
+            self._engine.resume_memory_occupation(asleep)
+        self._asleep -= parts
 
     def close(self) -> None:
         """End the engine's processes."""

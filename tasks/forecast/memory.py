@@ -27,6 +27,7 @@ STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # others take one at t
 ADAMW_MOMENTS, MUON_MOMENTS = 2, 1  # of a weight; Muon's are of a matrix in a numbered layer
 NUMBERED = re.compile(r"\.\d+\.")
 PHASES = ("roll out", "swap weights", "score", "train")
+BUILDING = "build the student"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,9 @@ def least_teacher(config: Teacher, folder: Path) -> int:
 
 
 def memory_phases(spec: StageSpec) -> list[Phase]:
-    """The phases of a round, on the device of a rank that also has the rollout engine, if one has.
+    """The start and the phases of a round, on the device of a rank that also has the rollout
+    engine, if one has. At the start the student is built, then the teacher, then the engine, each
+    when those before have left the device, if they may; a later round has all that again.
 
     The teacher's states and the engine's cache are those of texts of the full length. Activations
     come on top, and the cache of SGLang on a GPU, unless rollout.cache_tokens is set.
@@ -125,13 +128,18 @@ def memory_phases(spec: StageSpec) -> list[Phase]:
         on_device = {"weights": own.gathered, "moments": 0, "gradients": 0}
     parts = {
         "student": _Part(
-            size=on_device["weights"] + on_device["moments"],
-            needed=frozenset({"swap weights", "train"}),
+            size=on_device["weights"],
+            needed=frozenset({BUILDING, "swap weights", "train"}),
             leaves=run.student.sleep or run.student.offload,
+        ),
+        "moments": _Part(
+            size=on_device["moments"],
+            needed=frozenset({BUILDING, "train"}),
+            leaves=run.student.sleep,
         ),
         "algorithm": _Part(
             size=_algorithm_bytes(spec, student) // spread,
-            needed=frozenset({"swap weights", "train"}),
+            needed=frozenset({BUILDING, "swap weights", "train"}),
             leaves=run.student.sleep,
         ),
         "teacher": _Part(
@@ -152,10 +160,10 @@ def memory_phases(spec: StageSpec) -> list[Phase]:
             parts={
                 name: part.size
                 for name, part in parts.items()
-                if part.size and (phase in part.needed or not part.leaves)
+                if part.size and (phase in part.needed or (phase != BUILDING and not part.leaves))
             },
         )
-        for phase in PHASES
+        for phase in (BUILDING, *PHASES)
     ]
 
 
@@ -170,7 +178,7 @@ def _engine_parts(spec: StageSpec, rollout: Rollout, student: int) -> dict[str, 
         if rollout.first_gpu >= run.student.num_ranks:
             return {"buckets": buckets}
         width, sleeps = rollout.tensor_parallel, rollout.sleep
-        answering = frozenset({"roll out", "swap weights"})  # it wakes with its cache
+        answering = frozenset({"roll out"})
         tokens = rollout.cache_tokens or 0
     size = DTYPE_BYTES[rollout.dtype]
     return {

@@ -68,7 +68,6 @@ class RolloutHost:
     @offered
     def begin_weights(self) -> None:
         """New weights will come."""
-        self._engine.wake()
         self._engine.begin_weights()
 
     @offered

@@ -82,6 +82,8 @@ class TrainerHost:
     def _round_trainer(self, teacher: TeacherAtHand[StoredStates]) -> RoundTrainer:
         session, run = self._session, self._stage.run
         self._sleeper = StudentOffload(session.module, session.trainer.optimizers, session.device)
+        if run.student.sleep:  # the teacher comes next
+            self._sleeper.sleep()
         return RoundTrainer(
             trainer=session.trainer,
             measuring=session.measuring,
@@ -193,7 +195,8 @@ class TrainerHost:
     @offered
     def open_weights(self) -> None:
         """Get ready to hand them over."""
-        self._sleeper.wake()
+        if self._stage.run.student.sleep:
+            self._sleeper.bring_weights()
 
     @offered
     def bucket(self, number: int) -> dict[str, Any] | None:
@@ -254,6 +257,8 @@ class _LiveSignals:
     ) -> None:
         self._stage, self._head, self._steps = stage, teacher.head, steps
         self._engine = teacher_engine(stage, teacher.head, longest)
+        if isinstance(stage.run.teacher, InProcessTeacher) and stage.run.teacher.sleep:
+            self._engine.sleep()  # the rollout engine comes next
 
     def __call__(self, examples: Examples, schedule: BatchSchedule) -> SignalSource:
         teacher = self._stage.run.teacher

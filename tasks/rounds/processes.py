@@ -60,8 +60,11 @@ class RoundProcesses:
 
     @property
     def rollout(self) -> "RolloutRanks":
-        """The ranks that have a rollout engine each."""
+        """The ranks that have a rollout engine each. They start when student and teacher are built
+        and, as far as they may, have left the device: SGLang goes by what it finds there.
+        """
         if self._rollout is None:
+            _ = self.trainer
             config = self._spec.run.on_policy
             assert config is not None
             ranks = config.rollout.num_engines

@@ -85,7 +85,7 @@ class Sleeper:
 
     def sleep(self) -> None: ...
 
-    wake = begin_weights = close = sleep
+    wake = wake_weights = begin_weights = close = sleep
 
     def end_weights(self, version: int) -> None: ...
 

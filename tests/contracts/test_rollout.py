@@ -267,12 +267,22 @@ def test_weights_that_did_not_arrive(engine: RolloutEngine, tmp_path: Path) -> N
     assert [c.version for c in found] == [9, 9]
 
 
-def test_sleep_and_wake(engine: RolloutEngine) -> None:
-    """Both may be called twice; the engine answers as before."""
+def test_sleep_and_wake(engine: RolloutEngine, tmp_path: Path) -> None:
+    """Both may be called twice; the engine answers as before, also by weights that came since it
+    slept for the first time.
+    """
     asked = prompts(3, seed=8)
-    before = answers(engine, asked, GREEDY, 6)
-    for call in (engine.sleep, engine.sleep, engine.wake, engine.wake):
-        call()
-    after = answers(engine, asked, GREEDY, 6)
-    for one, other in zip(before, after, strict=True):
-        np.testing.assert_array_equal(one.ids_N, other.ids_N)
+    for seed in (40, 41):
+        make_llama(tmp_path, hidden=32, layers=2, rows=ROWS, seed=seed)
+        engine.sleep()
+        engine.begin_weights()
+        engine.load_weights(
+            BucketFile().write(sorted(load_file(tmp_path / "model.safetensors").items()))
+        )
+        engine.end_weights(seed)
+        before = answers(engine, asked, GREEDY, 6)
+        for call in (engine.sleep, engine.sleep, engine.wake, engine.wake):
+            call()
+        after = answers(engine, asked, GREEDY, 6)
+        for one, other in zip(before, after, strict=True):
+            np.testing.assert_array_equal(one.ids_N, other.ids_N)

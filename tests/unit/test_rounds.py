@@ -15,7 +15,7 @@ from configs.schema.on_policy import AdaptiveFraction, Fraction, LinearFraction,
 from kdflow_core.models.structure import decoder_layers
 from kdflow_core.rollout.prompts import round_prompts, share_answers
 from kdflow_core.rollout.rewards import advantages
-from tasks.forecast.memory import memory_lines, memory_phases, num_parameters
+from tasks.forecast.memory import PHASES, memory_lines, memory_phases, num_parameters
 from tasks.rounds.round_record import RoundRecord, next_fraction
 from tasks.stages.identity import StageSpec
 from tasks.stages.planning import plan_stages
@@ -131,15 +131,21 @@ def test_the_memory_forecast_of_parts_that_sleep(
     phases, peak = planned(make_recipe, section, **more)
     count = num_parameters(student_folder)
     assert phases["roll out"] == {"engine": 2 * count}
+    assert phases["build the student"] == {"student": 4 * count, "moments": 8 * count}
     assert phases["swap weights"] == {
-        "student": 12 * count,
+        "student": 4 * count,
         "engine": 2 * count,
         "buckets": 2_000_000,
     }
     assert set(phases["score"]) == {"teacher", "states"}
     training = phases["train"]
     assert training.pop("states") == 2 * 8 * 128 * 48 * 4  # two steps' texts of the full length
-    assert training == {"student": 12 * count, "gradients": 4 * count, "logits": 1_000_000}
+    assert training == {
+        "student": 4 * count,
+        "moments": 8 * count,
+        "gradients": 4 * count,
+        "logits": 1_000_000,
+    }
     assert peak.startswith("peak memory of a device: 0.00 GB, to swap weights; activations and the")
 
 
@@ -151,8 +157,8 @@ def test_the_memory_forecast_of_muon(
     phases, _ = planned(make_recipe, {"rollout": {"type": "transformers"}}, **muon)
     model = AutoModelForCausalLM.from_pretrained(student_folder)
     inner = sum(p.numel() for p in decoder_layers(model).parameters() if p.ndim == 2)
-    expected = 12 * num_parameters(student_folder) - 4 * inner
-    assert phases["train"]["student"] == expected
+    expected = 8 * num_parameters(student_folder) - 4 * inner
+    assert phases["train"]["moments"] == expected
 
 
 def test_the_memory_forecast_of_narrow_weights_and_moments(
@@ -161,7 +167,8 @@ def test_the_memory_forecast_of_narrow_weights_and_moments(
     fields = {f"student.{name}": value for name, value in NARROW.items()}
     phases, _ = planned(make_recipe, {"rollout": {"type": "transformers"}}, **fields)
     count = num_parameters(student_folder)
-    assert phases["train"]["student"] == (2 + 2 * 2) * count
+    assert phases["train"]["student"] == 2 * count
+    assert phases["train"]["moments"] == 2 * 2 * count
     assert phases["train"]["gradients"] == 2 * count
 
 
@@ -171,7 +178,7 @@ def test_the_memory_forecast_of_an_engine_whose_cache_is_known(
     """Keys and values of two layers, two heads and eight dimensions."""
     cached = 2 * 2 * 2 * 8 * 2  # bytes of a token in bfloat16
     phases, peak = planned(make_recipe, {"rollout": {"type": "sglang", "cache_tokens": 1000}})
-    assert all(parts["cache"] == 1000 * cached for parts in phases.values())
+    assert all(phases[name]["cache"] == 1000 * cached for name in PHASES)
     assert "activations come on top" in peak
     phases, _ = planned(make_recipe, {"rollout": {"type": "transformers", "prompts_per_batch": 5}})
     assert phases["roll out"]["cache"] == 5 * 128 * cached
