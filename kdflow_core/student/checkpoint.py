@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from kdflow_core.errors import TrainingError
 from kdflow_core.student.seal import METADATA, damage_of, write_seal
+from kdflow_core.waiting import PATIENCE
 
 NAME = re.compile(r"^step-(\d{8})$")
 STUDENT = "model."  # of a DistillationModule
@@ -107,7 +108,7 @@ class CheckpointWriter:
         self._tell = tell
         self.held: int | None = None
         # Of its own, as the writing ranks talk while the training ones do.
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[str | None] | None = None
 

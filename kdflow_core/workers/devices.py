@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 
+from kdflow_core.waiting import PATIENCE
 from kdflow_core.workers.base import RankContext
 
 
@@ -23,6 +24,7 @@ def join_group(context: RankContext) -> None:
         init_method=context.rendezvous,
         rank=context.rank,
         world_size=context.num_ranks,
+        timeout=PATIENCE,
     )
 
 

@@ -293,6 +293,28 @@ time.sleep(120)
     wait_until_gone(pids_in(tmp_path, 2))
 
 
+def test_an_error_of_one_rank_ends_those_that_wait_for_it(
+    rank_module: Callable[[str], str], tmp_path: Path
+) -> None:
+    """In the middle of a collective, in which they would wait for days."""
+    body = """
+import torch
+import torch.distributed as dist
+from kdflow_core.waiting import PATIENCE
+dist.init_process_group(
+    "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=PATIENCE
+)
+dist.barrier()
+if rank == 1:
+    time.sleep(1)
+    raise RuntimeError("the loss has fallen off the table")
+dist.all_reduce(torch.ones(3))
+"""
+    with pytest.raises(WorkerError, match=r"rank 1 of .*the loss has fallen off the table"):
+        run(rank_module(body), tmp_path)
+    wait_until_gone(pids_in(tmp_path, 2))
+
+
 @WATCHED
 def test_a_stuck_rank_is_named_with_its_place(
     rank_module: Callable[[str], str], tmp_path: Path
