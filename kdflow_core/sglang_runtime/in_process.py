@@ -275,7 +275,10 @@ def _request(name: str, ids: np.ndarray, sampling: SamplingParams) -> Req:
     )
     request.full_untruncated_fill_ids = request.origin_input_ids
     request.logprob_start_len = -1
-    request.set_extend_range(0, len(ids))
+    if hasattr(request, "set_extend_range"):  # 0.5.21
+        request.set_extend_range(0, len(ids))
+    else:
+        request.extend_end = len(ids)
     return request
 
 
@@ -289,5 +292,7 @@ def _no_prefix_cache(runner: ModelRunner) -> SimpleNamespace:
         supports_mamba=lambda: False,
         is_chunk_cache=lambda: False,
         is_tree_cache=lambda: True,
+        supports_prefix_sharing=lambda: False,
+        maybe_hand_to_session=lambda request: None,  # noqa: ARG005
         evict=lambda params: None,  # noqa: ARG005
     )

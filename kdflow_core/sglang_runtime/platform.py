@@ -36,10 +36,14 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return "native"
 
     def get_mha_kv_pool_cls(self) -> type:
-        """SGLang's own pool."""
+        """SGLang's own pool (0.5.21)."""
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool  # noqa: PLC0415 - cyclic
 
         return MHATokenToKVPool  # type: ignore[no-any-return]
+
+    def get_kv_pool_cls(self, *, kind: str) -> type | None:  # noqa: ARG002 - SGLang's signature
+        """SGLang's own pools (0.5.23)."""
+        return None
 
     def get_paged_allocator_cls(self) -> type:
         """SGLang's own allocator."""

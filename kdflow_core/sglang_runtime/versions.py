@@ -10,7 +10,8 @@ from pathlib import Path
 
 from kdflow_core.errors import ModelError
 
-TESTED = ("0.5.21",)
+INSTALLED_BY_EXTRA = "0.5.21"
+TESTED = (INSTALLED_BY_EXTRA, "0.5.23")
 # What backends of attention need beside SGLang itself.
 PACKAGES = {
     "flashinfer": "flashinfer",
@@ -46,7 +47,8 @@ def check_sglang() -> None:
     if installed not in TESTED:
         raise ModelError(
             f"SGLang {installed} is installed; kdflow uses SGLang's inner parts and is tested with "
-            f"{', '.join(TESTED)}. Install `sglang=={TESTED[-1]}`, or set the type to transformers"
+            f"{', '.join(TESTED)}. Install `sglang=={INSTALLED_BY_EXTRA}`, or set the type to "
+            "transformers"
         )
 
 
