@@ -79,6 +79,8 @@ class Node(_Message):
     cores: int
     memory_gb: float
     gpus: tuple[str, ...]
+    gpu_memory_gb: float
+    """Of the smallest of them; 0 where there are none."""
     clock: float
     seen: tuple[str, ...]
     token: bool

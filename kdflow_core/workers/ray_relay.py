@@ -130,14 +130,16 @@ def look_around(folders: Sequence[str]) -> dict[str, Any]:
         "versions": versions(),
         "cores": os.cpu_count() or 1,
         "memory_gb": psutil.virtual_memory().total / 1e9,
-        "gpus": _gpus(),
+        **_gpus(),
         "clock": time.time(),
         "seen": [folder for folder in folders if Path(folder).exists()],
         "token": os.environ.get("RAY_AUTH_MODE") == "token",
     }
 
 
-def _gpus() -> list[str]:
+def _gpus() -> dict[str, Any]:
     import torch  # noqa: PLC0415 - seconds, that only this question is worth
 
-    return [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
+    found = [torch.cuda.get_device_properties(k) for k in range(torch.cuda.device_count())]
+    least = min((gpu.total_memory for gpu in found), default=0)
+    return {"gpus": [gpu.name for gpu in found], "gpu_memory_gb": least / 1e9}

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from configs.errors import ConfigError
 from configs.schema.run import RunConfig
@@ -16,12 +17,17 @@ from kdflow_core.workers.ray_relay import unlike_here
 from tasks.stages.catalogue import CATALOGUE, devices_of
 from tasks.stages.identity import StageIdentity, made_of, open_store
 
+if TYPE_CHECKING:
+    from tasks.checks.room_check import Machine
+
 CLOCK_S = 30.0  # leases go by the clock
 
 
-def check_cluster(run: RunConfig, stages: Iterable[StageIdentity]) -> None:
-    """Refuse a cluster whose nodes lack what the ranks of these stages need. Raises ConfigError and
-    WorkerError.
+def check_cluster(
+    run: RunConfig, stages: Iterable[StageIdentity], folders: Mapping[str, Path]
+) -> None:
+    """Refuse a cluster whose nodes lack what the ranks of these stages need, with the models in
+    these `folders`. Raises ConfigError, ModelError and WorkerError.
     """
     assert isinstance(run.workers, RayWorkers)
     with _marks(run) as marks:
@@ -32,6 +38,20 @@ def check_cluster(run: RunConfig, stages: Iterable[StageIdentity]) -> None:
     problems += _too_many(run, nodes, stages)
     if problems:
         raise ConfigError("workers.type=ray: " + "; ".join(problems))
+    from tasks.checks.room_check import check_room_on  # noqa: PLC0415 - loads torch
+
+    check_room_on([_machine(node) for node in nodes], run, folders)
+
+
+def _machine(node: Node) -> "Machine":
+    from tasks.checks.room_check import GB, Machine  # noqa: PLC0415 - loads torch
+
+    return Machine(
+        name=f"node {node.address}",
+        host=int(node.memory_gb * GB),
+        gpus=len(node.gpus),
+        gpu=int(node.gpu_memory_gb * GB),
+    )
 
 
 def examined_nodes(config: RayWorkers) -> list[tuple[Node, list[str]]]:

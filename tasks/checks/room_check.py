@@ -2,7 +2,8 @@
 moments, by the headers of their files. Loads torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -17,33 +18,63 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 GB = 10**9
 
 
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What ranks find on a machine, in bytes: `gpus` with so much memory each, or none, and the
+    host's memory, which all ranks share.
+    """
+
+    name: str
+    host: int
+    gpus: int = 0
+    gpu: int = 0
+
+    def holds(self, size: int, *, in_host: bool = False) -> int:
+        """How many ranks that take so much each it can hold."""
+        shared = self.host // max(1, size)
+        if self.gpus == 0:
+            return shared
+        return min(self.gpus, shared) if in_host else self.gpus * (size <= self.gpu)
+
+
 def check_room(run: RunConfig, folders: Mapping[str, Path]) -> None:
     """Refuse what no batch size makes fit. Raises ModelError, which says what takes how much."""
     if run.workers.type == "ray":
-        return  # the devices are elsewhere
+        return  # the devices are elsewhere: see `cluster_check`
     device, room = _device()
+    host = _host_memory()
+    ranks = max(run.student.num_ranks, run.teacher.num_ranks)
+    if device.startswith("GPU"):
+        here = Machine(name=device, host=host, gpus=ranks, gpu=room)
+    else:
+        here = Machine(name=device, host=room)
+    check_room_on([here], run, folders)
+
+
+def check_room_on(machines: Sequence[Machine], run: RunConfig, folders: Mapping[str, Path]) -> None:
+    """See `check_room`."""
     student, teacher = folders.get("student"), folders.get("teacher")
     ranks = run.student.num_ranks
+    on_gpu = any(machine.gpus for machine in machines)
     if teacher is not None and isinstance(run.teacher, InProcessTeacher):
         # Ranks of one machine may share the pages of files.
         _require(
             "the teacher",
             {"weights": least_teacher(run.teacher, teacher)},
-            room,
-            device,
+            machines,
+            1,
             "more teacher.tensor_parallel (teacher.type=sglang); or teacher.dtype=bfloat16",
         )
     if student is not None:
         sleeps = isinstance(run.teacher, InProcessTeacher) and run.teacher.sleep
         beside = teacher if run.teacher_in_training and not sleeps else None
         beside = beside if run.algorithm.reads_signals else None
-        on_gpu = device.startswith("GPU")
         parts = least_training(run, student, beside, on_gpu=on_gpu)
         _require(
             f"training (student.num_ranks={ranks})",
             parts,
-            room // (1 if on_gpu else ranks),
-            device,
+            machines,
+            ranks,
             "more student.num_ranks, which share the student; student.weights_dtype=bfloat16 and "
             "student.optimizer={type: adamw, moments_dtype: bfloat16}; student.lora; a smaller "
             "loss.logits_memory_mb; teacher.sleep"
@@ -55,19 +86,37 @@ def check_room(run: RunConfig, folders: Mapping[str, Path]) -> None:
                 if run.student.offload
                 else "a checkpoint",
                 least_host_memory(run.student, student),
-                _host_memory() // ranks,
-                "the host",
+                machines,
+                ranks,
                 "student.weights_dtype=bfloat16 and student.optimizer={type: adamw, moments_dtype: "
                 "float8}; or student.lora",
+                in_host=True,
             )
 
 
-def _require(what: str, parts: Mapping[str, int], room: int, device: str, remedy: str) -> None:
-    if sum(parts.values()) > room:
-        raise ModelError(
-            f"{what} takes {told(parts)} on each rank at the least, and {device} has "
-            f"{room / GB:.2f} GB for it; what helps: {remedy}"
-        )
+def _require(
+    what: str,
+    parts: Mapping[str, int],
+    machines: Sequence[Machine],
+    ranks: int,
+    remedy: str,
+    *,
+    in_host: bool = False,
+) -> None:
+    size = sum(parts.values())
+    if sum(machine.holds(size, in_host=in_host) for machine in machines) >= ranks:
+        return
+
+    def room(machine: Machine) -> str:
+        of_gpu = machine.gpus > 0 and not in_host
+        name = f"the host of {machine.name}" if machine.gpus and in_host else machine.name
+        share = machine.gpu if of_gpu else machine.host // (ranks if len(machines) == 1 else 1)
+        return f"{name} has {share / GB:.2f} GB for it"
+
+    raise ModelError(
+        f"{what} takes {told(parts)} on each rank at the least, and "
+        f"{', '.join(room(machine) for machine in machines)}; what helps: {remedy}"
+    )
 
 
 def _device() -> tuple[str, int]:

@@ -89,9 +89,10 @@ def checked_plan(run: RunConfig, *, download: bool) -> dict[str, StageIdentity]:
     lacking = [identity for identity in plan.values() if find(run, identity) is None]
     if lacking:
         check_writable(store)
+    prepared = _prepared(run, plan)
     if lacking and isinstance(run.workers, RayWorkers):
-        check_cluster(run, lacking)
-    if prepared := _prepared(run, plan):
+        check_cluster(run, lacking, given | prepared)
+    if prepared:
         _check(run, given | prepared)
     return plan
 

@@ -48,6 +48,8 @@ def examine_cluster(address: str) -> list[Finding]:
     found = []
     for node, problems in examined_nodes(RayWorkers(type="ray", address=address)):
         gpus = ", ".join(node.gpus) or "no GPU"
+        if node.gpus:
+            gpus += f" (at least {node.gpu_memory_gb:,.1f} GB each)"
         versions = ", ".join(f"{name} {own}" for name, own in node.versions.items())
         detail = f"{node.cores} cores, {node.memory_gb:,.1f} GB memory, {gpus}; {versions}"
         found.append(

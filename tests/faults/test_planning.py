@@ -396,7 +396,9 @@ def test_an_offloaded_student_is_held_by_the_host(
     has(room - 1, host)
     refused(run, r"training .* takes 0\.00 GB \(gathered 0\.00, logits 0\.00\) on each rank")
     has(room, host - 2)
-    refused(run, r"the student that student\.offload keeps there takes .* and the host has 0")
+    refused(
+        run, r"the student that student\.offload keeps there takes .* and the host of GPU 0 has 0"
+    )
     has(room, host)
     checked_plan(run, download=False)
 
@@ -411,7 +413,7 @@ def test_a_checkpoint_that_the_host_cannot_hold(
     refused(
         make({"student.num_ranks": 2}),
         r"a checkpoint takes 0\.00 GB \(weights 0\.00, moments 0\.00\) on each rank at the least, "
-        "and the host has 0",
+        "and the host of GPU 0 has 0",
     )
     for fields in (NARROWED, {"student.lora": {"rank": 2}}):
         checked_plan(make(fields), download=False)

@@ -11,10 +11,13 @@ import pytest
 
 from configs.errors import ConfigError
 from configs.load import load_run
+from configs.schema.models import PretrainedModel
 from configs.schema.run import RunConfig
+from kdflow_core.errors import ModelError
 from kdflow_core.workers.ray_orders import Node
 from kdflow_core.workers.ray_relay import versions
 from tasks.checks.cluster_check import check_cluster
+from tasks.forecast.memory import least_training
 from tasks.stages.planning import plan_stages
 
 
@@ -36,6 +39,7 @@ def check(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
                 "cores": 4,
                 "memory_gb": 8.0,
                 "gpus": (),
+                "gpu_memory_gb": 0.0,
                 "clock": time.time(),
                 "token": True,
                 "resources": {"CPU": 4.0},
@@ -47,7 +51,9 @@ def check(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
             )
 
         monkeypatch.setattr("tasks.checks.cluster_check.nodes_of", nodes_of)
-        check_cluster(run, plan_stages(run).values())
+        models = {"teacher": run.teacher.model, "student": run.student.model}
+        folders = {n: Path(m.path) for n, m in models.items() if isinstance(m, PretrainedModel)}
+        check_cluster(run, plan_stages(run).values(), folders)
 
     return of
 
@@ -74,6 +80,30 @@ def test_a_node_that_is_otherwise(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         check(**other)
+
+
+def test_nodes_without_room_for_the_student(
+    check: Callable[..., None], run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three ranks, which take a third of it each; GPUs hold one each."""
+    assert isinstance(run.student.model, PretrainedModel)
+    folder = Path(run.student.model.path)
+    size = sum(least_training(run, folder, None, on_gpu=True).values())
+    monkeypatch.setattr("tasks.checks.room_check.GB", 1)
+
+    def nodes(each: int, **other: Any) -> None:
+        check(memory_gb=float(each), resources={"CPU": 8.0, "GPU": 8.0}, **other)
+
+    small = r"training \(student\.num_ranks=3\) takes .* on each rank"
+    with pytest.raises(ModelError, match=small + r".*node 10\.0\.0\.1 has .*node 10\.0\.0\.2 has "):
+        nodes(3 * size - 1)
+    nodes(3 * size)
+    gpus = {"gpus": ("a", "b", "c"), "gpu_memory_gb": float(size)}
+    nodes(3 * size, **gpus)
+    with pytest.raises(ModelError, match=small):
+        nodes(3 * size, **gpus | {"gpus": ("a", "b")})
+    with pytest.raises(ModelError, match=small):
+        nodes(3 * size, **gpus | {"gpu_memory_gb": float(size - 1)})
 
 
 @pytest.mark.parametrize(
