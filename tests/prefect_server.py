@@ -19,8 +19,8 @@ class Server:
     """A Prefect server on loopback and the `prefect` command pointed at it."""
 
     def __init__(self, folder: Path) -> None:
-        port = free_port()
-        self.api = f"http://127.0.0.1:{port}/api"
+        self._port = str(free_port())
+        self.api = f"http://127.0.0.1:{self._port}/api"
         self.folder = folder
         self.env = os.environ | {
             "PREFECT_API_URL": self.api,
@@ -28,12 +28,23 @@ class Server:
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "COLUMNS": "200",
         }
-        self.processes = [self.start("server", "start", "--host", "127.0.0.1", "--port", str(port))]
+        self.processes = [self._serve()]
+
+    def _serve(self) -> subprocess.Popen[bytes]:
+        process = self.start("server", "start", "--host", "127.0.0.1", "--port", self._port)
         deadline = time.monotonic() + 180
         while not self.healthy():
-            assert self.processes[0].poll() is None
+            assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.5)
+        return process
+
+    def restart(self, away_s: float) -> None:
+        """End the server, and start it again when it has been away for a while."""
+        self.processes[0].terminate()
+        self.processes[0].wait(60)
+        time.sleep(away_s)
+        self.processes[0] = self._serve()
 
     def healthy(self) -> bool:
         try:

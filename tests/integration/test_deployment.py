@@ -240,6 +240,32 @@ def test_a_cancelled_run_leaves_no_process(
         time.sleep(0.5)
 
 
+@pytest.mark.slow  # a minute, mostly of waiting
+def test_a_server_that_restarts_in_the_middle_of_a_run(
+    server: Server, deployed: str, make_recipe: Callable[..., Path]
+) -> None:
+    """The run goes on without it, and ends as if it had been there."""
+    assert "kd/offpolicy" in deployed
+    server.processes.append(server.start(*prefect_commands()[3][1:]))
+    recipe = make_recipe(max_steps=200, checkpoint_every=10**6)
+    given = ("--param", f"recipe={recipe}", "--param", 'overrides={"name": "restarted"}')
+    said = server.command("deployment", "run", "kd/offpolicy", *given)
+    (run,) = (own for own in server.runs() if str(own["id"]) in said)
+    deadline = time.monotonic() + 180
+    while not re.search("[1-9][0-9]* of 200 steps", (server.folder / "worker.log").read_text()):
+        assert time.monotonic() < deadline, "training did not start"
+        time.sleep(0.5)
+    server.restart(away_s=20)
+    while True:
+        (now,) = server.runs(flow_runs={"id": {"any_": [run["id"]]}})
+        if now["state_type"] in ("COMPLETED", "FAILED", "CRASHED"):
+            break
+        assert time.monotonic() < deadline + 120, now["state"]
+        time.sleep(0.5)
+    assert now["state_name"] == "Completed", (server.folder / "worker.log").read_text()[-6000:]
+    assert now["run_count"] == 1
+
+
 def test_runs_of_a_pool_of_devices_take_turns(
     server: Server, make_recipe: Callable[..., Path]
 ) -> None:
