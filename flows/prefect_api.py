@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 
-import httpx
-
 from configs.errors import ConfigError, KdflowError
 
 LOOPBACK = "127.0.0.1"
@@ -88,6 +86,8 @@ def _send_what_waits() -> None:
 
 def require_answer(url: str) -> None:
     """Raises ConfigError when no server answers there."""
+    import httpx  # noqa: PLC0415 - not for `--help`
+
     try:
         httpx.get(f"{url.rstrip('/')}/health", timeout=ANSWER_S)
     except (httpx.TransportError, httpx.InvalidURL) as error:

@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping
 
-import httpx
-
 from configs.errors import ConfigError
 from configs.schema.engines import Engine, SglangEngine
 from configs.schema.rollout import Rollout
@@ -53,6 +51,8 @@ def _check_sglang(engine: Teacher | Engine | Rollout, field: str) -> None:
 
 
 def _check_server(teacher: SglangServerTeacher, field: str) -> None:
+    import httpx  # noqa: PLC0415 - not for `--help`
+
     try:
         httpx.get(teacher.url, timeout=ANSWER_S)
     except (httpx.TransportError, httpx.InvalidURL) as error:
