@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -85,15 +87,29 @@ class Server:
     def task_states(self, flow_run_id: object) -> dict[str, str]:
         return dict(self.all_task_states(flow_run_id))
 
+    @contextmanager
+    def worker(self, *command: str) -> Iterator[subprocess.Popen[bytes]]:
+        """A worker, for a while."""
+        process = self.start(*command)
+        try:
+            yield process
+        finally:
+            process.terminate()
+            _end(process)
+
     def stop(self) -> None:
         for process in reversed(self.processes):
             process.terminate()
         for process in reversed(self.processes):
-            try:
-                process.wait(timeout=15)
-            except subprocess.TimeoutExpired:  # Prefect's worker does not always end when asked to
-                process.kill()
-                process.wait()
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    try:
+        process.wait(timeout=15)
+    except subprocess.TimeoutExpired:  # Prefect's worker does not always end when asked to
+        process.kill()
+        process.wait()
 
 
 def start_server(folder: Path, migrated: Path) -> Server:
