@@ -92,7 +92,9 @@ class TrackingConfig(StrictModel):
     trackio_project: str | None = None
     """A trackio project that gets the metrics; needs the package `trackio`."""
     prometheus_port: int | None = Field(default=None, gt=0, lt=2**16)
-    """A port of the machine of rank 0 where Prometheus finds the last metrics of training."""
+    """A port of the machine that starts the run, where Prometheus finds how far each stage is and
+    the last metrics of training.
+    """
 
 
 class PromotionConfig(StrictModel):

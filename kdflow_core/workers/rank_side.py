@@ -121,11 +121,16 @@ def is_asked_to_stop() -> bool:
     return _stop.is_set()
 
 
+def is_launched() -> bool:
+    """Whether this process has a launcher, which hears what it emits."""
+    return _launched.is_set()
+
+
 def emit(event: dict[str, Any]) -> None:
     """Send an event to the launcher, on a line of its own whatever else is being printed. Without
     a launcher there is nobody to send it to.
     """
-    if not _launched.is_set():
+    if not is_launched():
         return
     sys.stdout.flush()
     rest = f"\n{EVENT_PREFIX}{json.dumps(event)}\n".encode()

@@ -18,6 +18,7 @@ from storage.artifact import ArtifactRef
 from storage.lease import Pulse, exclusive, lease_name
 from tasks.execution.progress import ProgressLog, Show
 from tasks.execution.termination import saving_first
+from tasks.presentation.gauges import Gauges
 from tasks.stages.catalogue import CATALOGUE, devices_of, engines_of
 from tasks.stages.checkpoint_places import fetch_checkpoints
 from tasks.stages.identity import StageIdentity, StageSpec, find, open_store, run_of_teacher
@@ -40,16 +41,24 @@ class Listener:
     """Logs what a group of ranks reports. See `Events`."""
 
     def __init__(
-        self, logger: Logger, name: str, pulse: Callable[[], None], show: Show = lambda *_: None
+        self,
+        logger: Logger,
+        name: str,
+        pulse: Callable[[], None],
+        show: Show = lambda *_: None,
+        gauges: Gauges | None = None,
     ) -> None:
         self._logger = logger
+        self._gauges = gauges
         self._name = name
         self._pulse = pulse
         self._progress = ProgressLog(logger, show)
 
     def event(self, event: dict[str, Any]) -> None:
-        """Progress and messages."""
+        """Progress, messages and figures."""
         self._progress.event(event)
+        if self._gauges is not None:
+            self._gauges.event(event)
 
     def line(self, rank: int, text: str) -> None:
         """What a library has printed."""
@@ -175,7 +184,13 @@ def _run_ranks(spec: StageSpec, logger: Logger, pulse: Pulse, show: Show) -> Non
                 "tasks.jobs.stage_host:StageHost",
                 spec.model_dump_json(),
                 placement,
-                Listener(logger, stage.name, pulse.touch, show),
+                Listener(
+                    logger,
+                    stage.name,
+                    pulse.touch,
+                    show,
+                    Gauges(spec.run, spec.identity.name, logger.warning),
+                ),
                 stall_s=spec.run.stall_limit_s,
             ) as group,
             saving_ranks(),

@@ -1,5 +1,6 @@
 """The host of a stage's ranks: it does the stage's job once, and reports."""
 
+import sys
 import time
 from collections.abc import Callable
 from pkgutil import resolve_name
@@ -34,12 +35,20 @@ class EventReporter:
             return
         self._last = now
         event = {"event": "progress", "rank": self._rank, "done": done, "total": total}
-        emit(event | {"unit": unit, "detail": detail})
+        emit(event | {"unit": unit, "detail": detail, "gpu_bytes": _gpu_bytes()})
 
     def message(self, text: str) -> None:
         """See `Reporter`."""
         if self._rank == 0:
             emit({"event": "message", "text": public(text)})
+
+
+def _gpu_bytes() -> int | None:
+    """What torch holds of this rank's GPU, where it uses one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    return int(torch.cuda.memory_reserved())
 
 
 def open_stage(context: RankContext, spec: str) -> StageRun:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, Protocol
 from configs.errors import ConfigError
 from configs.schema.run import RunConfig, TrackingConfig
 from configs.secrets import public_config
+from kdflow_core.workers.rank_side import emit, is_launched
+from tasks.presentation.gauges import FIGURES, Gauges
 
 MOST_CHARACTERS = 6000  # of a field's value in MLflow
 
@@ -190,36 +192,23 @@ class Trackio:
 
 
 class Prometheus:
-    """Gauges of the last figures, for a Prometheus server that asks a port of this machine."""
+    """The last figures for the process that started these ranks, which answers at the port; for a
+    rank that somebody else has started, at its own.
+    """
 
     def __init__(self, training: Tracked) -> None:
-        from prometheus_client import CollectorRegistry, start_http_server  # noqa: PLC0415
-
-        self._registry, self._gauges = CollectorRegistry(), dict[str, Any]()
-        self._name = training.run.name
-        port = training.run.tracking.prometheus_port
-        assert port is not None
-        self._server: Any = None
-        try:
-            self._server, _ = start_http_server(port, registry=self._registry)
-        except OSError as error:
-            training.tell(f"no figures for Prometheus: port {port}: {error}")
+        self._own = None if is_launched() else Gauges(training.run, "train", training.tell)
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         """See `Tracker`."""
-        from prometheus_client import Gauge  # noqa: PLC0415 - optional
-
-        for name, value in {**figures, "step": step}.items():
-            if name not in self._gauges:
-                made = f"kdflow_{name.replace('/', '_')}"
-                self._gauges[name] = Gauge(made, name, ["run"], registry=self._registry)
-            self._gauges[name].labels(run=self._name).set(value)
+        event = {"event": FIGURES, "figures": {**figures, "step": step}}
+        if self._own is None:
+            emit(event)
+        else:
+            self._own.event(event)
 
     def close(self) -> None:
         """See `Tracker`."""
-        if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
 
 
 class _Kind(NamedTuple):

@@ -11,6 +11,7 @@ from typing import Any
 from kdflow_core.errors import WorkerError
 from kdflow_core.workers.base import Launcher, Pending, Placement, WorkerGroup
 from tasks.execution.launch import Listener, Logger, saving_ranks, tell_failure
+from tasks.presentation.gauges import Gauges
 from tasks.stages.catalogue import QUIET
 from tasks.stages.identity import StageSpec
 
@@ -79,7 +80,12 @@ class RoundProcesses:
             job,
             self._spec.model_dump_json(),
             placement,
-            Listener(self._logger, placement.name, self._pulse),
+            Listener(
+                self._logger,
+                placement.name,
+                self._pulse,
+                gauges=Gauges(self._spec.run, placement.name, self._logger.warning),
+            ),
             stall_s=self._spec.run.stall_limit_s,
         )
 

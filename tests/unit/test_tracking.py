@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import sqlite3
 import subprocess
@@ -18,8 +19,10 @@ import pytest
 from configs.load import ConfigError, load_run
 from configs.schema.run import RunConfig
 from tasks.presentation import trackers
+from tasks.presentation.gauges import Gauges
 from tasks.presentation.trackers import KINDS, check_tracking
 from tasks.presentation.tracking import HELDOUT_FILE, PLOTTED, MetricsLog, read_metrics
+from tests.conftest import run_inline
 
 ROOT = Path(__file__).parents[2]
 
@@ -168,8 +171,49 @@ def test_prometheus_finds_the_last_metrics(
     log.close()
     assert 'kdflow_train_tokens_per_s{run="tiny"} 2.0' in text
     assert 'kdflow_step{run="tiny"} 2.0' in text
-    with pytest.raises(OSError, match="refused"):
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics")
+
+
+def test_prometheus_finds_where_a_stage_is(
+    make_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two ranks, each at its share; then of another count."""
+    with socket.create_server(("", 0)) as free:
+        port = free.getsockname()[1]
+    run = load_run(str(make_recipe()), {"tracking.prometheus_port": port})
+    gauges, now = Gauges(run, "extract", pytest.fail), iter(range(10, 100, 10))
+    monkeypatch.setattr("tasks.presentation.gauges.time.monotonic", lambda: float(next(now)))
+
+    def progress(rank: int, done: int, unit: str = "tokens", **more: int) -> str:
+        event = {"event": "progress", "rank": rank, "done": done, "total": 500, "unit": unit}
+        gauges.event(event | more)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            return str(answer.read().decode())
+
+    progress(0, 100)
+    progress(1, 200)
+    text = progress(1, 400, gpu_bytes=7)
+    of_stage = 'run="tiny",stage="extract"'
+    assert f'kdflow_stage_done{{rank="1",{of_stage},unit="tokens"}} 400.0' in text
+    assert f'kdflow_stage_total{{rank="0",{of_stage},unit="tokens"}} 500.0' in text
+    assert f'kdflow_stage_per_s{{{of_stage},unit="tokens"}} 20.0' in text  # 400 in 20 seconds
+    assert f'kdflow_gpu_bytes{{rank="1",{of_stage}}} 7.0' in text
+    progress(0, 5, unit="steps")
+    assert f'kdflow_stage_per_s{{{of_stage},unit="steps"}} 0.1' in progress(0, 6, unit="steps")
+
+
+@pytest.mark.ranks
+def test_all_stages_of_a_run_are_found_at_its_port(make_recipe: Callable[..., Path]) -> None:
+    """By the process that starts their ranks, training with its figures."""
+    with socket.create_server(("", 0)) as free:
+        port = free.getsockname()[1]
+    run = load_run(str(make_recipe(num_ranks=2)), {"tracking.prometheus_port": port})
+    run_inline(run, until="train", launched=["tokenize", "extract", "train"])
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        text = answer.read().decode()
+    for stage in ("tokenize", "extract", "train"):
+        assert re.search(rf'kdflow_stage_done{{.*stage="{stage}".*}} [1-9]', text), stage
+    assert re.search(r'kdflow_train_loss{run="tiny"} \d', text)
+    assert 'kdflow_step{run="tiny"} 6.0' in text
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.field)
