@@ -141,6 +141,9 @@ def schedule(name: Any) -> str:
         "constant": "constant",
         "constant_with_warmup": "constant",
         "warmup_stable_decay": "wsd",
+        "cosine_with_restarts": "cosine_with_restarts",
+        "polynomial": "polynomial",
+        "inverse_sqrt": "inverse_sqrt",
     }
     return known[str(name)]
 

@@ -8,6 +8,9 @@ from configs.schema.base import MOST, MOST_RANKS, StrictModel
 from configs.schema.models import Attention, ChatTemplate, Dtype, StudentModel
 
 FLOAT8_GROUP = 128  # numbers of a row that share a scale
+Schedule = Literal[
+    "cosine", "linear", "constant", "wsd", "cosine_with_restarts", "polynomial", "inverse_sqrt"
+]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -126,10 +129,16 @@ class StudentConfig(StrictModel):
     """Compile the decoder layers: a minute or more at the start, then faster steps on a GPU."""
     lr: float = Field(default=2e-5, gt=0)
     """The peak learning rate."""
-    lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """How the learning rate goes on after its rise: down along a `cosine` or a line, `constant`, or
-    `wsd` (constant, then down a line in the last `decay_fraction` of the steps).
+    lr_schedule: Schedule = "cosine"
+    """How the learning rate goes on after its rise: down along a `cosine` or a line, `constant`,
+    `wsd` (constant, then down a line in the last `decay_fraction` of the steps),
+    `cosine_with_restarts` (`lr_cycles` times from the peak), `polynomial` (of degree `lr_power`),
+    or `inverse_sqrt` (with the root of the steps, whatever their number).
     """
+    lr_cycles: int = Field(default=1, gt=0, le=MOST)
+    """For `cosine_with_restarts`, how often the rate goes down."""
+    lr_power: float = Field(default=1.0, gt=0)
+    """For `polynomial`, its degree: 1 is a line, with more the rate falls earlier."""
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """The last learning rate, as a share of the peak; a `constant` one stays at the peak."""
     warmup_fraction: float | None = Field(default=None, ge=0, le=1)

@@ -1,6 +1,7 @@
 """A real server and a real worker run the deployment, as the README says."""
 
 import asyncio
+import contextlib
 import re
 import subprocess
 import sys
@@ -300,6 +301,47 @@ def test_a_server_that_restarts_in_the_middle_of_a_run(
             time.sleep(0.5)
     assert now["state_name"] == "Completed", (server.folder / "worker.log").read_text()[-6000:]
     assert now["run_count"] == 1
+
+
+@pytest.mark.slow  # two minutes, mostly of waiting for heartbeats that do not come
+def test_a_run_that_was_killed_is_shown_as_crashed(
+    server: Server,
+    deployed: str,
+    make_recipe: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the automation of `kdflow service init`, with nobody left on the machine to tell; the same
+    run again then comes from the store, as far as it came.
+    """
+    assert "kd/offpolicy" in deployed
+    monkeypatch.setattr("flows.service_commands.SILENT_S", 45)
+    monkeypatch.setitem(server.env, "PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
+    recipe = make_recipe(max_steps=1_000_000)
+    given = ("--param", f"recipe={recipe}", "--param", 'overrides={"name": "killed"}')
+    with temporary_settings({PREFECT_API_URL: server.api}):
+        kdflow("service", "init", "--pool", "killed")
+        with server.worker(*prefect_commands()[3][1:]) as worker:
+            said = server.command("deployment", "run", "kd/offpolicy", *given)
+            (run,) = (own for own in server.runs() if str(own["id"]) in said)
+            ranks_of_training(worker.pid)
+            time.sleep(35)  # for a heartbeat
+            here = psutil.Process(worker.pid)
+            for process in (*here.children(recursive=True), here):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        deadline = time.monotonic() + 180
+        while True:
+            (now,) = server.runs(flow_runs={"id": {"any_": [run["id"]]}})
+            if now["state_type"] != "RUNNING":
+                break
+            assert time.monotonic() < deadline, "it is shown as running for ever"
+            time.sleep(1)
+        kdflow("service", "remove", "--pool", "killed")
+        again = kdflow("run", str(make_recipe()), "name=killed")
+    assert now["state_type"] == "CRASHED"
+    assert "no heartbeat within 45 s" in str(now["state"])
+    cached = re.findall(r"Task run '(\w+)-\w+' - Finished in state Cached", again)
+    assert set(cached) == {"tokenize", "extract"}
 
 
 def test_runs_of_a_pool_of_devices_take_turns(

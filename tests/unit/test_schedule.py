@@ -3,15 +3,17 @@
 import itertools
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from transformers import get_scheduler
 
-from configs.schema.student import StudentConfig
+from configs.schema.student import Schedule, StudentConfig
 from kdflow_core.batching import PASS_SHARE, Division, batch_by_tokens
 from kdflow_core.student.rates import rate_factor
 from kdflow_core.student.schedule import BatchSchedule
@@ -195,7 +197,39 @@ def test_the_learning_rate_has_the_shape_that_is_asked_for(
     assert rates(7, warmup_steps=2, **fields) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("shape", ["cosine", "linear", "constant", "wsd"])
+@pytest.mark.parametrize("warmup", [0, 4])
+@pytest.mark.parametrize(
+    ("fields", "theirs"),
+    [
+        ({"lr_schedule": "cosine"}, {}),
+        ({"lr_schedule": "linear"}, {}),
+        ({"lr_schedule": "cosine_with_restarts"}, {}),
+        ({"lr_schedule": "cosine_with_restarts", "lr_cycles": 3}, {"num_cycles": 3}),
+        ({"lr_schedule": "polynomial"}, {"lr_end": 0.0}),
+        ({"lr_schedule": "polynomial", "lr_power": 2.5}, {"lr_end": 0.0, "power": 2.5}),
+        ({"lr_schedule": "inverse_sqrt"}, {}),
+    ],
+)
+def test_schedules_are_those_of_transformers(
+    fields: dict[str, Any], theirs: dict[str, Any], warmup: int
+) -> None:
+    """After the rise; theirs come to their end one step after the last one, ours in it."""
+    num_steps = 41
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = get_scheduler(
+        fields["lr_schedule"], optimizer, num_warmup_steps=warmup,
+        num_training_steps=num_steps - 1, scheduler_specific_kwargs=theirs,
+    )  # fmt: skip
+    expected = []
+    for _ in range(num_steps):
+        expected.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    found = rates(num_steps, warmup_steps=warmup, min_lr_ratio=0.0, **fields)
+    assert found[warmup:] == pytest.approx(expected[warmup:], abs=1e-12)
+
+
+@pytest.mark.parametrize("shape", get_args(Schedule))
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 50])
 def test_a_learning_rate_is_positive_and_at_most_the_peak(shape: str, num_steps: int) -> None:
     found = rates(num_steps, lr_schedule=shape, warmup_steps=1)
