@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,17 @@ def load_function(function: str, field: str) -> Judge:
 
 
 def judged(function: Judge, prompt: str, answer: str, label: str | None, *, field: str) -> float:
-    """What the function makes of one answer. Raises DataError when that is no finite number."""
-    value = function(prompt, answer, label)
+    """What the function makes of one answer. Raises DataError when that is no finite number, or an
+    error of the function's own.
+    """
+    try:
+        value = function(prompt, answer, label)
+    except Exception as error:  # a user's function may raise anything
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise DataError(
+            f"{field} failed for the answer {answer[:80]!r} to the prompt {prompt[-80:]!r}: "
+            f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"
+        ) from error
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise DataError(
             f"{field} gave {value!r} for the answer {answer[:80]!r}; it must give a finite number"

@@ -53,13 +53,14 @@ def evaluate_student(stage: StageRun) -> ArtifactRef:
     }
     teachers = _teachers(stage, table)
     aligned = _aligned(stage, table)
+    tokenizer = chats.tokenizer(stage, "teacher")
+    prompts = [str(tokenizer.decode(example.teacher.prompt_ids_T)) for example in shown]
+    verifier = _verifier(stage, prompts, shown)
     models, answers, sums = {}, {}, {}
     for title, folder in folders.items():
         models[title], answers[title], sums[title] = _judge(
             stage, title, folder, (examples, shown), teachers, aligned
         )
-    tokenizer = chats.tokenizer(stage, "teacher")
-    prompts = [str(tokenizer.decode(example.teacher.prompt_ids_T)) for example in shown]
     samples = [
         {
             "source": example.source,
@@ -69,8 +70,6 @@ def evaluate_student(stage: StageRun) -> ArtifactRef:
         }
         for number, (example, prompt) in enumerate(zip(shown, prompts, strict=True))
     ]
-    named = stage.run.eval.verifier
-    verifier = None if named is None else load_function(named, VERIFIER)
     for title, texts in answers.items():
         for source, found in _judged_answers(verifier, texts or [], prompts, shown).items():
             models[title].setdefault(source, {}).update(found)
@@ -81,6 +80,20 @@ def evaluate_student(stage: StageRun) -> ArtifactRef:
     return stage.publish(
         counts={"heldout_sequences": len(examples), "generations": len(shown)}, info={}
     )
+
+
+def _verifier(stage: StageRun, prompts: list[str], shown: list[Example]) -> Judge | None:
+    """The run's own function that judges answers, if it has one. It is asked for the data's own
+    answer to a prompt of each source, before models are: what fails then would fail after them.
+    """
+    if stage.run.eval.verifier is None:
+        return None
+    verifier = load_function(stage.run.eval.verifier, VERIFIER)
+    first = {example.source: number for number, example in reversed(list(enumerate(shown)))}
+    labels = [shown[number].label for number in first.values()]
+    asked = [prompts[number] for number in first.values()]
+    accepted(verifier, [own or "" for own in labels], asked, labels, list(first), field=VERIFIER)
+    return verifier
 
 
 def _teachers(stage: StageRun, table: TokenTable) -> dict[str, TeacherAtHand[StoredStates]]:

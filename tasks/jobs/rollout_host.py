@@ -52,6 +52,10 @@ class RolloutHost:
         self._reward: Judge | None = None
         if reward is not None:
             self._reward = load_function(reward.function, REWARD)
+            # What fails for the data's own answer would fail after the first ones were paid for.
+            first = TokenExamples(self._table)[0]
+            prompt = str(self._tokenizer.decode(first.student.prompt_ids_T))
+            judged(self._reward, prompt, first.label or "", first.label, field=REWARD)
         self._engine: RolloutEngine = build_rollout_engine(
             placed(self._config.rollout, context.rank_among_devices),
             folder=folder,

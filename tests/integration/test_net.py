@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from configs.load import load_run
 from configs.schema.run import VERIFIER
 from kdflow_core.contracts import HiddenRows, TokenSequence
-from kdflow_core.errors import AlignmentError, ModelError
+from kdflow_core.errors import AlignmentError, DataError, ModelError
 from kdflow_core.functions import load_function
 from storage.tokens import TokenTable
 from tasks.jobs import evaluation, whole_models
@@ -116,6 +116,17 @@ def test_a_student_is_exported_as_it_was_trained(
     tokens = json.loads((Path(done["tokens"].uri) / "manifest.json").read_text())
     assert tokens["info"]["end_ids"]["student"] == ends
     assert AutoTokenizer.from_pretrained(student_folder).chat_template == CHATML
+
+
+def test_a_verifier_that_fails_is_found_before_models_are_asked(
+    make_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks = tmp_path / "checks.py"
+    checks.write_text("def fits(prompt, answer, label):\n    return {}[answer]\n")
+    run = load_run(str(make_recipe(max_steps=1)), {"eval.verifier": f"{checks}:fits"})
+    monkeypatch.setattr(evaluation, "load_whole", pytest.fail)
+    with pytest.raises(DataError, match=r"eval\.verifier failed .* KeyError: .*checks\.py:2\)"):
+        run_inline(run, until="evaluate", launched=["train"])
 
 
 def test_a_teacher_that_fits_no_device_is_scored_by_its_stored_states(

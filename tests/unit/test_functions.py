@@ -25,6 +25,8 @@ class Right:
 right, length = Right, lambda prompt, answer, label: len(answer)
 def none(prompt, answer, label):
     inner = 1
+def broken(prompt, answer, label):
+    return answer[label]
 """
 
 
@@ -40,6 +42,12 @@ def test_a_function_gives_a_number_of_an_answer(file: Path) -> None:
     assert judged(right, "2 plus 2?", " 4", "4", field=FIELD) == 1.0
     with pytest.raises(DataError, match="verifier gave None for the answer ' 4'; it must give a f"):
         judged(load_function(f"{file}:none", FIELD), "2 plus 2?", " 4", "4", field=FIELD)
+    with pytest.raises(
+        DataError,
+        match=r"verifier failed for the answer ' 4' to the prompt '2 plus 2\?': TypeError: .*"
+        r"\(.*checks\.py:14\)",
+    ):
+        judged(load_function(f"{file}:broken", FIELD), "2 plus 2?", " 4", "4", field=FIELD)
     with pytest.raises(DataError, match=r"eval\.verifier: .* has no function 'wrong'"):
         load_function(f"{file}:wrong", FIELD)
     with pytest.raises(DataError, match=r"eval\.verifier: there is no Python file"):
