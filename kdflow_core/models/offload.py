@@ -38,6 +38,7 @@ class OffloadedModule:
         if self._asleep or self._module is None:
             return
         if not self._is_current:
+            self._shared = []  # not beside the new copy
             self._shared, self._is_current = self._copy_out(self._module), True
         for shared in self._shared:
             for tensor in shared.tensors:

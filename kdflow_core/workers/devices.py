@@ -3,8 +3,9 @@
 import torch
 import torch.distributed as dist
 
-from kdflow_core.waiting import PATIENCE
+from kdflow_core.waiting import PATIENCE, UNWATCHED
 from kdflow_core.workers.base import RankContext
+from kdflow_core.workers.rank_side import is_launched
 
 
 def device_of(context: RankContext) -> torch.device:
@@ -24,7 +25,7 @@ def join_group(context: RankContext) -> None:
         init_method=context.rendezvous,
         rank=context.rank,
         world_size=context.num_ranks,
-        timeout=PATIENCE,
+        timeout=PATIENCE if is_launched() else UNWATCHED,
     )
 
 

@@ -40,16 +40,17 @@ def check_cluster(
         raise ConfigError("workers.type=ray: " + "; ".join(problems))
     from tasks.checks.room_check import check_room_on  # noqa: PLC0415 - loads torch
 
-    check_room_on([_machine(node) for node in nodes], run, folders)
+    on_gpus = run.workers.gpus_per_rank != 0
+    check_room_on([_machine(node, on_gpus=on_gpus) for node in nodes], run, folders)
 
 
-def _machine(node: Node) -> "Machine":
+def _machine(node: Node, *, on_gpus: bool) -> "Machine":
     from tasks.checks.room_check import GB, Machine  # noqa: PLC0415 - loads torch
 
     return Machine(
         name=f"node {node.address}",
         host=int(node.memory_gb * GB),
-        gpus=len(node.gpus),
+        gpus=len(node.gpus) if on_gpus else 0,
         gpu=int(node.gpu_memory_gb * GB),
     )
 

@@ -56,6 +56,8 @@ def check_room_on(machines: Sequence[Machine], run: RunConfig, folders: Mapping[
     student, teacher = folders.get("student"), folders.get("teacher")
     ranks = run.student.num_ranks
     on_gpu = any(machine.gpus for machine in machines)
+    if on_gpu:
+        machines = [machine for machine in machines if machine.gpus]
     if teacher is not None and isinstance(run.teacher, InProcessTeacher):
         # Ranks of one machine may share the pages of files.
         _require(

@@ -101,7 +101,7 @@ def test_nodes_without_room_for_the_student(
     gpus = {"gpus": ("a", "b", "c"), "gpu_memory_gb": float(size)}
     nodes(3 * size, **gpus)
     with pytest.raises(ModelError, match=small):
-        nodes(3 * size, **gpus | {"gpus": ("a", "b")})
+        nodes(30 * size, **gpus | {"gpus": ("a", "b")})
     with pytest.raises(ModelError, match=small):
         nodes(3 * size, **gpus | {"gpu_memory_gb": float(size - 1)})
 
