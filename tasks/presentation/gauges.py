@@ -4,6 +4,7 @@ The process that starts a run's ranks hears what they tell, and answers for all 
 first stage to its last.
 """
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from configs.schema.run import RunConfig
 FIGURES = "figures"  # the event with numbers by name
 
 _ENDPOINTS: "dict[int, _Endpoint]" = {}
+_OPENING = threading.Lock()
 
 
 class _Endpoint:
@@ -45,8 +47,9 @@ class Gauges:
         self._run = run.name
         self._endpoint = _endpoint(run.tracking.prometheus_port, tell)
         self._unit = ""
+        self._since = 0.0
+        self._first: dict[int, int] = {}
         self._done: dict[int, int] = {}
-        self._first = (0.0, 0)
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Take a `progress` event or one of figures; others are not for here."""
@@ -64,26 +67,26 @@ class Gauges:
         endpoint.set("stage_total", event["total"], **labels)
         if event.get("gpu_bytes") is not None:
             endpoint.set("gpu_bytes", event["gpu_bytes"], **self._labels, rank=labels["rank"])
-        now, rank = time.monotonic(), event["rank"]
-        if event["unit"] != self._unit or event["done"] < self._done.get(rank, 0):  # a new count
-            self._unit, self._done = event["unit"], {}
-        begins = not self._done
-        self._done[rank] = event["done"]
-        done = sum(self._done.values())
-        if begins:
-            self._first = (now, done)
-        elif now > self._first[0]:
-            rate = (done - self._first[1]) / (now - self._first[0])
-            endpoint.set("stage_per_s", rate, **self._labels, unit=self._unit)
+        now, rank, done = time.monotonic(), event["rank"], event["done"]
+        if event["unit"] != self._unit or done < self._done.get(rank, 0):  # a new count
+            self._unit, self._since, self._first, self._done = event["unit"], now, {}, {}
+        self._first.setdefault(rank, done)  # what it had done before does not count
+        self._done[rank] = done
+        if now > self._since:
+            gained = sum(self._done.values()) - sum(self._first.values())
+            endpoint.set(
+                "stage_per_s", gained / (now - self._since), **self._labels, unit=self._unit
+            )
 
 
 def _endpoint(port: int | None, tell: Callable[[str], None]) -> _Endpoint | None:
     if port is None:
         return None
-    if port not in _ENDPOINTS:
-        try:
-            _ENDPOINTS[port] = _Endpoint(port)
-        except OSError as error:
-            tell(f"no figures for Prometheus: port {port}: {error}")
-            return None
-    return _ENDPOINTS[port]
+    with _OPENING:  # stages may begin side by side
+        if port not in _ENDPOINTS:
+            try:
+                _ENDPOINTS[port] = _Endpoint(port)
+            except OSError as error:
+                tell(f"no figures for Prometheus: port {port}: {error}")
+                return None
+        return _ENDPOINTS[port]

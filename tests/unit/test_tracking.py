@@ -195,7 +195,7 @@ def test_prometheus_finds_where_a_stage_is(
     of_stage = 'run="tiny",stage="extract"'
     assert f'kdflow_stage_done{{rank="1",{of_stage},unit="tokens"}} 400.0' in text
     assert f'kdflow_stage_total{{rank="0",{of_stage},unit="tokens"}} 500.0' in text
-    assert f'kdflow_stage_per_s{{{of_stage},unit="tokens"}} 20.0' in text  # 400 in 20 seconds
+    assert f'kdflow_stage_per_s{{{of_stage},unit="tokens"}} 10.0' in text  # 200 in 20 seconds
     assert f'kdflow_gpu_bytes{{rank="1",{of_stage}}} 7.0' in text
     progress(0, 5, unit="steps")
     assert f'kdflow_stage_per_s{{{of_stage},unit="steps"}} 0.1' in progress(0, 6, unit="steps")
