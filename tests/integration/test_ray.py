@@ -153,7 +153,14 @@ def test_whatever_dies_ends_the_group_and_the_next_attempt_goes_on(
     ends_and_goes_on(ray_run, cluster, accident, steps=6)
 
 
-def ends_and_goes_on(ray_run: Load, cluster: RayCluster, accident: Accident, *, steps: int) -> None:
+def ends_and_goes_on(
+    ray_run: Load,
+    cluster: RayCluster,
+    accident: Accident,
+    *,
+    steps: int,
+    tolerance: float = 0.0,
+) -> None:
     student = {"max_steps": steps}
     expected = run_inline(ray_run("local", student), until="train", launched={"train"})
     run = ray_run("ray", student)
@@ -174,7 +181,7 @@ def ends_and_goes_on(ray_run: Load, cluster: RayCluster, accident: Accident, *, 
     assert len(seen) == 2
     wait_until_gone(seen)
     found = weights_of(run_inline(run, until="train", launched={"train"}))
-    assert_equal(found, weights_of(expected))
+    torch.testing.assert_close(found, weights_of(expected), rtol=tolerance, atol=tolerance)
 
 
 def wait_for_a_checkpoint(run: RunConfig) -> None:
@@ -240,11 +247,13 @@ def kill_raylet(cluster: RayCluster, rank: psutil.Process) -> None:
 
 @pytest.mark.slow
 def test_a_node_that_is_gone_ends_the_group_and_the_other_one_goes_on(ray_run: Load) -> None:
-    """In a cluster of its own, which then has one node. It is found out after about 15 seconds."""
+    """In a cluster of its own, which then has one node. It is found out after about 15 seconds. Two
+    ranks share the threads of that node then, and by their number sums are rounded.
+    """
     with running_cluster() as cluster:
         address = {"workers.address": cluster.address}
 
         def load(name: str, student: dict[str, Any]) -> RunConfig:
             return ray_run(name, student, **(address if name == "ray" else {}))
 
-        ends_and_goes_on(load, cluster, kill_raylet, steps=150)
+        ends_and_goes_on(load, cluster, kill_raylet, steps=500, tolerance=1e-3)
