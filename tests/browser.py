@@ -20,7 +20,7 @@ from websockets.sync.client import ClientConnection, connect
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 LISTENING = "DevTools listening on "
 ANSWER_S = 60.0
-# Every text with the color that it has and the one that it stands on, and where it ends.
+# Every text with the color that it has and the one that it stands on.
 TEXTS = """
 [...document.querySelectorAll("h1, h2, p, th, td, small, code, pre")]
   .filter(e => e.innerText.trim())

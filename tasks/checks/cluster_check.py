@@ -6,7 +6,6 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from configs.errors import ConfigError
 from configs.schema.run import RunConfig
@@ -16,9 +15,6 @@ from kdflow_core.workers.ray_orders import Node, bundle_of, room_for
 from kdflow_core.workers.ray_relay import unlike_here
 from tasks.stages.catalogue import CATALOGUE, devices_of
 from tasks.stages.identity import StageIdentity, made_of, open_store
-
-if TYPE_CHECKING:
-    from tasks.checks.room_check import Machine
 
 CLOCK_S = 30.0  # leases go by the clock
 
@@ -38,21 +34,19 @@ def check_cluster(
     problems += _too_many(run, nodes, stages)
     if problems:
         raise ConfigError("workers.type=ray: " + "; ".join(problems))
-    from tasks.checks.room_check import check_room_on  # noqa: PLC0415 - loads torch
+    from tasks.checks.room_check import GB, Machine, check_room_on  # noqa: PLC0415 - loads torch
 
     on_gpus = run.workers.gpus_per_rank != 0
-    check_room_on([_machine(node, on_gpus=on_gpus) for node in nodes], run, folders)
-
-
-def _machine(node: Node, *, on_gpus: bool) -> "Machine":
-    from tasks.checks.room_check import GB, Machine  # noqa: PLC0415 - loads torch
-
-    return Machine(
-        name=f"node {node.address}",
-        host=int(node.memory_gb * GB),
-        gpus=len(node.gpus) if on_gpus else 0,
-        gpu=int(node.gpu_memory_gb * GB),
-    )
+    machines = [
+        Machine(
+            name=f"node {node.address}",
+            host=int(node.memory_gb * GB),
+            gpus=len(node.gpus) if on_gpus else 0,
+            gpu=int(node.gpu_memory_gb * GB),
+        )
+        for node in nodes
+    ]
+    check_room_on(machines, run, folders)
 
 
 def examined_nodes(config: RayWorkers) -> list[tuple[Node, list[str]]]:

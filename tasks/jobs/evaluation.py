@@ -89,10 +89,11 @@ def _verifier(stage: StageRun, prompts: list[str], shown: list[Example]) -> Judg
     if stage.run.eval.verifier is None:
         return None
     verifier = load_function(stage.run.eval.verifier, VERIFIER)
-    first = {example.source: number for number, example in reversed(list(enumerate(shown)))}
-    labels = [shown[number].label for number in first.values()]
-    asked = [prompts[number] for number in first.values()]
-    accepted(verifier, [own or "" for own in labels], asked, labels, list(first), field=VERIFIER)
+    sources = [example.source for example in shown]
+    for source in dict.fromkeys(sources):
+        number = sources.index(source)
+        label = shown[number].label
+        accepted(verifier, [label or ""], [prompts[number]], [label], [source], field=VERIFIER)
     return verifier
 
 

@@ -25,7 +25,7 @@ class _Endpoint:
         from prometheus_client import CollectorRegistry, start_http_server  # noqa: PLC0415
 
         self._registry, self._gauges = CollectorRegistry(), dict[str, Any]()
-        self.server, _ = start_http_server(port, registry=self._registry)
+        start_http_server(port, registry=self._registry)
 
     def set(self, name: str, value: float, **labels: str) -> None:
         """Set a gauge, which always has labels of the same names."""
@@ -44,7 +44,6 @@ class Gauges:
 
     def __init__(self, run: RunConfig, stage: str, tell: Callable[[str], None]) -> None:
         self._labels = {"run": run.name, "stage": stage}
-        self._run = run.name
         self._endpoint = _endpoint(run.tracking.prometheus_port, tell)
         self._unit = ""
         self._since = 0.0
@@ -57,7 +56,7 @@ class Gauges:
             return
         if event["event"] == FIGURES:
             for name, value in event["figures"].items():
-                self._endpoint.set(name, value, run=self._run)
+                self._endpoint.set(name, value, run=self._labels["run"])
         elif event["event"] == "progress":
             self._progress(self._endpoint, event)
 
