@@ -25,8 +25,8 @@ from tests.processes import is_rank, orphaned_ranks
 from tests.readme import ROOT
 
 pytestmark = [pytest.mark.prefect, pytest.mark.ranks]
-ROUNDS, STEPS = 6, 4
-STARTUP_S = 14.0  # a kill comes at any time of the start or the rounds
+ROUNDS, STEPS = 10, 4
+PAUSE_S = {"transformers": 5.0, "sglang": 12.0}  # a kill comes in any of the start or the rounds
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +58,18 @@ def victims(flow: psutil.Process, kind: str) -> list[psutil.Process]:
 
 
 def kill_while_running(
-    process: subprocess.Popen[str], kinds: list[str], rng: random.Random
+    process: subprocess.Popen[str], kinds: list[str], rng: random.Random, pause_s: float
 ) -> list[str]:
     """Kill one of each kind in turn, at random moments; those that were left when it ended."""
     flow, left = psutil.Process(process.pid), list(kinds)
     while left:
-        deadline = time.monotonic() + rng.uniform(0, STARTUP_S)
+        deadline = time.monotonic() + rng.uniform(0, pause_s)
         while time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.05)
+        if process.poll() is not None:
+            return left
         try:
             found = victims(flow, left[0])
-            if process.poll() is not None:
-                return left
             if found:
                 os.kill(rng.choice(found).pid, signal.SIGKILL)
                 if left.pop(0) == "flow":
@@ -81,10 +81,13 @@ def kill_while_running(
 
 def survive(server: Server, recipe: Path, kinds: list[str], rng: random.Random) -> None:
     """Start the run again until it ends well."""
+    policy = load_run(str(recipe)).on_policy
+    assert policy is not None
+    pause_s = PAUSE_S[policy.rollout.type]
     left, output = kinds, ""
     for _ in range(2 * len(kinds) + 2):
         with start(server, recipe) as process:
-            left = kill_while_running(process, left, rng)
+            left = kill_while_running(process, left, rng, pause_s)
             output, _ = process.communicate(timeout=300)
         assert not orphans(recipe), "a killed run has left processes behind"
         if process.returncode == 0 and not left:
