@@ -165,7 +165,7 @@ def rm(context: typer.Context, name: Name, yes: Yes = False) -> None:
     entry = find_entry(store, name)
     used = f" used by {', '.join(entry.runs)}" if entry.runs else ""
     if not yes:
-        typer.confirm(f"Remove {entry.name}, {size_text(entry.num_bytes)}{used}?", abort=True)
+        typer.confirm(f"Remove {entry.name}, {size_text(entry.own_bytes)}{used}?", abort=True)
     remove_artifact(store, entry)
     typer.echo(f"removed {entry.name}")
 

@@ -23,8 +23,9 @@ from storage.store import MANIFEST, ArtifactStore
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """An artifact's folder. `manifest` is None for an unfinished or damaged one, `state` says
-    which; `num_bytes` is what the files take, `modified` when the last was written (seconds since
-    the epoch; 0 where the file system does not say).
+    which; `num_bytes` is what the files take, `own_bytes` what no other artifact takes as well,
+    `modified` when the last was written (seconds since the epoch; 0 where the file system does not
+    say).
     """
 
     kind: str
@@ -32,6 +33,7 @@ class Entry:
     manifest: Manifest | None
     state: str
     num_bytes: int
+    own_bytes: int
     modified: float
     files: dict[str, int]
     runs: tuple[str, ...]
@@ -88,6 +90,7 @@ def _entry(
         manifest=manifest,
         state=state,
         num_bytes=sum(sizes.values()),
+        own_bytes=sum(size for path, size in sizes.items() if not _is_shared(files[path])),
         modified=max(map(_modified, files.values())),
         files=sizes,
         runs=tuple(runs),
@@ -96,6 +99,11 @@ def _entry(
 
 def _sizes(files: dict[str, dict[str, object]]) -> dict[str, int]:
     return {path: int(str(info["size"])) for path, info in files.items()}
+
+
+def _is_shared(info: dict[str, object]) -> bool:
+    """Whether a file of a disk is another artifact's as well; see `ArtifactStore.link`."""
+    return int(str(info.get("nlink", 1))) > 1
 
 
 def _modified(info: dict[str, object]) -> float:
@@ -204,7 +212,7 @@ def find_garbage(store: ArtifactStore, *, older_than_s: float) -> list[Garbage]:
             continue
         folder = store.folder(entry.kind, entry.digest)
         garbage.append(
-            Garbage(what=entry.name, why=why, num_bytes=entry.num_bytes, path=folder, entry=entry)
+            Garbage(what=entry.name, why=why, num_bytes=entry.own_bytes, path=folder, entry=entry)
         )
     finals = {
         entry.name

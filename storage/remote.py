@@ -14,6 +14,7 @@ OPERATIONS = frozenset(
     {
         "cat_file",
         "cat_ranges",
+        "cp_file",
         "exists",
         "find",
         "get_file",

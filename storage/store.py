@@ -28,6 +28,7 @@ from storage.remote import RemoteFileSystem
 MANIFEST = "manifest.json"
 ROWS_FOLDER = "states.zarr/"
 REPAIR = "`kdflow store verify --repair` removes what is damaged, the next run computes it again"
+NO_LINKS = {errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EXDEV}
 READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 PRODUCERS = ("torch", "transformers", "datasets", "zarr", "prefect", "kdflow")
 
@@ -254,6 +255,28 @@ class ArtifactStore:
                 os.unlink(temporary)
             _sync_folder(path)
             return True
+
+    def link(self, source: str, path: str) -> bool:
+        """Give a file of `self.fs` a second name, which stays when the first goes; an object store
+        copies it by itself. One that has the name already keeps it. False where the source is gone,
+        or the file system gives no second names.
+        """
+        with disk_errors(path):
+            self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+            try:
+                if self.is_local:
+                    os.link(source, path)
+                elif not self.fs.exists(path):
+                    self.fs.cp_file(source, path)
+            except FileExistsError:
+                return True
+            except FileNotFoundError:
+                return False
+            except OSError as error:
+                if not self.is_local or error.errno not in NO_LINKS:
+                    raise
+                return False
+        return True
 
     def read_many(self, paths: Sequence[str]) -> dict[str, bytes]:
         """The contents of files by path; one that is not there is left out."""

@@ -5,6 +5,8 @@ from dataclasses import asdict
 import numpy as np
 
 from storage.artifact import ArtifactRef
+from storage.states.borrowing import Borrowed, settle_borrowed
+from storage.states.files import StateFiles
 from storage.states.layout import Sequences, plan_layout
 from storage.states.reader import HiddenStateReader
 from storage.states.writer import HiddenStateWriter
@@ -56,13 +58,48 @@ class Stored:
             codec=codec,
         )
 
-    def writer(self) -> HiddenStateWriter:
+    def with_rows_of(self, other: "Stored") -> "Stored":
+        """Holds those of another beside its own."""
+        own, theirs = (zip(s.keys, s.hidden, s.targets, strict=True) for s in (self, other))
+        together = sorted([*own, *theirs], key=lambda item: item[0])
+        self.keys = [key for key, _, _ in together]
+        self.hidden = [hidden for _, hidden, _ in together]
+        self.targets = [targets for _, _, targets in together]
+        self.sequences = Sequences(
+            digests=np.frombuffer(b"".join(self.keys), np.uint8).reshape(-1, 16),
+            num_rows=np.array([len(targets) for targets in self.targets], np.int32),
+            source=np.zeros(len(together), np.int16),
+            source_names=("all",),
+        )
+        self.layout = plan_layout(
+            hidden_size=self.layout.hidden_size,
+            num_rows=self.sequences.num_rows,
+            shard_rows=self.layout.shard_rows,
+            chunk_rows=self.layout.chunk_rows,
+            codec=self.layout.codec,
+        )
+        return self
+
+    def borrowing_writer(self, *lenders: "Stored") -> HiddenStateWriter:
+        """A writer that takes over what others have, the first first."""
+        borrowed = settle_borrowed(
+            StateFiles(self.store, "states", self.digest),
+            self.layout,
+            self.sequences,
+            lambda: {f"states/{lender.digest}": lender.reader() for lender in lenders},
+        )
+        writer = self.writer(borrowed)
+        self.layout = writer.layout
+        return writer
+
+    def writer(self, borrowed: Borrowed | None = None) -> HiddenStateWriter:
         return HiddenStateWriter(
             store=self.store,
             kind="states",
             digest=self.digest,
             layout=self.layout,
             sequences=self.sequences,
+            borrowed=borrowed,
         )
 
     def write(self, writer: HiddenStateWriter, shards: list[int]) -> None:

@@ -6,7 +6,9 @@ Layout of the artifact's folder:
 - `states.zarr/target_ids`: int32 [K, S], the token that each row predicts;
 - `states.zarr/fitted`: float32 [H], what a lossy codec has fixed once, where it has;
 - `commits/<shard>.json`: written after a shard's data, with their sizes and checksums;
-- `index.arrow`: per sequence its digest, first row, rows, XXH3-64 of the rows, and data source.
+- `index.arrow`: per sequence its digest, first row, rows, XXH3-64 of the rows, and data source;
+- `borrowed.arrow`: which shards are taken over from other artifacts, settled before the first is
+  written.
 
 A shard holds whole sequences, back to back, in the order of their digests, which is a random one.
 Where each one goes follows from the row counts alone, which are known before the teacher runs:

@@ -1,6 +1,7 @@
 """The files of a store of hidden states: their names, and how each is created and read."""
 
 import numpy as np
+import pyarrow as pa
 import xxhash
 
 from storage.artifact import FileRecord
@@ -33,25 +34,25 @@ class StateFiles:
     """Access to one artifact's files, by names relative to its folder."""
 
     def __init__(self, store: ArtifactStore, kind: str, digest: str) -> None:
-        self._store = store
+        self.store = store
         self._folder = store.folder(kind, digest)
 
     def sizes(self) -> dict[str, int]:
         """The size of every file there is, in bytes."""
-        return self._store.sizes(self._folder)
+        return self.store.sizes(self._folder)
 
     def read_many(self, names: list[str]) -> dict[str, bytes]:
         """The contents of files; one that is not there is left out."""
         paths = {f"{self._folder}/{name}": name for name in names}
-        found = self._store.read_many(list(paths))
+        found = self.store.read_many(list(paths))
         return {paths[path]: content for path, content in found.items()}
 
     def create(self, name: str, content: bytes) -> bytes:
         """Create a file. When there is one already, it stays; returns what is in it."""
         path = f"{self._folder}/{name}"
-        if self._store.create(path, content):
+        if self.store.create(path, content):
             return content
-        return bytes(self._store.fs.cat_file(path))
+        return bytes(self.store.fs.cat_file(path))
 
     def create_as(self, name: str, content: bytes) -> None:
         """Create a file whose content follows from the plan; one with another is replaced."""
@@ -59,19 +60,31 @@ class StateFiles:
             self.remove(name)
             self.create(name, content)
 
+    def take(self, source: str, name: str) -> bool:
+        """Have a file of another artifact as one's own, see `ArtifactStore.link`."""
+        return self.store.link(source, f"{self._folder}/{name}")
+
     def write(self, name: str, content: bytes) -> None:
         """Write a file whole, over what there is."""
-        self._store.write_whole(f"{self._folder}/{name}", content)
+        self.store.write_whole(f"{self._folder}/{name}", content)
 
     def remove(self, name: str) -> None:
         """Remove a file that may be gone already."""
-        self._store.remove(f"{self._folder}/{name}")
+        self.store.remove(f"{self._folder}/{name}")
 
 
 def record(name: str, content: bytes) -> FileRecord:
     """A file's entry in a commit and in the manifest."""
     checksum = xxhash.xxh3_128_hexdigest(content)
     return FileRecord(path=name, num_bytes=len(content), xxh3=checksum)
+
+
+def read_index(content: bytes | np.ndarray) -> pa.RecordBatch | None:
+    """The index from its bytes; None where they are not an Arrow file."""
+    try:
+        return pa.ipc.open_file(pa.py_buffer(content)).get_batch(0)
+    except (pa.ArrowInvalid, OSError):
+        return None
 
 
 def read_hidden(content: np.ndarray, layout: Layout, *, title: str) -> ShardFile:

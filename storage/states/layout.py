@@ -108,6 +108,11 @@ def assign(num_rows: np.ndarray, shard_rows: int) -> np.ndarray:
     return np.array(bounds if len(bounds) > 1 else [0, 0], np.int64)
 
 
+def shard_of(first_row: np.ndarray, num_rows: np.ndarray, shard_rows: int) -> np.ndarray:
+    """The shard of each sequence; one without rows behind a full shard is of that, not the next."""
+    return np.asarray(np.maximum(first_row - (num_rows == 0), 0) // shard_rows)
+
+
 def first_rows(num_rows: np.ndarray, bounds: np.ndarray, shard_rows: int) -> np.ndarray:
     """The row at which each sequence begins, counted over all shards as if they were full."""
     ends = np.cumsum(num_rows, dtype=np.int64)

@@ -5,6 +5,7 @@ Dimensions: N rows of a sequence, H hidden size.
 
 import threading
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -22,10 +23,11 @@ from storage.states.files import (
     hidden_file,
     read_fitted,
     read_hidden,
+    read_index,
     read_targets,
     targets_file,
 )
-from storage.states.layout import Layout
+from storage.states.layout import Layout, shard_of
 from storage.states.shard_file import ShardFile
 from storage.store import ArtifactStore
 
@@ -33,11 +35,24 @@ OPEN_SHARDS = 64
 REMEDY = "`kdflow store verify --repair` removes what is damaged, the next run computes it again"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where some sequences are, [N] each: whether they are `here` at all, their shard, first row
+    (counted over all shards as if they were full), number of rows, and the XXH3-64 of those.
+    """
+
+    here: np.ndarray
+    shard: np.ndarray
+    first_row: np.ndarray
+    num_rows: np.ndarray
+    rows_xxh3: np.ndarray
+
+
 class HiddenStateReader:
     """Gives the rows of a sequence. May be used by several threads.
 
     Local shards are mapped into memory, those of a remote store are downloaded first. Rows are
-    hashed when they are read for the first time.
+    hashed when they are read for the first time. `fitted` is what a lossy codec has fixed once.
     """
 
     def __init__(
@@ -53,18 +68,16 @@ class HiddenStateReader:
         self._first = batch.column("first_row").to_numpy()
         self._count = batch.column("num_rows").to_numpy()
         self._hash = batch.column("rows_xxh3").to_numpy()
-        self._fitted = self._read_fitted()
+        self.fitted = self._read_fitted()
         self._trusted = np.zeros(len(self._count), bool)
         self._open: OrderedDict[int, tuple[ShardFile, ShardFile]] = OrderedDict()
         self._lock = threading.Lock()
 
     def _open_index(self) -> pa.RecordBatch:
-        content = self._checked(INDEX)
-        try:
-            file = pa.ipc.open_file(pa.py_buffer(content))
-            return file.get_batch(0)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise StoreCorruptError(f"{INDEX} is not an Arrow file: {error}; {REMEDY}") from error
+        index = read_index(self._checked(INDEX))
+        if index is None:
+            raise StoreCorruptError(f"{INDEX} is not an Arrow file; {REMEDY}")
+        return index
 
     def _checked(self, name: str) -> np.ndarray:
         """A file's bytes, mapped, when they have the checksum that the manifest records."""
@@ -91,32 +104,44 @@ class HiddenStateReader:
 
         Raises RowsMismatchError.
         """
-        entries, here, _ = self._nearest(digests)
-        # Not there, or two that share their first half: looked up one by one.
+        entries, here = self._found(digests)
         for i in np.flatnonzero(~here):
-            entries[i] = self._entry(digests[i].tobytes())
-        return np.asarray(self._begin(entries) // self.layout.shard_rows)
+            self._entry(digests[i].tobytes())  # says that it is not there
+        return self._shard_of(entries)
 
     def holds(self, digests: np.ndarray) -> np.ndarray:
         """Whether the rows of each sequence are here, by digests uint8 [N, 16]."""
-        _, here, half = self._nearest(digests)
-        for i in np.flatnonzero(half & ~here):  # two that share their first half
-            here[i] = self._digests.position(digests[i].tobytes()) is not None
-        return here
+        return self._found(digests)[1]
 
-    def _nearest(self, digests: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The first entry with each digest's first half, or one near it; whether it is the digest's
-        own; and whether it has its first half.
+    def places(self, digests: np.ndarray) -> Places:
+        """Where the rows of each sequence are, by digests uint8 [N, 16], of a store that holds
+        some.
         """
+        entries, here = self._found(digests)
+        return Places(
+            here=here,
+            shard=self._shard_of(entries),
+            first_row=self._first[entries],
+            num_rows=self._count[entries],
+            rows_xxh3=self._hash[entries],
+        )
+
+    def _found(self, digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The entry with each digest, or one near it; and whether it is the digest's own."""
         known = self._digests.as_array()
         wanted = np.ascontiguousarray(digests)
         if not len(known):
-            nowhere = np.zeros(len(wanted), bool)
-            return np.zeros(len(wanted), np.int64), nowhere, nowhere.copy()
+            return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), bool)
         entries = np.searchsorted(_first_halves(known), _first_halves(wanted))
         entries[entries == len(known)] = 0
         same = known[entries] == wanted
-        return entries, same.all(axis=1), same[:, : DIGEST_BYTES // 2].all(axis=1)
+        here = np.asarray(same.all(axis=1))
+        # Of two that share their first half, the search has found the first.
+        for i in np.flatnonzero(same[:, : DIGEST_BYTES // 2].all(axis=1) & ~here):
+            position = self._digests.position(digests[i].tobytes())
+            if position is not None:
+                entries[i], here[i] = position, True
+        return entries, here
 
     def rows(self, digest: bytes, target_ids_N: np.ndarray) -> np.ndarray:
         """The bfloat16 bits [N, H] of one sequence's states; of codec `raw`, without a copy.
@@ -126,7 +151,8 @@ class HiddenStateReader:
             StoreCorruptError: the rows are not the ones that were written.
         """
         entry = self._entry(digest)
-        shard, start = divmod(int(self._begin(entry)), self.layout.shard_rows)
+        shard = int(self._shard_of(entry))
+        start = int(self._first[entry]) - shard * self.layout.shard_rows
         stop = start + int(self._count[entry])
         hidden, targets = self._shard(shard)
         expected_N = targets.rows(start, stop)[0]
@@ -148,11 +174,10 @@ class HiddenStateReader:
                     f"that were written; {REMEDY}"
                 )
             self._trusted[entry] = True
-        return self._codec.decode(stored_PNW, self._fitted)
+        return self._codec.decode(stored_PNW, self.fitted)
 
-    def _begin(self, entries: int | np.ndarray) -> np.ndarray:
-        """First rows; a sequence without any behind a full shard is of that shard, not the next."""
-        return np.asarray(np.maximum(self._first[entries] - (self._count[entries] == 0), 0))
+    def _shard_of(self, entries: int | np.ndarray) -> np.ndarray:
+        return shard_of(self._first[entries], self._count[entries], self.layout.shard_rows)
 
     def _entry(self, digest: bytes) -> int:
         position = self._digests.position(digest)

@@ -5,6 +5,7 @@ C rows of a chunk.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ from storage.artifact import FileRecord
 from storage.codecs import codec_named
 from storage.digests import DIGEST_BYTES, digest_column
 from storage.errors import StoreCorruptError, StoreError
+from storage.states.borrowing import BORROWED, Borrowed, Lender, nothing_borrowed
 from storage.states.commit import Commit
 from storage.states.files import (
     FITTED,
@@ -26,8 +28,9 @@ from storage.states.files import (
     record,
     targets_file,
 )
-from storage.states.layout import Layout, Sequences, assign, first_rows
+from storage.states.layout import Layout, Sequences
 from storage.states.metadata import zarr_metadata
+from storage.states.placement import Placement
 from storage.states.shard_file import encode_shard
 from storage.store import ArtifactStore
 
@@ -61,26 +64,53 @@ class HiddenStateWriter:
         digest: str,
         layout: Layout,
         sequences: Sequences,
+        borrowed: Borrowed | None = None,
     ) -> None:
-        self.layout = layout
         self._codec = codec_named(layout.codec)
-        self._bounds = assign(sequences.num_rows, layout.shard_rows)
-        rows = int(sequences.num_rows.sum())
-        if (len(self._bounds) - 1, rows) != (layout.num_shards, layout.num_rows):
-            raise StoreError("the layout was not planned for these sequences")
+        self._borrowed = nothing_borrowed() if borrowed is None else borrowed
+        self._placement = Placement(layout, sequences, self._borrowed)
+        self.layout = replace(layout, num_shards=self._placement.num_shards)
         self._sequences = sequences
         self._files = StateFiles(store, kind, digest)
         self._fitted: np.ndarray | None = None
         self._metadata = [
             record(f"states.zarr/{name}", content)
-            for name, content in zarr_metadata(layout).items()
+            for name, content in zarr_metadata(self.layout).items()
         ]
-        for name, content in zarr_metadata(layout).items():
+        for name, content in zarr_metadata(self.layout).items():
             self._files.create_as(f"states.zarr/{name}", content)
 
-    def sequences_of(self, shard: int) -> range:
+    def sequences_of(self, shard: int) -> list[int]:
         """The numbers of a shard's sequences."""
-        return range(int(self._bounds[shard]), int(self._bounds[shard + 1]))
+        return [int(number) for number in self._placement.sequences_of(shard)]
+
+    def rows_of(self, shards: Sequence[int]) -> int:
+        """The rows of some shards' sequences."""
+        rows = self._sequences.num_rows
+        return sum(int(rows[self._placement.sequences_of(shard)].sum()) for shard in shards)
+
+    def borrow(self) -> int:
+        """Take over the borrowed shards that are not there yet; returns how many that are. One that
+        its lender has no longer is missing, as one that was never written.
+        """
+        sizes = self._files.sizes()
+        hashes = np.full(len(self._sequences), hash_rows(np.empty((0, 0, 0))), np.uint64)
+        hashes[self._borrowed.number] = self._borrowed.rows_xxh3
+        lender: Lender | None = None
+        taken = 0
+        for shard, (name, number) in enumerate(self._borrowed.shards):
+            if commit_file(shard) in sizes:
+                continue
+            if lender is None or lender.name != name:  # a lender's shards stand together
+                lender = Lender(self._files.store, name)
+            commit = lender.lend(number, shard, self._files)
+            if commit is None:
+                continue
+            numbers, rows = self._placement.sequences_of(shard), self._placement.num_rows(shard)
+            commit = replace(commit, rows=rows, rows_xxh3=hashes[numbers])
+            self._files.create(commit_file(shard), commit.to_bytes())
+            taken += 1
+        return taken
 
     def missing_shards(self) -> list[int]:
         """Shards without a commit, or whose files do not have the sizes that it records.
@@ -105,7 +135,13 @@ class HiddenStateWriter:
         return missing
 
     def _fits(self, sizes: Mapping[str, int], commits: Mapping[int, Commit]) -> bool:
-        """Whether what a lossy codec has fixed is still what the shards were written with."""
+        """Whether the shards are those of the plan, and what a lossy codec has fixed is still what
+        they were written with.
+        """
+        for shard, commit in commits.items():
+            planned = self._placement.num_rows(shard), len(self._placement.sequences_of(shard))
+            if (commit.rows, len(commit.rows_xxh3)) != planned:
+                return False
         if self._codec.lossless or not any(name.startswith(SHARD_FOLDERS) for name in sizes):
             return True
         content = self._files.read_many([FITTED]).get(FITTED)
@@ -135,8 +171,8 @@ class HiddenStateWriter:
         `measure` compares some of the rows with what a lossy codec makes of them.
         """
         self._check_shapes(shard, hidden)
-        bits_RH = np.concatenate([np.empty((0, self.layout.hidden_size), np.uint16), *hidden])
-        targets_R = np.concatenate([np.empty(0, np.int32), *target_ids])
+        bits_RH = self._joined(shard, hidden, np.empty((0, self.layout.hidden_size), np.uint16))
+        targets_R = self._joined(shard, target_ids, np.empty(0, np.int32))
         targets = encode_shard(
             [list(_chunks(targets_R, self.layout.chunk_rows))],
             chunks_of_shard=self._chunks_of_shard,
@@ -144,8 +180,6 @@ class HiddenStateWriter:
         )
         self._files.create_as(targets_file(shard), targets)
         content, stored_PRW = self._create_hidden(shard, bits_RH)
-        counts = self._sequences.num_rows[self._bounds[shard] : self._bounds[shard + 1]]
-        ends = np.cumsum(counts)
         files = [record(hidden_file(shard), content), record(targets_file(shard), targets)]
         if self._fitted is not None:
             files.append(record(FITTED, self._fitted.tobytes()))
@@ -154,8 +188,8 @@ class HiddenStateWriter:
             files=tuple(files),
             rows_xxh3=np.array(
                 [
-                    hash_rows(stored_PRW[:, end - count : end])
-                    for end, count in zip(ends, counts, strict=True)
+                    hash_rows(stored_PRW[:, begin:end])
+                    for begin, end in zip(*self._placement.rows_of(shard), strict=True)
                 ],
                 np.uint64,
             ),
@@ -171,6 +205,15 @@ class HiddenStateWriter:
                     f"sequence {number} was planned with {expected[0]} rows of {expected[1]}, the "
                     f"teacher gave {hidden_NH.shape}"
                 )
+
+    def _joined(self, shard: int, parts: Sequence[np.ndarray], none: np.ndarray) -> np.ndarray:
+        """The rows of a shard's sequences where they belong. Between them are zeros where a
+        borrowed shard, which is written again, held others.
+        """
+        joined = np.zeros((self._placement.num_rows(shard), *none.shape[1:]), none.dtype)
+        for begin, end, part in zip(*self._placement.rows_of(shard), parts, strict=True):
+            joined[begin:end] = part
+        return joined
 
     @property
     def _chunks_of_shard(self) -> int:
@@ -235,13 +278,15 @@ class HiddenStateWriter:
                 f"{absent} of {self.layout.num_shards} planned shards were not written"
             )
         ordered = [commits[shard] for shard in range(self.layout.num_shards)]
-        hashes = np.concatenate([commit.rows_xxh3 for commit in ordered])
+        hashes = np.zeros(len(self._sequences), np.uint64)
+        hashes[self._placement.order] = np.concatenate([commit.rows_xxh3 for commit in ordered])
         index = record(INDEX, content := self.index(hashes))
         self._files.write(INDEX, content)
         files = {f.path: f for commit in ordered for f in commit.files}
         for file in (*self._metadata, index):
             files[file.path] = file
         names = [commit_file(shard) for shard in range(self.layout.num_shards)]
+        names += [BORROWED] if BORROWED in sizes else []
         for name, text in self._files.read_many(names).items():
             files[name] = record(name, text)
         return list(files.values()), [c.measured for c in ordered if c.measured]
@@ -251,7 +296,7 @@ class HiddenStateWriter:
         are the XXH3-64 of each sequence's rows (uint64).
         """
         s = self._sequences
-        first = first_rows(s.num_rows, self._bounds, self.layout.shard_rows)
+        first = self._placement.first_row
         source = pa.DictionaryArray.from_arrays(
             pa.array(s.source, pa.int16()), pa.array(s.source_names, pa.string())
         )

@@ -2,8 +2,8 @@
 
 A teacher's states go by what it reads. Another student tokenizer or template, other data beside
 the same, another length limit make another artifact, and mostly the same teacher sequences: their
-rows are copied, and the teacher runs for the rest. A copy has the last bits of the batch that it
-was computed in.
+shards are taken over (`storage.states.borrowing`), or their rows copied, and the teacher runs for
+the rest. What is not computed again has the last bits of the batch that it was computed in.
 
 Dimensions: N sequences or rows.
 """
@@ -16,6 +16,9 @@ from kdflow_core.contracts import TokenSequence
 from storage.artifact import ArtifactRef, Manifest
 from storage.codecs import codec_named
 from storage.errors import StoreCorruptError
+from storage.states.borrowing import Borrowed, settle_borrowed
+from storage.states.files import StateFiles
+from storage.states.layout import Layout, Sequences
 from storage.states.reader import HiddenStateReader
 from tasks.jobs.parts import agreed, open_states
 from tasks.jobs.stage_run import StageRun
@@ -51,21 +54,40 @@ class EarlierStates:
 
 def earlier_states(stage: StageRun, head_digest: str, digests: np.ndarray) -> EarlierStates:
     """What is there of the stage's teacher and these sequences, on all ranks alike."""
+    refs = agreed(lambda: _serving(stage, head_digest))
+    return EarlierStates(digests, {ref.name: open_states(stage, ref) for ref in refs})
 
-    def serving() -> list[ArtifactRef]:
-        return [
-            ref
-            for manifest in stage.store.newest_manifests(EXTRACT.kind, MOST)
-            if _serves(stage, manifest, head_digest)
-            and (ref := stage.store.find(manifest.kind, manifest.digest)) is not None
-        ]
 
-    readers = {ref.name: open_states(stage, ref) for ref in agreed(serving)}
-    return EarlierStates(digests, readers)
+def borrowed_states(
+    stage: StageRun, head_digest: str, layout: Layout, sequences: Sequences
+) -> Borrowed:
+    """The shards of such artifacts that the stage's own begins with, on all ranks alike; of a lossy
+    codec, those of artifacts in the same.
+    """
+
+    def lenders() -> dict[str, HiddenStateReader]:
+        codec = layout.codec
+        return {ref.name: open_states(stage, ref) for ref in _serving(stage, head_digest, codec)}
+
+    files = StateFiles(stage.store, stage.kind, stage.digest)
+    return agreed(lambda: settle_borrowed(files, layout, sequences, lenders))
+
+
+def _serving(stage: StageRun, head_digest: str, codec: str | None = None) -> list[ArtifactRef]:
+    """Artifacts that hold what this stage's teacher would say, the newest first; exactly, or in a
+    codec.
+    """
+    return [
+        ref
+        for manifest in stage.store.newest_manifests(EXTRACT.kind, MOST)
+        if _serves(stage, manifest, head_digest)
+        and _is_fit(manifest.info["layout"]["codec"], codec)
+        and (ref := stage.store.find(manifest.kind, manifest.digest)) is not None
+    ]
 
 
 def _serves(stage: StageRun, manifest: Manifest, head_digest: str) -> bool:
-    """Whether an artifact has exactly what this stage's teacher would say."""
+    """Whether an artifact has what this stage's teacher would say."""
     own = stage.spec.identity
     return (
         manifest.digest != stage.digest
@@ -73,5 +95,8 @@ def _serves(stage: StageRun, manifest: Manifest, head_digest: str) -> bool:
         and manifest.inputs["teacher_model"] == own.inputs["teacher_model"]
         and manifest.config["teacher"] == own.config["teacher"]
         and manifest.info["head"]["digest"] == head_digest
-        and codec_named(manifest.info["layout"]["codec"]).lossless
     )
+
+
+def _is_fit(codec: str, wanted: str | None) -> bool:
+    return codec_named(codec).lossless if wanted is None else codec == wanted

@@ -6,7 +6,7 @@ copied from there.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from storage.artifact import ArtifactRef
 from storage.states.layout import Layout, plan_layout
 from storage.states.writer import HiddenStateWriter
 from tasks.jobs import parts
-from tasks.jobs.earlier_states import EarlierStates, earlier_states
+from tasks.jobs.earlier_states import EarlierStates, borrowed_states, earlier_states
 from tasks.jobs.stage_run import StageRun, job
 from tasks.jobs.stored import bfloat16_tensor
 from tasks.jobs.teacher_pass import (
@@ -66,21 +66,26 @@ def extract_states(stage: StageRun) -> ArtifactRef | None:
         chunk_rows=storage.chunk_rows,
         codec=storage.codec,
     )
-    if rank == 0 and storage.check_room:
-        _require_room(stage, layout)
     writer = HiddenStateWriter(
         store=stage.store,
         kind=stage.kind,
         digest=stage.digest,
         layout=layout,
         sequences=work.sequences,
+        borrowed=borrowed_states(stage, heads_digest, layout, work.sequences),
     )
+    layout = writer.layout
+    taken = writer.borrow() if rank == 0 else 0
+    barrier()
     missing = writer.missing_shards()
     barrier()  # every rank has seen the same shards before one of them writes
     if len(missing) < layout.num_shards:
         stage.reporter.message(
             f"{layout.num_shards - len(missing)} of {layout.num_shards} shards are there already"
+            + (f", {taken} of them taken over from other runs of this teacher" if taken else "")
         )
+    if rank == 0 and storage.check_room:
+        _require_room(stage, layout, writer.rows_of(missing))
     portion = stage.spec.portion
     if portion is not None:
         missing = [k for k in missing if k % portion.of == portion.number]
@@ -106,11 +111,10 @@ def extract_states(stage: StageRun) -> ArtifactRef | None:
     )
 
 
-def _require_room(stage: StageRun, layout: Layout) -> None:
+def _require_room(stage: StageRun, layout: Layout, missing_rows: int) -> None:
     """Refuse what will not fit the disk, before the teacher runs. Raises StoreFullError."""
-    there = sum(stage.store.sizes(stage.store.folder(stage.kind, stage.digest)).values())
     what = f"the missing part of the teacher's {layout.num_rows:,} hidden states"
-    stage.store.require_room(layout.num_bytes - there, what)
+    stage.store.require_room(replace(layout, num_rows=missing_rows).num_bytes, what)
 
 
 def _tell_loss(stage: StageRun, loss: dict[str, float]) -> None:

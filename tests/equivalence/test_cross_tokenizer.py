@@ -21,7 +21,7 @@ from configs.load import load_run
 from configs.schema.run import RunConfig
 from flows.cli import app
 from kdflow_core.contracts import TeacherEngine, TokenSequence
-from kdflow_core.errors import DataError, ModelError
+from kdflow_core.errors import DataError, ModelError, WorkerError
 from storage.errors import StoreCorruptError
 from storage.log_probs import LogProbs
 from storage.states.reader import HiddenStateReader
@@ -497,9 +497,16 @@ def test_a_teacher_reads_a_text_once_for_students_of_any_tokenizer(
         assert bool(asked) == new
 
 
-def test_damaged_states_of_another_run_are_named_and_not_copied(
-    make_recipe: Callable[..., Path], other_run: Callable[..., RunConfig]
+@pytest.mark.parametrize(
+    ("shard_rows", "until"), [(128, "extract"), (256, "train")], ids=["copied", "taken over"]
+)
+def test_damaged_states_of_another_run_are_named_when_they_are_read(
+    make_recipe: Callable[..., Path],
+    other_run: Callable[..., RunConfig],
+    shard_rows: int,
+    until: str,
 ) -> None:
+    """Shards of another size are copied row by row, others taken over unread."""
     few = {"data.sources.0.max_samples": 40}
     first = load_run(str(make_recipe()), few)
     earlier = run_inline(first, until="extract")["states"]
@@ -507,12 +514,14 @@ def test_damaged_states_of_another_run_are_named_and_not_copied(
     content = bytearray(shard.read_bytes())
     content[40] ^= 1
     shard.write_bytes(content)
-    run = other_run(data__sources__0__max_samples=40)
-    with pytest.raises(StoreCorruptError, match=f"{earlier.digest}, from which .* --repair"):
-        run_inline(run, until="extract")
+    run = other_run(data__sources__0__max_samples=40, storage__shard_rows=shard_rows)
+    says = f"{earlier.digest}, from which" if until == "extract" else "are not those"
+    error = StoreCorruptError if until == "extract" else WorkerError
+    with pytest.raises(error, match=f"{says} .* --repair"):
+        run_inline(run, until=until, launched=["train"])
     repair = ["store", "--root", run.storage.root, "--scratch", run.storage.scratch]
     assert "removed" in CliRunner().invoke(app, [*repair, "verify", "--repair"]).output
-    again = run_inline(run, until="extract")["states"]
+    again = run_inline(run, until=until, launched=["train"])["states"]
     assert len(HiddenStateReader(store=open_store(run), ref=again)) > 0
 
 

@@ -192,8 +192,12 @@ def test_a_policy_gradient_without_its_samples_is_refused(
         load_run(str(make_recipe()), overrides)
 
 
+@pytest.mark.parametrize("shard_rows", [1024, 32], ids=["rows copied", "shards taken over"])
 def test_only_what_is_new_is_tokenized_answered_and_scored(
-    make_recipe: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    make_recipe: Callable[..., Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    shard_rows: int,
 ) -> None:
     """More data, before the old and behind it: what a run with all of it from the start makes."""
     folder = tmp_path / "rows"
@@ -203,6 +207,7 @@ def test_only_what_is_new_is_tokenized_answered_and_scored(
     files = {"b": rows[10:30], "a": rows[:10], "c": rows[30:]}
     source = {"type": "files", "path": str(folder / "*.jsonl"), "name": "rows"}
     overrides = settings(by="teacher", temperature=0.0) | {"data.sources": [source]}
+    overrides |= {"storage.shard_rows": shard_rows, "storage.chunk_rows": 32}
     recipe = str(make_recipe())
 
     def made(root: str, names: str = "") -> dict[str, ArtifactRef]:
@@ -226,7 +231,14 @@ def test_only_what_is_new_is_tokenized_answered_and_scored(
     done = made("store", "ac")
     assert "of which 21 were tokenized before" in caplog.text
     assert f"20 of {len(rows)} answers are copied" in caplog.text
-    assert "the states of 20 of 40 sequences are copied" in caplog.text
+    if shard_rows == 1024:
+        assert "the states of 20 of 40 sequences are copied" in caplog.text
+    else:
+        assert "shards are there already" in caplog.text
+        assert "of them taken over from other runs of this teacher" in caplog.text
+        hidden = Path(done["states"].uri) / "states.zarr/hidden/c"
+        links = [path.stat().st_nlink for path in hidden.rglob("0") if path.is_file()]
+        assert links.count(2) > 2
     whole = made("other")
     assert {output: ref.digest for output, ref in done.items()} == {
         output: ref.digest for output, ref in whole.items()

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 from transformers import AutoModelForCausalLM
@@ -16,6 +17,8 @@ from transformers import AutoModelForCausalLM
 from configs.load import load_run
 from kdflow_core.errors import WorkerError
 from storage.artifact import ArtifactRef
+from storage.maintenance import damages, find_entry, remove_artifact
+from storage.store import ArtifactStore
 from tasks.execution.launch import launch_stage
 from tasks.presentation.results import evaluation_rows, report_path, student_path
 from tasks.presentation.tracking import METRICS_FILE, read_metrics
@@ -24,6 +27,7 @@ from tasks.stages.identity import StageSpec, open_store, stage_spec
 from tasks.stages.planning import plan_stages
 from tests.conftest import run_inline
 from tests.processes import kill_a_rank_when
+from tests.stored import Stored
 
 pytestmark = pytest.mark.ranks
 
@@ -92,6 +96,29 @@ def test_machines_that_share_a_bucket_compute_a_stage_once(
         for spec, ref in zip(specs, refs, strict=True)
     ]
     assert tables[0] == tables[1]
+
+
+def test_shards_of_another_artifact_are_copied_by_the_bucket(bucket: str, tmp_path: Path) -> None:
+    """They do not go through this machine; the artifact is whole without the other."""
+    store = ArtifactStore(root=f"{bucket}/store", scratch=str(tmp_path / "scratch"))
+    first = Stored(store, [16, 7, 9, 12, 4, 16], codec="int8")
+    expected = [
+        first.write_all().rows(key, targets)
+        for key, targets in zip(first.keys, first.targets, strict=True)
+    ]
+    night = Stored(store, [5, 8], seed=1, codec="int8").with_rows_of(first)
+    writer = night.borrowing_writer(first)
+    assert writer.borrow() > 2
+    assert writer.borrow() == 0
+    night.write(writer, writer.missing_shards())
+    night.commit(writer)
+    remove_artifact(store, find_entry(store, f"states/{first.digest}"))
+    taken = {night.keys[number] for shard in range(3) for number in writer.sequences_of(shard)}
+    reader = night.reader()
+    for key, targets, rows in zip(first.keys, first.targets, expected, strict=True):
+        if key in taken:
+            np.testing.assert_array_equal(reader.rows(key, targets), rows)
+    assert not list(damages(store, find_entry(store, f"states/{night.digest}")))
 
 
 def run_all(recipe: str, overrides: dict[str, object]) -> dict[str, ArtifactRef]:
