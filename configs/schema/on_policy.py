@@ -155,18 +155,32 @@ class OnPolicyConfig(StrictModel):
             )
         if self.prompt_weights is not None and not any(self.prompt_weights.values()):
             raise ValueError("`prompt_weights` are all 0; give one source a weight")
-        shares = -(-self.prompts_per_round * self.samples_per_prompt // self.answers_together)
-        if self.rollout.num_engines > shares:
+        if self.rollout.num_engines is not None and self.rollout.num_engines > self._shares:
             together = (
                 "batches of rollout.prompts_per_batch"
                 if isinstance(self.rollout, TransformersRollout)
                 else "prompts"
             )
             raise ValueError(
-                f"rollout.num_engines={self.rollout.num_engines}: a round has only {shares} of the "
-                f"{together} that engines share; lower it, or raise prompts_per_round"
+                f"rollout.num_engines={self.rollout.num_engines}: a round has only {self._shares} "
+                f"of the {together} that engines share; lower it, or raise prompts_per_round"
             )
         return self
+
+    def engines_on(self, gpus: int) -> int:
+        """The rollout engines where there are so many GPUs for all of them; 0: none, or not ours to
+        count.
+        """
+        rollout = self.rollout
+        if rollout.num_engines is not None:
+            return rollout.num_engines
+        first = rollout.first_gpu if isinstance(rollout, SglangRollout) else 0
+        return max(1, min((gpus - first) // rollout.ranks_per_replica, self._shares))
+
+    @property
+    def _shares(self) -> int:
+        """Into so many a round's answers can be divided."""
+        return -(-self.prompts_per_round * self.samples_per_prompt // self.answers_together)
 
     @property
     def answers_together(self) -> int:

@@ -13,9 +13,10 @@ from configs.schema.engines import SglangEngine, TransformersEngine
 class _TakesWeights(StrictModel):
     """What an engine has beyond one that answers once."""
 
-    num_engines: int = Field(default=1, gt=0, le=MOST_RANKS)
-    """Engines that share a round's prompts, each with the whole student on GPUs of its own: as many
-    as there are GPUs for them. The answers do not depend on it.
+    num_engines: int | None = Field(default=None, gt=0, le=MOST_RANKS)
+    """Engines that share a round's prompts, each with the whole student on GPUs of its own. By
+    default as many as this machine has GPUs for (from `first_gpu` on), and one on a CPU and over
+    Ray. The answers do not depend on it.
     """
     bucket_mb: int = Field(default=256, gt=0, le=MOST)
     """How much of new weights is handed over at a time, in MB; twice that is held."""

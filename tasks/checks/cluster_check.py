@@ -120,7 +120,7 @@ def _too_many(run: RunConfig, nodes: Sequence[Node], stages: Iterable[StageIdent
         needed = {devices_of(run, identity.stage): CATALOGUE[identity.stage].ranks(run)}
         if run.on_policy is not None and identity.stage == "train":
             width = run.on_policy.rollout.ranks_per_replica
-            needed[width] = needed.get(width, 0) + run.on_policy.rollout.num_engines
+            needed[width] = needed.get(width, 0) + run.on_policy.engines_on(0)
         for devices, ranks in needed.items():
             bundle = bundle_of(cpus, gpus, devices, resources)
             if ranks > (most := room_for(bundle, resources)):

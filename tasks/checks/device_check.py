@@ -29,7 +29,7 @@ def check_devices(run: RunConfig) -> None:
     if run.teacher.type != "sglang_server":  # whose ranks only ask
         wanted["teacher.num_ranks"] = run.teacher.num_ranks
     if run.on_policy is not None:
-        wanted["on_policy.rollout.num_engines"] = run.on_policy.rollout.num_engines
+        wanted["on_policy.rollout.num_engines"] = run.on_policy.engines_on(gpus)
     for field, ranks in wanted.items():
         if ranks > most:
             raise ModelError(f"{field}={ranks}: this machine has {what}; lower it")
@@ -79,9 +79,8 @@ def _check_gpus(run: RunConfig, gpus: int) -> None:
         )
     if answers is not None and isinstance(answers.engine, SglangEngine):
         _check_engine("data.answers.engine", answers.engine, run.answering_ranks, gpus)
-    rollout = None if run.on_policy is None else run.on_policy.rollout
-    if isinstance(rollout, SglangRollout):
-        _check_engine("on_policy.rollout", rollout, rollout.num_engines, gpus)
+    if run.on_policy is not None and isinstance(rollout := run.on_policy.rollout, SglangRollout):
+        _check_engine("on_policy.rollout", rollout, run.on_policy.engines_on(gpus), gpus)
         if rollout.weights == "broadcast" and rollout.first_gpu == 0:
             raise ModelError(
                 "on_policy.rollout.weights=broadcast: engine and rank 0 of the student share GPU "

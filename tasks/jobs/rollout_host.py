@@ -114,7 +114,7 @@ class RolloutHost:
         shares = share_answers(
             costs,
             together=self._config.answers_together,
-            engines=self._config.rollout.num_engines,
+            engines=self._stage.context.num_ranks,
         )
         self._engine.wake()
         rows = self._rows(number, {place: asked[place] for place in shares[rank]})

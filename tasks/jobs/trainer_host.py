@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from configs.schema.on_policy import OnPolicyConfig
@@ -123,6 +124,11 @@ class TrainerHost:
     @offered
     def ready(self) -> None:
         """Reply once the host is built."""
+
+    @offered
+    def gpus(self) -> int:
+        """How many this machine has."""
+        return torch.cuda.device_count()
 
     @offered
     def progress(self) -> dict[str, int]:

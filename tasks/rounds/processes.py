@@ -40,6 +40,7 @@ class RoundProcesses:
         self._pulse: Callable[[], None] = _nothing
         self._trainer: WorkerGroup | None = None
         self._rollout: WorkerGroup | None = None
+        self.num_engines = 0  # of those that run
 
     def beat_with(self, pulse: Callable[[], None]) -> None:
         """Have `pulse` called while ranks are alive."""
@@ -65,10 +66,13 @@ class RoundProcesses:
         and, as far as they may, have left the device: SGLang goes by what it finds there.
         """
         if self._rollout is None:
-            _ = self.trainer
             config = self._spec.run.on_policy
             assert config is not None
-            ranks = config.rollout.num_engines
+            gpus = self.trainer.gpus()
+            ranks = config.engines_on(gpus if self._launcher.one_machine else 0)
+            self.num_engines = ranks
+            if ranks > 1:
+                self._logger.info("%d rollout engines share a round's prompts", ranks)
             width = config.rollout.ranks_per_replica
             placement = Placement(name="rollout", num_ranks=ranks, devices=width, env=QUIET)
             self._rollout = self._start("tasks.jobs.rollout_host:RolloutHost", placement)
@@ -134,6 +138,11 @@ class _Ranks:
 
 class TrainerRanks(_Ranks):
     """What `TrainerHost` offers."""
+
+    def gpus(self) -> int:
+        """The GPUs of rank 0's machine."""
+        gpus: int = self._first(self._group.call("gpus"))
+        return gpus
 
     def progress(self) -> dict[str, int]:
         """Optimizer steps that are done, and the buckets and bytes of the weights."""

@@ -68,7 +68,8 @@ class WeightSwap:
         if not self._joined:
             assert isinstance(self._rollout, SglangRollout)
             place = trainer.broadcast_place()
-            place["ranks"] = 1 + self._rollout.num_engines * self._rollout.tensor_parallel
+            engines = self._processes.num_engines
+            place["ranks"] = 1 + engines * self._rollout.tensor_parallel
             joining = engine.join_broadcast(**place)
             trainer.join_broadcast(**place)
             self._processes.replies(joining)

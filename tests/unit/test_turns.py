@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,8 @@ CACHE_TOKENS = 1000
 class Device:
     """Counts the bytes that parts hold on it."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int = 1) -> None:
+        self.count = count
         self.held: dict[str, int] = {}
         self.most = 0
         self.log: list[str] = []
@@ -83,6 +85,9 @@ class Trainer:
         self._student.sleep()
         device.take("teacher", sizes["teacher"])
         device.leave("teacher")
+
+    def gpus(self) -> int:
+        return self._device.count
 
     def score(self, **_: Any) -> dict[str, int]:
         self._student.sleep()
@@ -196,14 +201,15 @@ class Group:
 class HereLauncher:
     """Starts hosts of this test."""
 
-    one_machine = True
-
-    def __init__(self, device: Device, sizes: dict[str, int]) -> None:
+    def __init__(self, device: Device, sizes: dict[str, int], *, one_machine: bool = True) -> None:
         self._hosts = {"trainer": Trainer, "rollout": Rollout}
         self._device, self._sizes = device, sizes
+        self.one_machine = one_machine
+        self.num_ranks: dict[str, int] = {}
 
     def start(self, _job: str, _spec: str, placement: Placement, *_: Any, **__: Any) -> Group:
         self._device.log.append(f"start of {placement.name}")
+        self.num_ranks[placement.name] = placement.num_ranks
         return Group(self._hosts[placement.name](self._device, self._sizes))
 
 
@@ -246,6 +252,41 @@ def test_three_parts_on_one_device_take_turns(make_recipe: Callable[..., Path]) 
     assert started[-1] == "teacher leaves"
     assert device.most == max(phase.total for phase in phases)
     assert device.held == {"engine": sizes["engine"]}  # its cache comes with the next answers
+
+
+@pytest.mark.parametrize(
+    ("gpus", "rollout", "engines"),
+    [
+        (0, {}, 1),
+        (1, {}, 1),
+        (8, {}, 6),  # as many as there are prompts
+        (4, {}, 4),
+        (4, {"first_gpu": 1}, 3),
+        (4, {"tensor_parallel": 2}, 2),
+        (4, {"tensor_parallel": 3}, 1),
+        (4, {"num_engines": 2}, 2),
+    ],
+)
+def test_every_gpu_has_an_engine(
+    make_recipe: Callable[..., Path], gpus: int, rollout: dict[str, int], engines: int
+) -> None:
+    section = {"rounds": 1, "prompts_per_round": 6, "rollout": {"type": "sglang"} | rollout}
+    recipe = str(make_recipe(max_steps=None))
+    run = load_run(recipe, {"mode": "onpolicy", "on_policy": section})
+    spec = StageSpec(identity=plan_stages(run)["train"], run=run, inputs={})
+    sizes: dict[str, int] = defaultdict(int)
+    for one_machine in (True, False):
+        launcher = HereLauncher(Device(gpus), sizes, one_machine=one_machine)
+        processes = RoundProcesses(
+            spec,
+            cast("Launcher", launcher),
+            logging.getLogger("test"),
+            starting=untimed,
+            on_end=lambda: None,
+        )
+        _ = processes.rollout
+        expected = engines if one_machine else rollout.get("num_engines", 1)
+        assert launcher.num_ranks["rollout"] == processes.num_engines == expected
 
 
 @pytest.mark.parametrize("part", ["student", "teacher", "cache"])
