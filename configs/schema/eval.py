@@ -8,7 +8,9 @@ from configs.schema.base import MOST, PathText, PythonFunction, StrictModel
 
 
 class LmEvalConfig(StrictModel):
-    """Benchmarks by EleutherAI's LM Evaluation Harness, with transformers as its engine."""
+    """Benchmarks by EleutherAI's LM Evaluation Harness: of the student by transformers, of a
+    teacher that SGLang serves by SGLang.
+    """
 
     tasks: tuple[str, ...] = Field(min_length=1, strict=False)
     """Names of its tasks, groups of tasks or tags; `lm-eval ls tasks` lists them."""
@@ -19,7 +21,7 @@ class LmEvalConfig(StrictModel):
     chat_template: bool = False
     """Ask by the models' chat templates."""
     batch_size: int = Field(default=8, gt=0, le=MOST)
-    """Requests of one forward pass; lower it when memory runs out."""
+    """Requests of one forward pass of transformers; lower it when memory runs out."""
     tasks_folder: PathText | None = None
     """A folder with tasks of your own (YAML files), beside the harness's."""
 

@@ -1,14 +1,15 @@
-"""Benchmarks by EleutherAI's LM Evaluation Harness. The one module that knows `lm_eval`."""
+"""Benchmarks by EleutherAI's LM Evaluation Harness. With `engine_lm`, what knows `lm_eval`."""
 
 import difflib
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
 from lm_eval import simple_evaluate
+from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -79,9 +80,7 @@ def task_manager(config: LmEvalConfig) -> TaskManager:
     return manager
 
 
-def run_tasks(
-    config: LmEvalConfig, manager: TaskManager, model: ReportingModel
-) -> list[dict[str, Any]]:
+def run_tasks(config: LmEvalConfig, manager: TaskManager, model: LM) -> list[dict[str, Any]]:
     """Ask all tasks: one record for each metric of a task or group, with its standard error where
     the harness has one. Raises DataError where a task's documents cannot be had.
     """
@@ -104,12 +103,16 @@ def run_tasks(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the harness, which draws bars whatever it is told, and the git that it asks for
-    its version write to standard error. What goes wrong is raised.
+    """Without what the harness, which draws bars and prints whatever it is told, and the git that it
+    asks for its version write. What goes wrong is raised.
     """
     kept = os.dup(STDERR)
     try:
-        with open(os.devnull, "w", encoding="utf-8") as nothing, redirect_stderr(nothing):
+        with (
+            open(os.devnull, "w", encoding="utf-8") as nothing,
+            redirect_stderr(nothing),
+            redirect_stdout(nothing),
+        ):
             os.dup2(nothing.fileno(), STDERR)
             yield
     finally:

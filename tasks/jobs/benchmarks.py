@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema.eval import LmEvalConfig
+from configs.schema.teacher import SglangTeacher
 from storage.artifact import ArtifactRef
 from tasks.checks.chat_check import chat_format
+from tasks.jobs import parts
 from tasks.jobs.stage_run import StageRun, job
 from tasks.jobs.whole_models import load_whole, why_not_whole
 from tasks.presentation.results import BENCHMARKS_FILE
@@ -14,9 +16,16 @@ from tasks.stages.slices import Side
 
 
 @job("lm-eval-teacher")
-def benchmark_teacher(stage: StageRun) -> ArtifactRef:
-    """Ask the teacher, where it is loaded whole."""
-    folder = stage.model_folder("teacher")
+def benchmark_teacher(stage: StageRun) -> ArtifactRef | None:
+    """Ask the teacher: by SGLang where that serves it, on all ranks of a copy; else where it is
+    loaded whole, by transformers.
+    """
+    teacher, folder = stage.run.teacher, stage.model_folder("teacher")
+    if isinstance(teacher, SglangTeacher):
+        parts.join(stage)
+        rank, _ = parts.rank_and_size()
+        records = _asked_by_engine(stage, teacher, folder)
+        return _publish(stage, records) if rank == 0 else None
     reason = why_not_whole(stage, folder)
     if reason is None:
         return _publish(stage, _asked(stage, "teacher", folder))
@@ -45,6 +54,22 @@ def _asked(stage: StageRun, side: Side, folder: Path) -> list[dict[str, Any]]:
         title=side,
     )
     return harness.run_tasks(config, manager, model)
+
+
+def _asked_by_engine(stage: StageRun, teacher: SglangTeacher, folder: Path) -> list[dict[str, Any]]:
+    from kdflow_core.eval import engine_lm, harness  # noqa: PLC0415 - loads a package, see above
+    from tasks.jobs.asked_teacher import AskedTeacher  # noqa: PLC0415 - loads SGLang
+
+    config = stage.run.eval.lm_eval
+    assert isinstance(config, LmEvalConfig)
+    manager = harness.task_manager(config)
+    asked = AskedTeacher(stage, teacher)
+    chat = chat_format(stage.run, "teacher", folder)
+    model = engine_lm.EngineModel(asked, chat, reporter=stage.reporter, title="teacher")
+    try:
+        return harness.run_tasks(config, manager, model)
+    finally:
+        asked.close()
 
 
 def _publish(stage: StageRun, records: list[dict[str, Any]]) -> ArtifactRef:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema.eval import LmEvalConfig
+from configs.schema.teacher import SglangTeacher
 from kdflow_core.errors import DataError
 from storage.digest import digest
 from storage.fingerprint import Fingerprints
@@ -20,8 +21,12 @@ def teacher_benchmarks(known: Known) -> Iterator[Slice]:
     config, run = known.run.eval.lm_eval, known.run
     if config is not None:
         inputs = {"teacher_model": known.teacher_model()} | _own_tasks(config, known.prints)
-        template = run.teacher.chat_template
-        yield Slice(config=_config(config, run.teacher.dtype, template), inputs=inputs)
+        fields = _config(config, run.teacher.dtype, run.teacher.chat_template)
+        if isinstance(run.teacher, SglangTeacher):  # which is asked by its own engine
+            fields["engine"] = run.teacher.model_dump(
+                mode="json", include={"type", "quantization", "attention_backend"}
+            )
+        yield Slice(config=fields, inputs=inputs)
 
 
 def student_benchmarks(known: Known) -> Iterator[Slice]:

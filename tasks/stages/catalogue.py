@@ -132,6 +132,8 @@ _STAGES = (
         description="Benchmarks of the teacher",
         job="tasks.jobs.benchmarks:benchmark_teacher",
         slice=benchmark_slices.teacher_benchmarks,
+        ranks=lambda run: run.teacher.ranks_per_replica,  # by SGLang; else one rank is all
+        engines=lambda run: ("teacher",) if run.teacher.type == "sglang" else (),
         behind_delivery=False,  # before all that costs, as names and data of tasks may be wrong
     ),
     Stage(
