@@ -47,4 +47,5 @@ STEP_METRICS = (
     Metric("lr", "learning rate", "lr"),
     Metric("tokens_per_s", "throughput (tokens/s)", "tokens/s"),
     Metric("padding", "padding (share of positions)", "padding"),
+    Metric("waiting", "waiting for the teacher (share of a step, of rank 0)", "waiting"),
 )

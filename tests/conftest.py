@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -177,7 +177,15 @@ class SilentReporter:
     def __init__(self) -> None:
         self.messages: list[str] = []
 
-    def progress(self, *, done: int, total: int, unit: str, detail: str = "") -> None:
+    def progress(
+        self,
+        *,
+        done: int,
+        total: int,
+        unit: str,
+        detail: str = "",
+        figures: Mapping[str, float] | None = None,
+    ) -> None:
         pass
 
     def message(self, text: str) -> None:

@@ -103,8 +103,8 @@ def run_tasks(config: LmEvalConfig, manager: TaskManager, model: LM) -> list[dic
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the harness, which draws bars and prints whatever it is told, and the git that it
-    asks for its version write. What goes wrong is raised.
+    """Without what the harness, which draws bars and prints whatever it is told, and the git that
+    it asks for its version write. What goes wrong is raised.
     """
     kept = os.dup(STDERR)
     try:

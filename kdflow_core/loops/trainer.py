@@ -25,6 +25,7 @@ from kdflow_core.student.optim import build_optimizers
 from kdflow_core.student.rates import rate_factor
 from kdflow_core.student.schedule import StepBatches
 from kdflow_core.student.step import StepMetrics, training_step
+from kdflow_core.student.timed import TimedSignals
 
 
 class Trainer:
@@ -89,12 +90,13 @@ class Trainer:
         stand in the record of every step.
         """
         self.module.train()
+        timed = [TimedSignals(source) for source in states]
         while self.step < stop:
             self._step(
                 batches_of(self.step - first),
                 self.step - first,
                 examples,
-                states,
+                timed,
                 metrics,
                 marks or {},
             )
@@ -159,11 +161,12 @@ class Trainer:
         batches: StepBatches,
         number: int,
         examples: Examples,
-        states: Sequence[SignalSource],
+        states: Sequence[TimedSignals],
         metrics: MetricsSink,
         marks: Mapping[str, Any],
     ) -> None:
         started, rank = time.perf_counter(), dist.get_rank()
+        waited = sum(source.seconds for source in states)
         lr = self._set_learning_rates()
         # Dropout, where a model has it, depends on step and rank alone: a resumed run repeats it.
         drawn = np.random.SeedSequence([self._seed, self.step, rank]).generate_state(1, np.uint64)
@@ -189,6 +192,8 @@ class Trainer:
         record = {"step": self.step, **marks, "epoch": batches.epoch, "lr": lr}
         padding = 1 - batches.num_input_tokens / batches.num_positions
         speed = {"seconds": seconds, "tokens_per_s": rate, "padding": padding}
+        if states:
+            speed["waiting"] = (sum(source.seconds for source in states) - waited) / seconds
         metrics.write(record | result.plain | speed)
         if rank == 0:  # a step is one for all ranks
             self._tell(result, rate)

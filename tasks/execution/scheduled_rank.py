@@ -39,7 +39,15 @@ class LoggedReports:
         self._pulse = pulse
         self._log = ProgressLog(LOG)
 
-    def progress(self, *, done: int, total: int, unit: str, detail: str = "") -> None:
+    def progress(
+        self,
+        *,
+        done: int,
+        total: int,
+        unit: str,
+        detail: str = "",
+        figures: Mapping[str, float] | None = None,  # noqa: ARG002 - no launcher hears them here
+    ) -> None:
         """See `Reporter`; what is logged is this rank's share."""
         self._pulse()
         event = {"event": "progress", "rank": 0, "done": done, "total": total}

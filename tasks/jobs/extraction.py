@@ -5,6 +5,7 @@ ones, and the replica's first rank writes them. What the same teacher has read f
 copied from there.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -179,7 +180,7 @@ def _run_teacher(
     def measure(exact_NH: np.ndarray, stored_NH: np.ndarray) -> dict[str, float]:
         return compare_states(head, bfloat16_tensor(exact_NH), bfloat16_tensor(stored_NH))
 
-    window = WINDOW_BATCHES * stage.run.teacher.tokens_per_batch
+    window, started = WINDOW_BATCHES * stage.run.teacher.tokens_per_batch, time.perf_counter()
     with BoundedWorker(SHARDS_BEHIND) as background:
         for shard in shards:
             # A shard has batches of its own: what they are does not depend on which shards were
@@ -195,7 +196,9 @@ def _run_teacher(
                 targets.append(targets_N)
                 done += int(work.lengths[number])
                 if writes:
-                    stage.reporter.progress(done=done, total=total, unit="tokens")
+                    passed = time.perf_counter() - started
+                    figures = {"queue": background.behind, "waiting": background.waited_s / passed}
+                    stage.reporter.progress(done=done, total=total, unit="tokens", figures=figures)
             if writes:
                 background.submit(partial(writer.write_shard, shard, rows, targets, measure))
     if engine is not None:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pkgutil import resolve_name
 
 from configs.secrets import public
@@ -27,7 +27,15 @@ class EventReporter:
         self._rank = rank
         self._last = 0.0
 
-    def progress(self, *, done: int, total: int, unit: str, detail: str = "") -> None:
+    def progress(
+        self,
+        *,
+        done: int,
+        total: int,
+        unit: str,
+        detail: str = "",
+        figures: Mapping[str, float] | None = None,
+    ) -> None:
         """See `Reporter`; at most one event a second, and the last one always."""
         made_progress()
         now = time.monotonic()
@@ -35,7 +43,8 @@ class EventReporter:
             return
         self._last = now
         event = {"event": "progress", "rank": self._rank, "done": done, "total": total}
-        emit(event | {"unit": unit, "detail": detail, "gpu_bytes": _gpu_bytes()})
+        event |= {"unit": unit, "detail": detail, "gpu_bytes": _gpu_bytes()}
+        emit(event | {"figures": dict(figures or {})})
 
     def message(self, text: str) -> None:
         """See `Reporter`."""

@@ -66,6 +66,8 @@ class Gauges:
         endpoint.set("stage_total", event["total"], **labels)
         if event.get("gpu_bytes") is not None:
             endpoint.set("gpu_bytes", event["gpu_bytes"], **self._labels, rank=labels["rank"])
+        for name, value in event.get("figures", {}).items():
+            endpoint.set(f"stage_{name}", value, **self._labels, rank=labels["rank"])
         now, rank, done = time.monotonic(), event["rank"], event["done"]
         if event["unit"] != self._unit or done < self._done.get(rank, 0):  # a new count
             self._unit, self._since, self._first, self._done = event["unit"], now, {}, {}

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from configs.load import load_run
@@ -20,7 +21,15 @@ class FillsTheDisk(SilentReporter):
         super().__init__()
         self._disk = disk
 
-    def progress(self, *, done: int, total: int, unit: str, detail: str = "") -> None:
+    def progress(
+        self,
+        *,
+        done: int,
+        total: int,
+        unit: str,
+        detail: str = "",
+        figures: Mapping[str, float] | None = None,
+    ) -> None:
         ballast = self._disk / "ballast"
         if not ballast.exists() and list(self._disk.rglob("commits/000001.json")):
             with ballast.open("wb", buffering=0) as file:

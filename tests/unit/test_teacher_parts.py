@@ -1,6 +1,7 @@
 """The parts around a teacher engine: packing, background writes, sleeping weights, live windows."""
 
 import threading
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,9 +12,16 @@ from hypothesis import strategies as st
 
 from kdflow_core.batching import pack_by_tokens
 from kdflow_core.bounded import BoundedWorker
-from kdflow_core.contracts import HiddenRows, TeacherEngine, TokenSequence
+from kdflow_core.contracts import (
+    HiddenRows,
+    SignalRows,
+    TargetRows,
+    TeacherEngine,
+    TokenSequence,
+)
 from kdflow_core.errors import AlignmentError
 from kdflow_core.models.offload import OffloadedModule
+from kdflow_core.student.timed import TimedSignals
 from kdflow_core.teacher.live import LiveStates
 
 
@@ -38,8 +46,10 @@ def test_a_bounded_worker_makes_its_caller_wait() -> None:
     release = threading.Event()
     submitted = threading.Semaphore(0)
 
+    worker = BoundedWorker(2)
+
     def submit_four() -> None:
-        with BoundedWorker(2) as worker:
+        with worker:
             for number in range(4):
                 worker.submit(lambda number=number: (release.wait(), done.append(number)))  # type: ignore[misc]
                 submitted.release()
@@ -49,9 +59,36 @@ def test_a_bounded_worker_makes_its_caller_wait() -> None:
     assert submitted.acquire(timeout=10)
     assert submitted.acquire(timeout=10)
     assert not submitted.acquire(timeout=0.2)  # two are pending: the third waits
+    assert worker.behind == 2
     release.set()
     caller.join(timeout=10)
+    assert worker.behind == 0
+    assert worker.waited_s >= 0.15
     assert done == [0, 1, 2, 3]
+
+
+def test_what_training_waits_for_is_counted() -> None:
+    class Slow:
+        hidden_size = 3
+
+        def begin_step(self, step: int) -> None:
+            time.sleep(0.02 * step)
+
+        def rows(self, sequence: TokenSequence) -> SignalRows:
+            time.sleep(0.02)
+            return TargetRows(log_prob_N=torch.zeros(len(sequence.target_ids_N)))
+
+    timed = TimedSignals(Slow())
+    timed.begin_step(2)
+    assert timed.seconds >= 0.04
+    before = timed.seconds
+    time.sleep(0.02)
+    assert timed.seconds == before
+    sequence = TokenSequence(ids_T=np.arange(4), supervised_T=np.array([False, False, True, True]))
+    rows = timed.rows(sequence)
+    assert isinstance(rows, TargetRows)
+    assert len(rows.log_prob_N) == 2
+    assert timed.seconds >= before + 0.02
 
 
 def test_an_error_behind_the_callers_back_is_raised() -> None:

@@ -183,7 +183,7 @@ def test_prometheus_finds_where_a_stage_is(
     gauges, now = Gauges(run, "extract", pytest.fail), iter(range(10, 100, 10))
     monkeypatch.setattr("tasks.presentation.gauges.time.monotonic", lambda: float(next(now)))
 
-    def progress(rank: int, done: int, unit: str = "tokens", **more: int) -> str:
+    def progress(rank: int, done: int, unit: str = "tokens", **more: object) -> str:
         event = {"event": "progress", "rank": rank, "done": done, "total": 500, "unit": unit}
         gauges.event(event | more)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
@@ -191,12 +191,14 @@ def test_prometheus_finds_where_a_stage_is(
 
     progress(0, 100)
     progress(1, 200)
-    text = progress(1, 400, gpu_bytes=7)
+    text = progress(1, 400, gpu_bytes=7, figures={"queue": 2, "waiting": 0.25})
     of_stage = 'run="tiny",stage="extract"'
     assert f'kdflow_stage_done{{rank="1",{of_stage},unit="tokens"}} 400.0' in text
     assert f'kdflow_stage_total{{rank="0",{of_stage},unit="tokens"}} 500.0' in text
     assert f'kdflow_stage_per_s{{{of_stage},unit="tokens"}} 10.0' in text  # 200 in 20 seconds
     assert f'kdflow_gpu_bytes{{rank="1",{of_stage}}} 7.0' in text
+    assert f'kdflow_stage_queue{{rank="1",{of_stage}}} 2.0' in text
+    assert f'kdflow_stage_waiting{{rank="1",{of_stage}}} 0.25' in text
     progress(0, 5, unit="steps")
     assert f'kdflow_stage_per_s{{{of_stage},unit="steps"}} 0.1' in progress(0, 6, unit="steps")
 
@@ -212,7 +214,9 @@ def test_all_stages_of_a_run_are_found_at_its_port(make_recipe: Callable[..., Pa
         text = answer.read().decode()
     for stage in ("tokenize", "extract", "train"):
         assert re.search(rf'kdflow_stage_done{{.*stage="{stage}".*}} [1-9]', text), stage
+    assert re.search(r'kdflow_stage_waiting{rank="0".*stage="extract"} 0', text)
     assert re.search(r'kdflow_train_loss{run="tiny"} \d', text)
+    assert re.search(r'kdflow_train_waiting{run="tiny"} 0\.', text)
     assert 'kdflow_step{run="tiny"} 6.0' in text
 
 
