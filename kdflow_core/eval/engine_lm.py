@@ -62,6 +62,7 @@ class EngineModel(TemplateLM):  # type: ignore[misc]
         self._end_ids = chat.end_ids
         self._reporter = reporter
         self._title = title
+        self._prefix = self.tokenizer.decode(self.prefix_token_id)
         self._done = self._total = 0
 
     @property
@@ -84,10 +85,9 @@ class EngineModel(TemplateLM):  # type: ignore[misc]
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
         """See `TemplateLM`."""
+        if add_special_tokens is None and has_bos_prefix(string, self._prefix):
+            add_special_tokens = False
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        begins = has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
-        if add_special_tokens is None and begins:
-            options = {"add_special_tokens": False}
         ids: list[int] = self.tokenizer.encode(string, **options)
         return ids
 

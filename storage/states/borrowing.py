@@ -178,25 +178,24 @@ class Lender:
 
     def __init__(self, store: ArtifactStore, name: str) -> None:
         self.name = name
-        self._store = store
         kind, _, digest = name.partition("/")
-        self._folder = store.folder(kind, digest)
-        self._files: dict[str, FileRecord] = {}
+        self._files = StateFiles(store, kind, digest)
+        self._records: dict[str, FileRecord] = {}
         with suppress(ArtifactMissingError, StoreCorruptError):
-            self._files = {file.path: file for file in store.manifest(kind, digest).files}
+            self._records = {file.path: file for file in store.manifest(kind, digest).files}
 
     def lend(self, number: int, shard: int, to: StateFiles) -> Commit | None:
         """Give a shard to another artifact, under its number there; what there is to record of it
         but for its rows. None where it is not here, or cannot be given without being written again.
         """
         names = {name(number): name(shard) for name in (hidden_file, targets_file)}
-        if FITTED in self._files:
+        if FITTED in self._records:
             names[FITTED] = FITTED
-        content = self._store.read_many([f"{self._folder}/{commit_file(number)}"])
-        commit = Commit.from_bytes(next(iter(content.values()), b""))
-        if commit is None or not all(name in self._files for name in names):
+        name = commit_file(number)
+        commit = Commit.from_bytes(self._files.read_many([name]).get(name, b""))
+        if commit is None or not names.keys() <= self._records.keys():
             return None
-        if not all(to.take(f"{self._folder}/{own}", other) for own, other in names.items()):
+        if not all(to.take(self._files, own, new) for own, new in names.items()):
             return None
-        files = [self._files[own].model_copy(update={"path": new}) for own, new in names.items()]
+        files = [self._records[own].model_copy(update={"path": new}) for own, new in names.items()]
         return replace(commit, files=tuple(files))

@@ -60,9 +60,9 @@ class StateFiles:
             self.remove(name)
             self.create(name, content)
 
-    def take(self, source: str, name: str) -> bool:
+    def take(self, other: "StateFiles", theirs: str, name: str) -> bool:
         """Have a file of another artifact as one's own, see `ArtifactStore.link`."""
-        return self.store.link(source, f"{self._folder}/{name}")
+        return self.store.link(f"{other._folder}/{theirs}", f"{self._folder}/{name}")
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file whole, over what there is."""

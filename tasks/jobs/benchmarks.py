@@ -43,8 +43,7 @@ def benchmark_student(stage: StageRun) -> ArtifactRef:
 def _asked(stage: StageRun, side: Side, folder: Path) -> list[dict[str, Any]]:
     from kdflow_core.eval import harness  # noqa: PLC0415 - loads a package that need not be there
 
-    config = stage.run.eval.lm_eval
-    assert isinstance(config, LmEvalConfig)
+    config = _config(stage)
     manager = harness.task_manager(config)
     model = harness.ReportingModel(
         load_whole(stage, side, folder),
@@ -60,8 +59,7 @@ def _asked_by_engine(stage: StageRun, teacher: SglangTeacher, folder: Path) -> l
     from kdflow_core.eval import engine_lm, harness  # noqa: PLC0415 - loads a package, see above
     from tasks.jobs.asked_teacher import AskedTeacher  # noqa: PLC0415 - loads SGLang
 
-    config = stage.run.eval.lm_eval
-    assert isinstance(config, LmEvalConfig)
+    config = _config(stage)
     manager = harness.task_manager(config)
     asked = AskedTeacher(stage, teacher)
     chat = chat_format(stage.run, "teacher", folder)
@@ -70,6 +68,12 @@ def _asked_by_engine(stage: StageRun, teacher: SglangTeacher, folder: Path) -> l
         return harness.run_tasks(config, manager, model)
     finally:
         asked.close()
+
+
+def _config(stage: StageRun) -> LmEvalConfig:
+    config = stage.run.eval.lm_eval
+    assert isinstance(config, LmEvalConfig)
+    return config
 
 
 def _publish(stage: StageRun, records: list[dict[str, Any]]) -> ArtifactRef:
