@@ -35,13 +35,17 @@ NARROW = {
 
 
 class Records:
-    """Keeps the steps that are written."""
+    """Keeps what is written."""
 
     def __init__(self) -> None:
-        self.steps: list[int] = []
+        self.written: list[dict[str, Any]] = []
+
+    @property
+    def steps(self) -> list[int]:
+        return [record["step"] for record in self.written]
 
     def write(self, record: dict[str, Any]) -> None:
-        self.steps.append(record["step"])
+        self.written.append(record)
 
 
 class States:

@@ -184,8 +184,8 @@ SHARED_RULES = {
     "seed": Rule("seed", whole),
     "bf16": Rule("student.compute_dtype", lambda v: "bfloat16" if v else "float32"),
     "gradient_checkpointing": Rule("student.activation_checkpointing", bool),
+    "logging_steps": Rule("student.log_every", whole),
 }
 SHARED_LEFT_OUT = {
     "attn_implementation": "student.attention is sdpa, packed",
-    "logging_steps": "every step is written",
 }

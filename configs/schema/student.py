@@ -206,6 +206,10 @@ class StudentConfig(StrictModel):
     """Keep weights, gradients and optimizer states in host memory, where the optimizer steps;
     layers come to the GPU one after another: for students that its memory does not hold, slower.
     """
+    log_every: int = Field(default=1, gt=0, le=MOST)
+    """Optimizer steps between two records of loss, speed and the like, each with the means over its
+    steps.
+    """
     sleep: bool = False
     """On-policy: wait in host memory while the others work."""
     checkpoint_every: int = Field(default=100, gt=0, le=MOST)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from configs.schema.student import StudentConfig
 from kdflow_core.contracts import Examples, SignalSource
 from kdflow_core.errors import StoppedError, TrainingError
+from kdflow_core.loops.recorded import StepsToRecord
 from kdflow_core.sinks import MetricsSink, Reporter
 from kdflow_core.student.checkpoint import (
     CheckpointCopies,
@@ -62,6 +63,9 @@ class Trainer:
         self._device = device
         self._is_asked_to_stop = is_asked_to_stop
         self._skipped = 0
+        self._metrics: MetricsSink | None = None
+        self._marks: Mapping[str, Any] = {}
+        self._unrecorded = StepsToRecord()
         self._saved, self._saved_step = time.monotonic(), self.step
         self._folder = checkpoints
         reporter.message(
@@ -86,20 +90,19 @@ class Trainer:
         end. Where a rank is asked to stop, all save after the step that they are at. Raises
         StoppedError then.
 
-        What `batches_of` and the `states` are asked for is counted from step `first` on. `marks`
-        stand in the record of every step.
+        What `batches_of` and the `states` are asked for is counted from step `first` on.
+
+        `metrics` get a record for every `log_every` steps, and before a checkpoint and at the end
+        for those that are left: so no record is of steps on both sides of a checkpoint that a run
+        may go on from. `marks` stand in all of them.
         """
         self.module.train()
         timed = [TimedSignals(source) for source in states]
+        self._metrics, self._marks = metrics, marks or {}
         while self.step < stop:
-            self._step(
-                batches_of(self.step - first),
-                self.step - first,
-                examples,
-                timed,
-                metrics,
-                marks or {},
-            )
+            self._step(batches_of(self.step - first), self.step - first, examples, timed)
+            if self.step % self._config.log_every == 0 or self.step == stop:
+                self._record()
             enough = after_step is not None and after_step(self.step)
             if enough or self.step == stop:
                 break
@@ -121,6 +124,7 @@ class Trainer:
             self._checkpoints.held = self.step
         if self.step and self.step == self._saved_step:
             return
+        self._record()
         self._checkpoints.save(self.step, self.module, self.optimizers.parts)
         self._saved, self._saved_step = time.monotonic(), self.step
 
@@ -162,8 +166,6 @@ class Trainer:
         number: int,
         examples: Examples,
         states: Sequence[TimedSignals],
-        metrics: MetricsSink,
-        marks: Mapping[str, Any],
     ) -> None:
         started, rank = time.perf_counter(), dist.get_rank()
         waited = sum(source.seconds for source in states)
@@ -188,15 +190,17 @@ class Trainer:
             self._skip(result.fault)
             return
         seconds = time.perf_counter() - started
-        rate = batches.num_input_tokens / seconds
-        record = {"step": self.step, **marks, "epoch": batches.epoch, "lr": lr}
-        padding = 1 - batches.num_input_tokens / batches.num_positions
-        speed = {"seconds": seconds, "tokens_per_s": rate, "padding": padding}
-        if states:
-            speed["waiting"] = (sum(source.seconds for source in states) - waited) / seconds
-        metrics.write(record | result.plain | speed)
+        marks = {"step": self.step, **self._marks, "epoch": batches.epoch, "lr": lr}
+        passed = sum(source.seconds for source in states) - waited if states else None
+        self._unrecorded.add(result, batches, marks=marks, seconds=seconds, waited_s=passed)
         if rank == 0:  # a step is one for all ranks
-            self._tell(result, rate)
+            self._tell(result, batches.num_input_tokens / seconds)
+
+    def _record(self) -> None:
+        """Write the record of the steps that have none."""
+        if self._metrics is not None and self._unrecorded.steps:
+            self._metrics.write(self._unrecorded.record())
+        self._unrecorded = StepsToRecord()
 
     def _tell(self, result: StepMetrics, rate: float) -> None:
         shown = [name for name in ("loss", "kd", "span") if name in result.terms]
@@ -213,6 +217,7 @@ class Trainer:
         self._skipped += 1
         most = self._config.max_skipped_steps
         if self._skipped > most:
+            self._record()
             raise TrainingError(
                 f"step {self.step}: {fault}; lower student.lr, or look at these samples"
                 + (f" ({most} steps were left out before)" if most else "")

@@ -38,20 +38,36 @@ from kdflow_core.student.schedule import StepBatches
 from kdflow_core.uploads import upload
 
 
+@dataclass(frozen=True)
+class TermTotal:
+    """A term of the loss, summed over `count` tokens."""
+
+    sum: float
+    count: float
+
+    def __add__(self, other: "TermTotal") -> "TermTotal":
+        return TermTotal(self.sum + other.sum, self.count + other.count)
+
+    @property
+    def mean(self) -> float:
+        """Its mean; 0 where nothing was counted."""
+        return self.sum / max(self.count, 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
-    """Means over all ranks of the terms of the loss, by the names of `metrics`; and the norm of the
-    gradient before clipping. With a `fault`, one of the two is not finite, and no step was made.
+    """The terms of the loss over all ranks, by the names of `metrics`; and the norm of the gradient
+    before clipping. With a `fault`, loss or norm is not finite, and no step was made.
     """
 
-    terms: dict[str, float]
+    totals: dict[str, TermTotal]
     grad_norm: float
     fault: str | None = None
 
     @property
-    def plain(self) -> dict[str, float]:
-        """All of them by name."""
-        return self.terms | {"grad_norm": self.grad_norm}
+    def terms(self) -> dict[str, float]:
+        """Their means."""
+        return {name: total.mean for name, total in self.totals.items()}
 
 
 def training_step(
@@ -102,7 +118,7 @@ def training_step(
     )
     if isinstance(grad_norm, DTensor):
         grad_norm = grad_norm.full_tensor()
-    metrics = StepMetrics(terms=_means(totals), grad_norm=float(grad_norm))
+    metrics = _over_ranks(totals, grad_norm)
     if np.isfinite([metrics.terms["loss"], metrics.grad_norm]).all():
         optimizers.step()
         module.algorithm.after_step(module.model)
@@ -137,13 +153,17 @@ def _count(values: torch.Tensor) -> torch.Tensor:
     return torch.tensor(len(values), dtype=torch.float64, device=values.device)
 
 
-def _means(totals: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The mean of each term, from its sum and count on this rank: over all ranks, each by its own
-    count. What was never counted is 0.
+def _over_ranks(totals: dict[str, torch.Tensor], grad_norm: torch.Tensor) -> StepMetrics:
+    """From the sum and count of each term on this rank. The host waits for the device here, once a
+    step, as whether there is a step depends on it.
     """
-    both = torch.stack(list(totals.values()))
-    dist.all_reduce(both)
-    return dict(zip(totals, (both[:, 0] / both[:, 1].clamp_min(1)).tolist(), strict=True))
+    sums = torch.stack(list(totals.values()))
+    dist.all_reduce(sums)
+    *read, norm = torch.cat([sums.flatten(), grad_norm.double().reshape(1)]).tolist()
+    named = {
+        name: TermTotal(*read[2 * number : 2 * number + 2]) for number, name in enumerate(totals)
+    }
+    return StepMetrics(totals=named, grad_norm=norm)
 
 
 def collate(

@@ -193,8 +193,13 @@ class TrainerHost:
         if dist.get_rank() != 0:
             return {}
         records = read_metrics(self._session.output / METRICS_FILE)
-        mine = [r for r in records if last_step - self._steps < r["step"] <= last_step]
-        return {name: float(np.mean([r[name] for r in mine])) for name in ("loss", "kd")}
+        first = last_step - self._steps
+        mine = [r for r in records if first < r["step"] <= last_step]
+        steps = np.diff([first, *[r["step"] for r in mine]])  # that each record is of
+        return {
+            name: float(np.average([r[name] for r in mine], weights=steps))
+            for name in ("loss", "kd")
+        }
 
     # The weights.
 

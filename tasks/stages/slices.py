@@ -58,6 +58,7 @@ OPERATIONAL_STUDENT_FIELDS = {
     "checkpoint_every",
     "checkpoint_minutes",
     "keep_checkpoints",
+    "log_every",
     "keep_final",
 }
 

@@ -1,15 +1,17 @@
 """The training loop where a step goes wrong."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from kdflow_core.errors import ModelError, StoppedError, TrainingError
-from kdflow_core.student.checkpoint import completed_steps
+from kdflow_core.student.checkpoint import completed_steps, step_folder
 from tests.small_training import NARROW, SmallTraining
 
 BROKEN = 5  # the sample whose states are not finite
@@ -74,6 +76,55 @@ def test_checkpoints_go_by_steps_and_by_the_clock(
     training.run(5)
     training.trainer.wait()
     assert completed_steps(tmp_path) == saved
+
+
+TIMES = {"seconds", "tokens_per_s", "waiting"}
+
+
+def test_records_of_several_steps_are_means_and_do_not_go_across_checkpoints(
+    tmp_path: Path, student_folder: Path, teacher_folder: Path
+) -> None:
+    """As a run that goes on from a checkpoint has it. A step that was not made is in none."""
+
+    def make(folder: str, **fields: Any) -> SmallTraining:
+        return SmallTraining(
+            tmp_path / folder,
+            student=student_folder,
+            teacher=teacher_folder,
+            steps=9,
+            per_step=1,
+            broken=[BROKEN],
+            max_skipped_steps=1,
+            keep_checkpoints=9,
+            **fields,
+        )
+
+    single, several = make("single"), make("several", log_every=3, checkpoint_every=4)
+    single.run(9)
+    several.run(9)
+    (bad,) = {*range(1, 10)} - {*single.records.steps}
+    several.trainer.wait()
+    assert completed_steps(tmp_path / "several") == [4, 8]
+    shutil.rmtree(step_folder(tmp_path / "several", 8))
+    resumed = make("several", log_every=3, checkpoint_every=4)
+    resumed.run(9)
+    assert torch.equal(single.weight, resumed.weight)
+    steps = {record["step"]: record for record in single.records.written}
+    groups = [[1, 2, 3], [4], [5, 6], [7, 8], [9]]
+    made = [kept for group in groups if (kept := [step for step in group if step != bad])]
+    written = several.records.written
+    assert [record["step"] for record in written] == [group[-1] for group in made]
+    for record, again in zip(written[-3:], resumed.records.written[-3:], strict=True):
+        assert {k: v for k, v in record.items() if k not in TIMES} == {
+            k: v for k, v in again.items() if k not in TIMES
+        }
+    for record, group in zip(written, made, strict=True):
+        members = [steps[step] for step in group]
+        assert record["lr"] == members[-1]["lr"]
+        for name in ("loss", "kd", "agreement", "grad_norm", "padding"):
+            # Each of these steps has as many tokens.
+            mean = np.mean([member[name] for member in members])
+            assert record[name] == pytest.approx(mean, rel=1e-6), name
 
 
 @pytest.mark.parametrize("at", [2, STEPS])
