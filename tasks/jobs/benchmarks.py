@@ -10,7 +10,7 @@ from storage.artifact import ArtifactRef
 from tasks.checks.chat_check import chat_format
 from tasks.jobs import parts
 from tasks.jobs.stage_run import StageRun, job
-from tasks.jobs.whole_models import load_whole, why_not_whole
+from tasks.jobs.whole_models import load_model, why_no_answers, why_no_teacher
 from tasks.presentation.results import BENCHMARKS_FILE
 from tasks.stages.slices import Side
 
@@ -26,11 +26,10 @@ def benchmark_teacher(stage: StageRun) -> ArtifactRef | None:
         rank, _ = parts.rank_and_size()
         records = _asked_by_engine(stage, teacher, folder)
         return _publish(stage, records) if rank == 0 else None
-    reason = why_not_whole(stage, folder)
+    reason = why_no_teacher(stage, folder)
     if reason is None:
         return _publish(stage, _asked(stage, "teacher", folder))
-    stage.reporter.message(f"the teacher is asked no benchmarks: {reason}")
-    return _publish(stage, [])
+    return _publish(stage, _unasked(stage, "teacher", reason))
 
 
 @job("lm-eval")
@@ -45,8 +44,11 @@ def _asked(stage: StageRun, side: Side, folder: Path) -> list[dict[str, Any]]:
 
     config = _config(stage)
     manager = harness.task_manager(config)
+    loaded = load_model(stage, side, folder)
+    if (reason := why_no_answers(loaded)) is not None:
+        return _unasked(stage, side, reason)
     model = harness.ReportingModel(
-        load_whole(stage, side, folder),
+        loaded,
         chat_format(stage.run, side, folder).tokenizer,
         batch_size=config.batch_size,
         reporter=stage.reporter,
@@ -68,6 +70,11 @@ def _asked_by_engine(stage: StageRun, teacher: SglangTeacher, folder: Path) -> l
         return harness.run_tasks(config, manager, model)
     finally:
         asked.close()
+
+
+def _unasked(stage: StageRun, side: Side, reason: str) -> list[dict[str, Any]]:
+    stage.reporter.message(f"the {side} is asked no benchmarks: {reason}")
+    return []
 
 
 def _config(stage: StageRun) -> LmEvalConfig:

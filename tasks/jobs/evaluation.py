@@ -31,7 +31,7 @@ from tasks.jobs.reference import state_limit
 from tasks.jobs.stage_run import SIDES, StageRun, job
 from tasks.jobs.stored import StoredStates, TokenExamples, evenly_spread
 from tasks.jobs.student_module import build_comparison
-from tasks.jobs.whole_models import load_whole, why_not_whole
+from tasks.jobs.whole_models import load_model, why_no_answers, why_no_teacher
 from tasks.presentation.results import EVALUATION_FILE
 from tasks.presentation.sample_scores import write_sums
 from tasks.stages.slices import Side
@@ -138,13 +138,13 @@ def _judge(
     aligned: Mapping[Side, Mapping[str, Aligned]],
 ) -> tuple[dict[str, dict[str, Any]], list[str] | None, SampleSums]:
     """A model's scores by source, with their intervals; its greedy answers to the shown examples'
-    prompts: None of a teacher of which only the states are at hand; and what scores are made of.
+    prompts, None where it is not asked for any; and what scores are made of.
     """
     side: Literal["teacher", "student"] = "teacher" if title == "teacher" else "student"
     examples, shown = data
     chat = chats.chat(stage, side)
-    reason = why_not_whole(stage, folder) if side == "teacher" else None
-    model = load_whole(stage, side, folder) if reason is None else None
+    reason = why_no_teacher(stage, folder) if side == "teacher" else None
+    model = load_model(stage, side, folder) if reason is None else None
     judged: Judged
     if model is None:
         stage.reporter.message(
@@ -172,6 +172,9 @@ def _judge(
         for name, own in sums.scores(aligned=bool(aligned[side])).items()
     }
     if model is None:
+        return by_source, None, sums
+    if (slow := why_no_answers(model)) is not None:
+        stage.reporter.message(f"the {title} answers no prompts: {slow}")
         return by_source, None, sums
     texts = generate_greedily(
         model=model,

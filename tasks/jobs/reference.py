@@ -35,16 +35,19 @@ def lacking_room(
     folder: Path, dtype: torch.dtype, device: torch.device, share: float
 ) -> str | None:
     """Why weights do not fit a share of what a device has free; None where they do."""
-    needed = read_checkpoint(folder).num_parameters * dtype.itemsize
-    free = (
-        torch.cuda.mem_get_info(device)[0]
-        if device.type == "cuda"
-        else psutil.virtual_memory().available
-    )
+    needed, free = read_checkpoint(folder).num_parameters * dtype.itemsize, free_bytes(device)
     if needed <= free * share:
         return None
     room = free * share / 1e9
     return f"it takes {needed / 1e9:.1f} GB, and {room:.1f} GB of memory are to spare"
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a device has free, with what this process has there and does not use."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0] + kept)
 
 
 class Reference:

@@ -21,13 +21,17 @@ from kdflow_core.errors import ModelError
 from kdflow_core.losses.chunked import distillation_loss
 from kdflow_core.losses.elementwise import LossSpec
 from kdflow_core.models.families import BY_ARCHITECTURE
+from kdflow_core.models.forward import post_norm_states
 from kdflow_core.models.heads import (
     apply_head,
     live_head,
     load_head,
     verify_head,
 )
+from kdflow_core.models.spread import comes_in_parts, spread_
 from kdflow_core.models.structure import adapter_targets, decoder_layers
+from kdflow_core.rollout.base import Prompt, Sampling
+from kdflow_core.rollout.decoding import generate_ids
 from kdflow_core.student.lora import add_adapters, save_adapter, served_weights
 from tests.tiny_models import TRUE_VOCABULARY, tiny_model
 
@@ -85,6 +89,32 @@ def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Ten
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return found
+
+
+def test_layers_that_come_from_the_hosts_memory_give_the_models_own(saved: Saved) -> None:
+    """In a forward pass, and where tokens follow one by one, with what is kept of earlier ones."""
+    whole, spread = (
+        AutoModelForCausalLM.from_pretrained(saved.folder, dtype=torch.float32).eval()
+        for _ in range(2)
+    )
+    places = spread_(spread, [(torch.device("cpu"), 0)])
+    assert all(place.comes for place in places)
+    assert comes_in_parts(spread)
+    assert not comes_in_parts(whole)
+    ids_BT = torch.randint(TRUE_VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        found = [post_norm_states(model.base_model, ids_BT) for model in (whole, spread)]
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0, equal_nan=True)
+    answers = [
+        generate_ids(
+            model=model,
+            vocabulary_size=TRUE_VOCABULARY,
+            prompts=[Prompt(ids_T=ids_BT[0].numpy(), max_new_tokens=4)],
+            sampling=Sampling(temperature=0.0, stop_ids=(), log_probs=False),
+        )[0].ids_N.tolist()
+        for model in (whole, spread)
+    ]
+    assert answers[1] == answers[0]
 
 
 def test_a_padded_training_step_is_that_of_the_sequences_alone(saved: Saved) -> None:

@@ -124,7 +124,7 @@ def test_a_verifier_that_fails_is_found_before_models_are_asked(
     checks = tmp_path / "checks.py"
     checks.write_text("def fits(prompt, answer, label):\n    return {}[answer]\n")
     run = load_run(str(make_recipe(max_steps=1)), {"eval.verifier": f"{checks}:fits"})
-    monkeypatch.setattr(evaluation, "load_whole", pytest.fail)
+    monkeypatch.setattr(evaluation, "load_model", pytest.fail)
     with pytest.raises(DataError, match=r"eval\.verifier failed .* KeyError: .*checks\.py:2\)"):
         run_inline(run, until="evaluate", launched=["train"])
 
@@ -151,9 +151,9 @@ def test_a_teacher_that_fits_no_device_is_scored_by_its_stored_states(
         assert side == "student"
         return load_model(stage, side, folder)
 
-    load_model = evaluation.load_whole
-    monkeypatch.setattr(evaluation, "load_whole", load)
-    monkeypatch.setattr(whole_models, "TEACHERS_SHARE", 1e-9)
+    load_model = evaluation.load_model
+    monkeypatch.setattr(evaluation, "load_model", load)
+    monkeypatch.setattr(whole_models, "SHARE", 1e-9)
     done = run_inline(run, until="report")
     own = json.loads((Path(done["evaluation"].uri) / "evaluation.json").read_text())
     for title in ("student before", "student after"):
@@ -170,6 +170,31 @@ def test_a_teacher_that_fits_no_device_is_scored_by_its_stored_states(
     assert f"{checks}:fits makes of them" in report
 
 
+def test_a_student_that_fits_no_device_is_scored_layer_by_layer(
+    make_recipe: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With the very scores; it answers no prompts, as each token would bring all layers anew."""
+    run = load_run(str(make_recipe(max_steps=1)))
+    loaded = run_inline(run, until="evaluate", launched=["train"])["evaluation"]
+    whole = json.loads((Path(loaded.uri) / "evaluation.json").read_text())
+    shutil.rmtree(loaded.uri)
+    open_store(run).retract(loaded.kind, loaded.digest)
+    monkeypatch.setattr(whole_models, "SHARE", 1e-9)
+    monkeypatch.setattr(whole_models, "_rooms", lambda device: [(device, 0)])
+    done = run_inline(run, until="report")
+    own = json.loads((Path(done["evaluation"].uri) / "evaluation.json").read_text())
+    for title in ("student before", "student after"):
+        expected = whole["models"][title]["all"]
+        assert "exact_match" in expected
+        assert own["models"][title]["all"] == {
+            name: value for name, value in expected.items() if name != "exact_match"
+        }
+    assert all(sample.keys() == {"source", "prompt", "label"} for sample in own["samples"])
+    assert "answers" in (Path(done["report"].uri) / "report.html").read_text()
+
+
 def test_why_a_teacher_is_not_loaded_whole(
     make_recipe: Callable[..., Path], teacher_folder: Path
 ) -> None:
@@ -179,7 +204,8 @@ def test_why_a_teacher_is_not_loaded_whole(
     for overrides in dict[str, object](), spread:
         run = load_run(recipe, overrides)
         spec = stage_spec(plan_stages(run)["evaluate"], run, {})
-        reasons.append(whole_models.why_not_whole(StageRun(spec, SilentReporter()), teacher_folder))
+        stage = StageRun(spec, SilentReporter())
+        reasons.append(whole_models.why_no_teacher(stage, teacher_folder))
     assert reasons == [None, "one copy of it is spread over 2 ranks"]
     reason = lacking_room(teacher_folder, torch.float32, torch.device("cpu"), 1e-9)
     assert reason is not None
