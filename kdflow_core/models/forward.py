@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kdflow_core.models.packing import PackedRows
+from kdflow_core.models.packing import PackedRows, told_of
 
 
 def post_norm_states(
@@ -34,7 +34,8 @@ def _outputs(
 ) -> Any:
     _forget_lengths(base)
     told = {} if packed is None else packed.arguments(ids_BT.device)
-    return base(input_ids=ids_BT, use_cache=False, **told, **asked)
+    with told_of(packed):
+        return base(input_ids=ids_BT, use_cache=False, **told, **asked)
 
 
 def _forget_lengths(base: torch.nn.Module) -> None:

@@ -8,13 +8,16 @@ batch, padded on the right.
 Dimensions: B sequences, T tokens, Q heads, K key/value heads, D and E head sizes, R packed rows.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import transformers
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PretrainedConfig
@@ -27,6 +30,7 @@ from kdflow_core.uploads import upload
 
 PACKED = "kdflow_packed"
 MOST_HEAD_SIZE = 256  # that the kernel takes
+_has_packed_rows: ContextVar[bool] = ContextVar("_has_packed_rows", default=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,16 @@ class PackedRows:
             "max_length_q": longest,
             "max_length_k": longest,
         }
+
+
+@contextmanager
+def told_of(packed: PackedRows | None) -> Iterator[None]:
+    """While a model runs that is told of packed rows, its attention insists on being told, too."""
+    token = _has_packed_rows.set(packed is not None)
+    try:
+        yield
+    finally:
+        _has_packed_rows.reset(token)
 
 
 def lay_out(
@@ -135,6 +149,12 @@ def packed_attention(
     # On the host, so that nothing waits for a device.
     edges = told.get("cu_seq_lens_k")
     if edges is None:
+        if not torch.compiler.is_compiling() and _has_packed_rows.get():
+            raise ModelError(
+                f"transformers {transformers.__version__} does not tell {type(module).__name__} "
+                "where packed rows begin, which would run into one another; set student.packing="
+                "false, or install a release that kdflow is tested with"
+            )
         attended = _attend(query_BQTD, key_BKTD, value_BKTE, scaling, dropout, sliding_window)
         return attended.transpose(1, 2).contiguous(), None
     if _has_kernel(query_BQTD, value_BKTE, dropout):

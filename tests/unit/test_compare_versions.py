@@ -46,7 +46,7 @@ def test_what_is_gone_or_called_otherwise_is_named(
     wheel = wheel_with(
         site,
         tmp_path / "other.whl",
-        (f"{SRT}/managers/schedule_batch.py", "def set_extend_range(", "def set_range("),
+        (f"{SRT}/managers/schedule_batch.py", "def prepare_for_extend(", "def prepare("),
         (f"{SRT}/distributed/bootstrap.py", "def init_layer_runtime(", "def layer_runtime("),
         (f"{SRT}/runtime_context.py", "def get_parallel()", "def get_parallel(which=0)"),
         (f"{SRT}/arg_groups/field_order.py", '"skip_tokenizer_init"', '"no_tokenizer"'),
@@ -55,7 +55,7 @@ def test_what_is_gone_or_called_otherwise_is_named(
     lines = capsys.readouterr().out.splitlines()
     assert lines[:-1] == [
         "sglang.srt.distributed.bootstrap.init_layer_runtime: gone",
-        "sglang.srt.managers.schedule_batch.Req.set_extend_range: gone",
+        "sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_extend: gone",
         "sglang.srt.runtime_context.get_parallel: with which=0",
         "option skip_tokenizer_init: gone",
     ]

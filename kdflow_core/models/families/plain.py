@@ -81,6 +81,7 @@ PLAIN = Family(
         "Lfm2ForCausalLM",
         "Lfm2MoeForCausalLM",
         "MiniMaxForCausalLM",
+        "NemotronForCausalLM",  # exact in transformers 5.12, and not in 5.19
         "OlmoHybridForCausalLM",
         "PhimoeForCausalLM",
         "Qwen2MoeForCausalLM",
