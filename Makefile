@@ -12,7 +12,7 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses 3 --dist loadfile
 # environment would have each compile it anew: that is half of the time that tests take.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install quickstart test test-fast test-all gpu-smoke check audit format lock clean
+.PHONY: install install-cuda quickstart test test-fast test-all gpu-smoke check audit format lock clean
 
 install: $(VENV)/.installed
 
@@ -25,6 +25,15 @@ $(VENV)/.installed: requirements.lock requirements-nodeps.lock pyproject.toml
 	$(BIN)/pip install --quiet --no-compile --no-deps --requirement requirements-nodeps.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
+
+# For NVIDIA GPUs: the whole of SGLang with its kernels, and the torch and transformers that it is
+# made for. The lock is all there is to install.
+install-cuda:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade "pip==26.3"
+	$(BIN)/pip install --quiet --no-compile --no-deps --requirement requirements-cuda.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $(VENV)/.installed
 
 # A real model distilled on the CPU, from nothing to the report.
 quickstart: install
@@ -57,7 +66,8 @@ check: install
 # not answer for: those were not audited.
 audit: $(VENV)/audit/.installed
 	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip \
-		--requirement requirements.lock --requirement requirements-nodeps.lock
+		--requirement requirements.lock --requirement requirements-nodeps.lock \
+		--requirement requirements-cuda.lock
 
 $(VENV)/audit/.installed: $(VENV)/.installed
 	$(PYTHON) -m venv $(VENV)/audit
@@ -68,13 +78,21 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Resolve pyproject.toml anew and pin everything.
+# Resolve pyproject.toml anew and pin everything. SGLang, in requirements-nodeps.lock, says which torch
+# and transformers it is made for, and torch's CUDA build which triton: one lock does for both builds.
 lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	build/lock/bin/pip install --quiet --upgrade "pip==26.3"
-	build/lock/bin/pip install --quiet torch==2.13.0
+	build/lock/bin/pip install --quiet torch==2.13.0 triton==3.7.1 transformers==5.12.1
 	build/lock/bin/pip install --quiet setuptools wheel '.[sglang-cpu]' --group dev
 	build/lock/bin/pip freeze --all --exclude kdflow --exclude pip | sed 's/+cpu$$//' > requirements.lock
+	build/lock/bin/pip install --quiet --dry-run --ignore-installed --report build/cuda.json \
+		setuptools wheel '.[ray,s3,sglang]' --group dev
+	build/lock/bin/python -c 'import json; \
+		found = [i["metadata"] for i in json.load(open("build/cuda.json"))["install"]]; \
+		print(*sorted(m["name"] + "==" + m["version"] for m in found if m["name"] != "kdflow"), \
+		sep="\n")' > requirements-cuda.lock
+	grep '^[a-z0-9-]*\(tokenizer\|smollm2\)==' requirements-nodeps.lock >> requirements-cuda.lock
 	rm -rf build
 
 clean:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from kdflow_core.errors import ModelError
 
-INSTALLED_BY_EXTRA = "0.5.21"
-TESTED = (INSTALLED_BY_EXTRA, "0.5.23")
+LOCKED = "0.5.21"
+TESTED = (LOCKED, "0.5.23")
 # What backends of attention need beside SGLang itself.
 PACKAGES = {
     "flashinfer": "flashinfer",
@@ -41,14 +41,14 @@ def check_sglang() -> None:
     installed = sglang_version()
     if installed is None:
         raise ModelError(
-            "SGLang is not installed: `pip install -e '.[sglang]'` on a machine with a GPU, "
-            "`make install` on a CPU, or set the type to transformers"
+            "SGLang is not installed: `make install-cuda` (or `pip install -e '.[sglang]'`) on a "
+            "machine with a GPU, `make install` on a CPU, or set the type to transformers"
         )
     if installed not in TESTED:
         raise ModelError(
             f"SGLang {installed} is installed; kdflow uses SGLang's inner parts and is tested with "
-            f"{', '.join(TESTED)}. Install `sglang=={INSTALLED_BY_EXTRA}`, or set the type to "
-            "transformers"
+            f"{' and '.join(TESTED)}. Install one of them (`make install-cuda`, or on a CPU `make "
+            "install`), or set the type to transformers"
         )
 
 

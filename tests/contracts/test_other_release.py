@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kdflow_core.sglang_runtime.versions import INSTALLED_BY_EXTRA, TESTED
+from kdflow_core.sglang_runtime.versions import LOCKED, TESTED
 from tests.readme import ROOT
 
 CONTRACTS = ("test_teacher.py", "test_rollout.py", "test_engine_ranks.py", "test_sglang_server.py")
@@ -19,7 +19,7 @@ CONTRACTS = ("test_teacher.py", "test_rollout.py", "test_engine_ranks.py", "test
 
 @pytest.mark.slow  # loads 40 MB, and runs for some minutes
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("release", sorted(set(TESTED) - {INSTALLED_BY_EXTRA}))
+@pytest.mark.parametrize("release", sorted(set(TESTED) - {LOCKED}))
 def test_contracts_hold_under_another_release(tmp_path: Path, release: str) -> None:
     """Those of teachers, rollout engines and servers."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]

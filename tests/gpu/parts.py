@@ -41,10 +41,17 @@ def machine(place: Place) -> dict[str, Any]:
 
 
 def lock(_: Place) -> dict[str, Any]:
-    """Installed are the versions of the lock; on a GPU some are of another build."""
-    text = (ROOT / "requirements.lock").read_text()
-    pins = dict(re.findall(r"^([A-Za-z0-9._-]+)==([^\s;+]+)", text, re.MULTILINE))
-    other = {}
+    """Installed are the versions of the lock that has this torch; some may be of another build."""
+    locks = {
+        name: dict(
+            re.findall(r"^([A-Za-z0-9._-]+)==([^\s;+]+)", (ROOT / name).read_text(), re.MULTILINE)
+        )
+        for name in ("requirements.lock", "requirements-cuda.lock")
+    }
+    torch_version = metadata.version("torch").partition("+")[0]
+    used = [name for name, pins in locks.items() if pins["torch"] == torch_version]
+    assert used, f"torch {torch_version} is in none of {', '.join(locks)}"
+    pins, other = locks[used[0]], {}
     for name, version in pins.items():
         try:
             installed = metadata.version(name).partition("+")[0]
@@ -54,7 +61,7 @@ def lock(_: Place) -> dict[str, Any]:
             other[name] = f"{installed}, not {version}"
     for name in ("torch", "transformers", "prefect", "zarr"):
         assert name not in other, f"{name}: {other.get(name)}"
-    return {"pinned": len(pins), "other": ", ".join(sorted(other)) or "none"}
+    return {"lock": used[0], "pinned": len(pins), "other": ", ".join(sorted(other)) or "none"}
 
 
 def _peak(place: Place) -> float:
