@@ -32,6 +32,7 @@ from flows.json_output import AsJson, print_lines
 from flows.prefect_api import configured_api, load_prefect, prefect_api
 from storage.artifact import ArtifactRef
 from tasks.checks.anew import forget_from
+from tasks.checks.cluster_check import nodes_by_stage
 from tasks.checks.run_check import (
     PlannedRun,
     all_artifacts,
@@ -41,7 +42,7 @@ from tasks.checks.run_check import (
     planned_run,
 )
 from tasks.execution.launch import warm_up
-from tasks.forecast.estimate import Estimate, Prospect, check_room
+from tasks.forecast.estimate import Estimate, Prospect, check_room, with_delivery
 from tasks.presentation.results import (
     SIDES,
     benchmark_rows,
@@ -53,7 +54,7 @@ from tasks.presentation.results import (
 )
 from tasks.stages.explanation import stage_status
 from tasks.stages.identity import open_store
-from tasks.stages.planning import record_stages
+from tasks.stages.planning import plan_stages, record_stages
 
 app = typer.Typer(
     help="Knowledge distillation of language models.",
@@ -205,10 +206,12 @@ def estimate(
         )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     found, outcome = measure(config, logging.getLogger("kdflow"))
+    places = nodes_by_stage(config, plan_stages(with_delivery(config, outcome.delivery)).values())
     if as_json:
-        print_lines([found.model_dump(mode="json") | outcome.model_dump(mode="json")])
+        figures = found.model_dump(mode="json") | outcome.model_dump(mode="json")
+        print_lines([figures | {"nodes": places}])
     else:
-        console.print(estimate_table(config, found, outcome))
+        console.print(estimate_table(config, found, outcome, places))
     check_room(config, outcome)
 
 
@@ -314,7 +317,9 @@ def benchmark_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def estimate_table(run: RunConfig, found: Estimate, outcome: Prospect) -> Table:
+def estimate_table(
+    run: RunConfig, found: Estimate, outcome: Prospect, places: dict[str, str]
+) -> Table:
     """An estimate for people."""
     table = Table("", "", title=f"estimate of {run.name}, {run.planned_runs} runs planned")
     size_of = store_commands.size_text
@@ -338,6 +343,7 @@ def estimate_table(run: RunConfig, found: Estimate, outcome: Prospect) -> Table:
         "replay in all": duration(outcome.replay_s),
         "live in all": duration(outcome.live_s),
         "delivery: auto": f"{outcome.delivery}: {outcome.reason}",
+        **places,
     }
     for name, text in rows.items():
         table.add_row(name, text)

@@ -1,4 +1,7 @@
-"""Weights on their way from one process to another of this machine, in shared memory."""
+"""Weights on their way from one process to another of this machine, in shared memory.
+
+Dimensions: B bytes of a bucket.
+"""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -54,10 +57,14 @@ class Bucket:
 
     def views(self) -> Iterator[tuple[TensorPlace, torch.Tensor]]:
         """Each tensor's place, and the tensor."""
-        whole = torch.from_file(self.path, shared=True, size=self.num_bytes, dtype=torch.uint8)
+        whole_B = self.whole()
         for place in self.tensors:
-            part = whole[place.offset : place.offset + place.num_bytes]
-            yield place, part.view(place.torch_dtype).view(place.shape)
+            part_B = whole_B[place.offset : place.offset + place.num_bytes]
+            yield place, part_B.view(place.torch_dtype).view(place.shape)
+
+    def whole(self) -> torch.Tensor:
+        """The bytes of the file: uint8 [B]."""
+        return torch.from_file(self.path, shared=True, size=self.num_bytes, dtype=torch.uint8)
 
 
 class BucketFile:
@@ -77,13 +84,20 @@ class BucketFile:
             place = TensorPlace(name=name, dtype=dtype, shape=tuple(tensor.shape), offset=end)
             places.append(place)
             end += -(-place.num_bytes // ALIGNMENT) * ALIGNMENT
-        if end > self._size:  # it only grows: the pages of the last bucket serve on
-            os.truncate(self._file.fd, end)
-            self._size = end
-        bucket = Bucket(path=self._file.path, num_bytes=end, tensors=tuple(places))
+        bucket = self._bucket(end, tuple(places))
         for (_, view), (_, tensor) in zip(bucket.views(), named, strict=True):
             view.copy_(tensor)
         return bucket
+
+    def room_for(self, other: Bucket) -> Bucket:
+        """A bucket in it for the tensors of one elsewhere, whose bytes are to come."""
+        return self._bucket(other.num_bytes, other.tensors)
+
+    def _bucket(self, num_bytes: int, tensors: tuple[TensorPlace, ...]) -> Bucket:
+        if num_bytes > self._size:  # it only grows: the pages of the last bucket serve on
+            os.truncate(self._file.fd, num_bytes)
+            self._size = num_bytes
+        return Bucket(path=self._file.path, num_bytes=num_bytes, tensors=tensors)
 
 
 def missing_text(names: Sequence[str]) -> str:

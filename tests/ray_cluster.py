@@ -8,7 +8,7 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,18 +24,20 @@ ENVIRONMENT = {
 }
 STORE_BYTES = 80 * 2**20  # about the smallest that there is
 READY_S = 120
+ATTEMPTS = 3  # Ray waits 30 s for a node, which a machine with other work may not have ready
 
 
 def main() -> None:
     """Two nodes, until the end of standard input."""
     from ray.cluster_utils import Cluster
 
-    common = {"num_cpus": 4, "object_store_memory": STORE_BYTES, "include_dashboard": False}
+    # Of GPUs, Ray goes by what it is told.
+    size = {"num_cpus": 4, "num_gpus": 4, "object_store_memory": STORE_BYTES}
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={**common, "node_ip_address": HEAD},
+        head_node_args={**size, "include_dashboard": False, "node_ip_address": HEAD},
     )
-    second = cluster.add_node(num_cpus=4, object_store_memory=STORE_BYTES, node_ip_address=SECOND)
+    second = cluster.add_node(**size, node_ip_address=SECOND)
     raylets = {
         name: node.all_processes["raylet"][0].process.pid
         for name, node in (("head", cluster.head_node), ("second", second))
@@ -66,32 +68,41 @@ def running_cluster() -> Iterator[RayCluster]:
     before = {name: os.environ.get(name) for name in ENVIRONMENT | token}
     os.environ.update(ENVIRONMENT | token)
     # The paths of its sockets are near the longest that there may be.
-    with TemporaryDirectory(prefix="kr", dir="/tmp") as folder:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.ray_cluster"],
-            env=os.environ | {"RAY_TMPDIR": folder},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=Path(__file__).parents[1],
-            text=True,
-        )
-        assert process.stdin is not None
-        assert process.stdout is not None
+    with TemporaryDirectory(prefix="kr", dir="/tmp") as folder, ExitStack() as stack:
         try:
-            line = ""
-            while not line.startswith("{"):
-                line = process.stdout.readline()
-                assert line, "the cluster did not start"
-            yield RayCluster(**json.loads(line))
+            for attempt in range(ATTEMPTS):
+                if line := stack.enter_context(_started(Path(folder) / str(attempt))):
+                    yield RayCluster(**json.loads(line))
+                    return
+            raise AssertionError("the cluster did not start")
         finally:
-            process.stdin.close()
-            process.wait(READY_S)
-            process.stdout.close()
+            stack.close()
             for name, value in before.items():
                 if value is None:
                     del os.environ[name]
                 else:
                     os.environ[name] = value
+
+
+@contextmanager
+def _started(folder: Path) -> Iterator[str]:
+    """The line that its process tells of itself; none where Ray has not come up in its time."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.ray_cluster"],
+        env=os.environ | {"RAY_TMPDIR": str(folder)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[1],
+        text=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        yield next((line for line in process.stdout if line.startswith("{")), "")
+    finally:
+        process.stdin.close()
+        process.wait(READY_S)
+        process.stdout.close()
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ class _TakesWeights(StrictModel):
 
     num_engines: int | None = Field(default=None, gt=0, le=MOST_RANKS)
     """Engines that share a round's prompts, each with the whole student on GPUs of its own. By
-    default as many as this machine has GPUs for (from `first_gpu` on), and one on a CPU and over
-    Ray. The answers do not depend on it.
+    default as many as this machine has GPUs for (from `first_gpu` on), over Ray one, or with
+    `placement: colocated` as many as the student's ranks have; one on a CPU. The answers do not
+    depend on it.
     """
     bucket_mb: int = Field(default=256, gt=0, le=MOST)
     """How much of new weights is handed over at a time, in MB; twice that is held."""
@@ -30,8 +31,9 @@ class SglangRollout(SglangEngine, _TakesWeights):
     """SGLang's engine."""
 
     weights: Literal["tensor", "broadcast"] = "tensor"
-    """How new weights travel: `tensor` (shared memory, also for an engine on the student's own GPU)
-    or `broadcast` (NCCL or Gloo).
+    """How new weights travel: `tensor` (through the memory of the machine, and over Ray on to that
+    of the engine's; also for an engine on the student's own GPU) or `broadcast` (from GPU to GPU by
+    NCCL, or by Gloo).
     """
     sleep: bool = False
     """Leave the GPU to teacher and student while they work."""

@@ -19,10 +19,9 @@ from configs.schema.eval import EvalConfig
 from configs.schema.loss import LossConfig
 from configs.schema.models import NewVocabularyModel
 from configs.schema.on_policy import OnPolicyConfig, check_on_policy, check_samples
-from configs.schema.rollout import SglangRollout
 from configs.schema.student import StudentConfig
 from configs.schema.teacher import InProcessTeacher, Teacher
-from configs.schema.workers import LocalWorkers, RayWorkers, Workers
+from configs.schema.workers import LocalWorkers, RayWorkers, Workers, check_over_nodes
 
 DEFAULT_POOL = "default"
 # Fields that name a Python function.
@@ -210,15 +209,8 @@ class RunConfig(StrictModel):
 
     @model_validator(mode="after")
     def _machines_fit(self) -> "RunConfig":
-        rollout = None if self.on_policy is None else self.on_policy.rollout
-        if not isinstance(self.workers, RayWorkers) or rollout is None:
-            return self
-        if not isinstance(rollout, SglangRollout) or rollout.weights != "broadcast":
-            raise ValueError(
-                "workers.type=ray has trainer and rollout engines on GPUs, and maybe machines, of "
-                "their own, between which weights are broadcast; set on_policy.rollout.type=sglang "
-                "and on_policy.rollout.weights=broadcast"
-            )
+        if isinstance(self.workers, RayWorkers):
+            check_over_nodes(self)
         return self
 
     @model_validator(mode="after")
@@ -427,6 +419,20 @@ class RunConfig(StrictModel):
             VERIFIER: self.eval.verifier,
         }
         return {field: function for field, function in named.items() if function is not None}
+
+    @property
+    def engines_beside_student(self) -> bool:
+        """Whether rollout engines share the GPUs of the ranks that train, on a cluster."""
+        return isinstance(self.workers, RayWorkers) and self.workers.placement == "colocated"
+
+    def rollout_engines(self, gpus: int) -> int:
+        """Those of an on-policy run on a machine with so many GPUs, or over the nodes of a cluster,
+        where ranks that train have one each.
+        """
+        assert self.on_policy is not None
+        if isinstance(self.workers, RayWorkers):
+            gpus = self.student.num_ranks if self.engines_beside_student else 0
+        return self.on_policy.engines_on(gpus)
 
     @property
     def answering_ranks(self) -> int:

@@ -1,10 +1,14 @@
 """Where the ranks of a run are started."""
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from configs.schema.base import MOST, StrictModel
+from configs.schema.rollout import SglangRollout
+
+if TYPE_CHECKING:
+    from configs.schema.run import RunConfig
 
 
 class LocalWorkers(StrictModel):
@@ -24,6 +28,10 @@ class RayWorkers(StrictModel):
     """Where the cluster's head is, as `host:port`; `auto`: that of the node on this machine."""
     strategy: Literal["pack", "spread"] = "pack"
     """Whether ranks go onto as few machines as have room for them, or onto as many."""
+    placement: Literal["separate", "colocated"] = "separate"
+    """Where rollout engines are: on GPUs of their own, or on those of the ranks that train, with
+    which they take turns (`rollout.sleep`, `student.sleep` and `teacher.sleep` say who leaves).
+    """
     cpus_per_rank: int = Field(default=1, gt=0, le=MOST)
     """CPUs that Ray sets aside for each rank."""
     gpus_per_rank: int | None = Field(default=None, ge=0, le=MOST)
@@ -54,3 +62,37 @@ class RayWorkers(StrictModel):
 
 
 Workers = Annotated[LocalWorkers | RayWorkers, Field(discriminator="type")]
+
+
+def check_over_nodes(run: "RunConfig") -> None:
+    """Refuse rollout engines that a cluster cannot have where they are asked for. Raises
+    ValueError.
+    """
+    if run.on_policy is None:
+        if run.engines_beside_student:
+            raise ValueError(
+                "workers.placement=colocated is about rollout engines, which `mode: onpolicy` has; "
+                "leave it out"
+            )
+        return
+    rollout = run.on_policy.rollout
+    if isinstance(rollout, SglangRollout) and rollout.first_gpu:
+        raise ValueError(
+            f"on_policy.rollout.first_gpu={rollout.first_gpu} counts the GPUs of one machine, and "
+            "with workers.type=ray an engine has those that Ray gives it; leave it out"
+        )
+    if not run.engines_beside_student:
+        return
+    if isinstance(rollout, SglangRollout) and rollout.weights == "broadcast":
+        raise ValueError(
+            "on_policy.rollout.weights=broadcast goes between GPUs, and workers.placement="
+            "colocated has engine and student on the same ones; set it to tensor"
+        )
+    room = run.student.num_ranks // rollout.ranks_per_replica
+    if run.rollout_engines(0) > room:
+        raise ValueError(
+            "workers.placement=colocated has rollout engines on the GPUs of the student, and "
+            f"student.num_ranks={run.student.num_ranks} has room for {room} of "
+            f"{rollout.ranks_per_replica} GPUs each; lower on_policy.rollout.num_engines or "
+            "tensor_parallel, or raise student.num_ranks"
+        )

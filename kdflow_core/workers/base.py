@@ -45,12 +45,15 @@ class Placement:
     """How many ranks a group has, how many accelerators each uses where there are any, and what of
     the environment is set for them where it is not.
 
-    `name` is what messages call the group.
+    `name` is what messages call the group. Its ranks use accelerators of their own, or those of the
+    group that they are `beside`, which the same launcher has started; on one machine, all groups
+    see all of them.
     """
 
     name: str
     num_ranks: int = 1
     devices: int = 1
+    beside: str | None = None
     env: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -34,6 +34,7 @@ from kdflow_core.workers.ray_orders import (
     Group,
     Node,
     Order,
+    Seat,
     ToRank,
     bundle_of,
     room_for,
@@ -99,14 +100,16 @@ def look(cluster: Cluster) -> tuple[Node, ...]:
 
 
 class Ranks:
-    """A group of ranks on the cluster, one in each bundle of a placement group."""
+    """A group of ranks on the cluster: one in each bundle of a placement group, or in seats that
+    ranks of another group have, whose resources they share.
+    """
 
     def __init__(self, group: Group) -> None:
         self._group = group
         connect(group.cluster)
         resources = [node["Resources"] for node in alive()]
         self._bundle = bundle_of(group.cpus, group.gpus, group.placement.devices, resources)
-        self._placed: PlacementGroup = self._place()
+        self._placed: PlacementGroup | None = None
         self._relays: list[Any] = []
         self.contexts: tuple[RankContext, ...] = ()
 
@@ -134,16 +137,40 @@ class Ranks:
             ) from error
         return placed
 
-    def start(self) -> None:
-        """Start them. Those of one node stand together. Raises BridgeError."""
-        group, ranks = self._group, self._group.placement.num_ranks
+    def _in_bundles(self) -> list[str]:
+        """A relay in each bundle, those of one node together; their addresses."""
+        self._placed = self._place()
         node_of: dict[int, str] = placement_group_table(self._placed)["bundles_to_node_id"]
         nodes = list(dict.fromkeys(node_of[bundle] for bundle in sorted(node_of)))
         bundles = sorted(node_of, key=lambda bundle: (nodes.index(node_of[bundle]), bundle))
         address = {n["NodeID"]: n["NodeManagerAddress"] for n in alive()}
-        addresses = [address[node_of[bundle]] for bundle in bundles]
-        self._relays = [self._relay(bundle) for bundle in bundles]
+        for bundle in bundles:
+            where = PlacementGroupSchedulingStrategy(
+                self._placed, placement_group_bundle_index=bundle
+            )
+            self._relays.append(self._relay(where, self._bundle))
+        return [address[node_of[bundle]] for bundle in bundles]
+
+    def _in_seats(self, seats: Sequence[Seat]) -> list[str]:
+        """A relay in each of the first seats, which are others' already; their addresses."""
+        nodes = {node["NodeManagerAddress"]: node["NodeID"] for node in alive()}
+        for seat in seats:
+            if seat.node not in nodes:
+                raise BridgeError(f"node {seat.node} is gone")
+            where = NodeAffinitySchedulingStrategy(nodes[seat.node], soft=False)
+            self._relays.append(self._relay(where, {"CPU": 0}))
+        return [seat.node for seat in seats]
+
+    def start(self) -> None:
+        """Start them. Those of one node stand together. Raises BridgeError."""
+        group, ranks = self._group, self._group.placement.num_ranks
+        addresses = self._in_seats(group.seats) if group.seats else self._in_bundles()
+        nodes = list(dict.fromkeys(addresses))
         places = self._all("place", [(own,) for own in addresses])
+        seats = group.seats or tuple(
+            Seat(node=own, devices=place["devices"])
+            for own, place in zip(addresses, places, strict=True)
+        )
         for own, place in zip(addresses, places, strict=True):
             if unlike := unlike_here(own, place["versions"]):
                 raise BridgeError(unlike)
@@ -152,13 +179,13 @@ class Ranks:
             RankContext(
                 rank=number,
                 local_rank=addresses[:number].count(own),
-                node=nodes.index(node_of[bundle]),
+                node=nodes.index(own),
                 num_ranks=ranks,
                 rendezvous=meeting,
                 address=own,
                 sees_own_devices=True,
             )
-            for number, (bundle, own) in enumerate(zip(bundles, addresses, strict=True))
+            for number, own in enumerate(addresses)
         )
         self._all(
             "start",
@@ -169,28 +196,30 @@ class Ranks:
                     group.placement,
                     group.folder,
                     group.given,
-                    own,
-                    addresses.count(own),
+                    seat,
+                    addresses.count(seat.node),
                 )
-                for k, own in enumerate(addresses)
+                for k, seat in enumerate(seats)
             ],
         )
-        tell(placed=self.contexts)  # before anything that ranks print
+        tell(placed=self.contexts, seats=seats)  # before anything that ranks print
         for number in range(ranks):
             threading.Thread(target=self._read, args=(number,), daemon=True).start()
         threading.Thread(target=self._beat, daemon=True).start()
 
-    def _relay(self, bundle: int) -> Any:
+    def _relay(
+        self,
+        where: PlacementGroupSchedulingStrategy | NodeAffinitySchedulingStrategy,
+        takes: Mapping[str, int],
+    ) -> Any:
         kind = ray.remote(
             max_restarts=0, max_task_retries=0, concurrency_groups={"talk": 1, "ask": 1}
         )(Relay)
         return kind.options(
-            num_cpus=self._bundle["CPU"],
-            num_gpus=self._bundle.get("GPU", 0),
+            num_cpus=takes["CPU"],
+            num_gpus=takes.get("GPU", 0),
             runtime_env={"env_vars": OWN_CHILDREN},
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                self._placed, placement_group_bundle_index=bundle
-            ),
+            scheduling_strategy=where,
         ).remote()
 
     def _all(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -249,7 +278,8 @@ class Ranks:
         for relay in self._relays:
             with contextlib.suppress(RayError):
                 ray.kill(relay)
-        remove_placement_group(self._placed)
+        if self._placed is not None:
+            remove_placement_group(self._placed)
 
 
 def _told(resources: Mapping[str, float]) -> str:

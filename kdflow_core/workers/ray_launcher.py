@@ -22,7 +22,16 @@ from configs.schema.workers import RayWorkers
 from kdflow_core.errors import WorkerError
 from kdflow_core.workers.base import STALL_S, Events, Launcher, Placement, Start
 from kdflow_core.workers.group import RankGroup, RankProcess
-from kdflow_core.workers.ray_orders import Cluster, FromBridge, Group, Node, Order, ToRank
+from kdflow_core.workers.ray_orders import (
+    Cluster,
+    FromBridge,
+    Group,
+    Node,
+    Order,
+    Seat,
+    ToRank,
+    shared_seats,
+)
 
 # Variables of this process that its ranks get: where things are, and how libraries behave.
 FORWARDED = (
@@ -206,6 +215,7 @@ class RayLauncher:
 
     def __init__(self, config: RayWorkers) -> None:
         self._config = config
+        self._seats: dict[str, tuple[Seat, ...]] = {}  # of groups that were started
 
     def start(
         self,
@@ -228,18 +238,34 @@ class RayLauncher:
             cpus=config.cpus_per_rank,
             gpus=config.gpus_per_rank,
             start_timeout_s=config.start_timeout_s,
+            seats=self._beside(placement),
         )
         _require_access(config)
         bridge = _Bridge(Order(group=order), 2 * config.start_timeout_s + START_SLACK_S)
         group = RankGroup(placement.name, events, stall_s=stall_s, release=bridge.close)
         try:
             assert bridge.first.placed is not None
+            self._seats[placement.name] = bridge.first.seats
             for context, process in zip(bridge.first.placed, bridge.processes, strict=True):
                 group.add(process, Start(context=context, job=job, spec=spec))
         except BaseException:
             group.end()
             raise
         return group
+
+    def _beside(self, placement: Placement) -> tuple[Seat, ...]:
+        """The seats that ranks share with those of another group. Raises WorkerError."""
+        if placement.beside is None:
+            return ()
+        seats = shared_seats(self._seats[placement.beside], placement.devices)
+        if len(seats) < placement.num_ranks:
+            raise WorkerError(
+                f"{placement.num_ranks} ranks of {placement.name}, of {placement.devices} devices "
+                f"of one node each, do not fit onto those of {placement.beside}, which have room "
+                f"for {len(seats)}",
+                expected=True,
+            )
+        return tuple(seats[: placement.num_ranks])
 
 
 def nodes_of(config: RayWorkers, folders: tuple[str, ...] = ()) -> tuple[Node, ...]:

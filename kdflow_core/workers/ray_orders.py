@@ -20,9 +20,18 @@ class Cluster(_Message):
     """What every node is asked for, where nothing is to be started."""
 
 
+class Seat(_Message):
+    """Where a rank stands: a node's address, and its accelerators there as CUDA_VISIBLE_DEVICES
+    has them, where Ray has set it.
+    """
+
+    node: str
+    devices: str | None = None
+
+
 class Group(_Message):
     """Ranks that are to be started on a cluster, in a working `folder` that all nodes have, `given`
-    variables of the environment.
+    variables of the environment; in `seats` that others have, where there are any.
     """
 
     cluster: Cluster
@@ -34,6 +43,18 @@ class Group(_Message):
     cpus: int
     gpus: int | None
     start_timeout_s: float
+    seats: tuple[Seat, ...] = ()
+
+
+def shared_seats(seats: Sequence[Seat], devices: int) -> list[Seat]:
+    """Those for ranks that use so many of others' `seats` each, all of one node."""
+    shared = []
+    for node in dict.fromkeys(seat.node for seat in seats):
+        own = [seat.devices for seat in seats if seat.node == node]
+        for first in range(0, len(own) - devices + 1, devices):
+            seen = [each for each in own[first : first + devices] if each is not None]
+            shared.append(Seat(node=node, devices=",".join(seen) if seen else None))
+    return shared
 
 
 def bundle_of(
@@ -52,6 +73,39 @@ def room_for(bundle: Mapping[str, int], nodes: Sequence[Mapping[str, float]]) ->
     return sum(
         min(int(own.get(name, 0.0) // size) for name, size in bundle.items()) for own in nodes
     )
+
+
+def nodes_for(
+    bundle: Mapping[str, int],
+    count: int,
+    nodes: Sequence[Mapping[str, float]],
+    strategy: Literal["pack", "spread"],
+) -> int:
+    """On how many nodes of these resources so many ranks come to stand, when they are empty; all of
+    the nodes where there is no room for them.
+    """
+    rooms = sorted((room_for(bundle, [own]) for own in nodes), reverse=True)
+    if strategy == "spread":
+        return min(count, sum(room > 0 for room in rooms))
+    return next((n for n in range(1, len(rooms)) if sum(rooms[:n]) >= count), len(rooms))
+
+
+def lacks_room(
+    wanted: Sequence[tuple[Mapping[str, int], int]], nodes: Sequence[Mapping[str, float]]
+) -> bool:
+    """Whether nodes of these resources, when they are empty, do not hold so many ranks of each of
+    these bundles side by side.
+    """
+    free = [dict(own) for own in nodes]
+    for bundle, count in sorted(wanted, key=lambda one: -one[0].get("GPU", 0)):  # the large first
+        lacking = count
+        for own in free:
+            placed = min(lacking, room_for(bundle, [own]))
+            lacking -= placed
+            own.update({name: own[name] - placed * size for name, size in bundle.items() if placed})
+        if lacking:
+            return True
+    return False
 
 
 class Order(_Message):
@@ -88,11 +142,13 @@ class Node(_Message):
 
 
 class FromBridge(_Message):
-    """What a bridge tells: where the ranks are, or the nodes; or what is wrong. Of a rank: a line
-    that it prints, its exit code, how it was lost, or in answer to a question, why it stands still.
+    """What a bridge tells: where the ranks are, with their seats, or the nodes; or what is wrong.
+    Of a rank: a line that it prints, its exit code, how it was lost, or in answer to a question,
+    why it stands still.
     """
 
     placed: tuple[RankContext, ...] | None = None
+    seats: tuple[Seat, ...] = ()
     nodes: tuple[Node, ...] | None = None
     error: str | None = None
     rank: int = 0

@@ -21,8 +21,10 @@ import psutil
 from kdflow_core.workers.base import Placement
 from kdflow_core.workers.local import LocalProcess, rank_command, rank_environment, start_process
 from kdflow_core.workers.ports import free_port
+from kdflow_core.workers.ray_orders import Seat
 
 BEAT_S = 5.0
+DEVICES = "CUDA_VISIBLE_DEVICES"
 LOST_S = 120.0
 VERSIONS = ("kdflow", "torch", "transformers", "ray")  # that must be the same on all nodes
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
@@ -37,8 +39,11 @@ class Relay:
         threading.Thread(target=self._end_when_lost, daemon=True).start()
 
     def place(self, address: str) -> dict[str, Any]:
-        """The versions here, and a port at this node's address that nobody listens on."""
-        return {"versions": versions(), "port": free_port(address)}
+        """The versions here, a port at this node's address that nobody listens on, and what Ray
+        lets the rank see of the accelerators.
+        """
+        devices = os.environ.get(DEVICES)
+        return {"versions": versions(), "port": free_port(address), "devices": devices}
 
     def start(
         self,
@@ -47,15 +52,17 @@ class Relay:
         placement: Placement,
         folder: str,
         given: Mapping[str, str],
-        address: str,
+        seat: Seat,
         ranks: int,
     ) -> None:
-        """Start the rank in a working folder, with variables that it is `given`; it is one of so
-        many on this node, which has the address.
+        """Start the rank in a working folder, with variables that it is `given`, in its seat; it is
+        one of so many on this node.
         """
         os.environ.update(given)
+        if seat.devices is not None:
+            os.environ[DEVICES] = seat.devices
         for name in INTERFACES:
-            os.environ.setdefault(name, interface_of(address))
+            os.environ.setdefault(name, interface_of(seat.node))
         env = rank_environment(placement, ranks)
         self._process = start_process(rank_command(job, number, placement), env, folder)
         with contextlib.suppress(OSError):  # Ray's workers are nice, which a training is not

@@ -11,7 +11,7 @@ from configs.errors import ConfigError
 from configs.schema.run import RunConfig
 from configs.schema.workers import RayWorkers
 from kdflow_core.workers.ray_launcher import nodes_of
-from kdflow_core.workers.ray_orders import Node, bundle_of, room_for
+from kdflow_core.workers.ray_orders import Node, bundle_of, lacks_room, nodes_for, room_for
 from kdflow_core.workers.ray_relay import unlike_here
 from tasks.stages.catalogue import CATALOGUE, devices_of
 from tasks.stages.identity import StageIdentity, made_of, open_store
@@ -34,6 +34,7 @@ def check_cluster(
     problems += _too_many(run, nodes, stages)
     if problems:
         raise ConfigError("workers.type=ray: " + "; ".join(problems))
+    from tasks.checks.device_check import check_without_gpus  # noqa: PLC0415 - loads torch
     from tasks.checks.room_check import GB, Machine, check_room_on  # noqa: PLC0415 - loads torch
 
     on_gpus = run.workers.gpus_per_rank != 0
@@ -46,12 +47,31 @@ def check_cluster(
         )
         for node in nodes
     ]
+    if not any(machine.gpus for machine in machines):
+        check_without_gpus(run, "the ranks of this cluster have")
     check_room_on(machines, run, folders)
 
 
 def examined_nodes(config: RayWorkers) -> list[tuple[Node, list[str]]]:
     """The nodes of a cluster, and what is amiss with each, whatever the run. Raises WorkerError."""
     return [(node, _problems(node, config)) for node in nodes_of(config)]
+
+
+def nodes_by_stage(run: RunConfig, stages: Iterable[StageIdentity]) -> dict[str, str]:
+    """On how many of a cluster's nodes the ranks of each stage come to stand, for people; nothing
+    where ranks are on this machine. Raises WorkerError.
+    """
+    if not isinstance(run.workers, RayWorkers):
+        return {}
+    config, nodes = run.workers, [node.resources for node in nodes_of(run.workers)]
+    told = {}
+    for identity in stages:
+        ranks = CATALOGUE[identity.stage].ranks(run)
+        devices = devices_of(run, identity.stage)
+        bundle = bundle_of(config.cpus_per_rank, config.gpus_per_rank, devices, nodes)
+        used = nodes_for(bundle, ranks, nodes, config.strategy)
+        told[identity.name] = f"{ranks} ranks on {used} of {len(nodes)} nodes"
+    return told
 
 
 def _problems(node: Node, config: RayWorkers) -> list[str]:
@@ -117,15 +137,41 @@ def _too_many(run: RunConfig, nodes: Sequence[Node], stages: Iterable[StageIdent
     cpus, gpus = run.workers.cpus_per_rank, run.workers.gpus_per_rank
     resources, found = [node.resources for node in nodes], []
     for identity in stages:
-        needed = {devices_of(run, identity.stage): CATALOGUE[identity.stage].ranks(run)}
+        groups = {"ranks": (CATALOGUE[identity.stage].ranks(run), devices_of(run, identity.stage))}
         if run.on_policy is not None and identity.stage == "train":
             width = run.on_policy.rollout.ranks_per_replica
-            needed[width] = needed.get(width, 0) + run.on_policy.engines_on(0)
-        for devices, ranks in needed.items():
-            bundle = bundle_of(cpus, gpus, devices, resources)
-            if ranks > (most := room_for(bundle, resources)):
-                found.append(
-                    f"stage {identity.name} has {ranks} ranks, and the {len(nodes)} nodes have "
-                    f"room for {most} of {cpus} CPUs and {bundle.get('GPU', 0)} GPUs each"
-                )
+            if not run.engines_beside_student:
+                groups["rollout engines"] = (run.rollout_engines(0), width)
+            found += _uneven(run, nodes, width)
+        bundles = {
+            name: (bundle_of(cpus, gpus, devices, resources), ranks)
+            for name, (ranks, devices) in groups.items()
+        }
+        if lacks_room(list(bundles.values()), resources):
+            wanted = " and ".join(f"{ranks} {name}" for name, (_, ranks) in bundles.items())
+            rooms = " or ".join(
+                f"{room_for(bundle, resources)} of {cpus} CPUs and {bundle.get('GPU', 0)} GPUs each"
+                for bundle, _ in bundles.values()
+            )
+            found.append(
+                f"stage {identity.name} has {wanted}, and the {len(nodes)} nodes have room for "
+                f"{rooms}"
+            )
     return found
+
+
+def _uneven(run: RunConfig, nodes: Sequence[Node], width: int) -> list[str]:
+    """What is said where ranks that train may come to stand so that engines of so many GPUs, all of
+    one node, do not fit onto theirs.
+    """
+    if not run.engines_beside_student or width == 1:
+        return []
+    odd = [node for node in nodes if int(node.resources.get("GPU", 0)) % width]
+    if run.student.num_ranks % width == 0 and not odd:
+        return []
+    where = ", ".join(f"{n.address} has {n.resources.get('GPU', 0):g}" for n in odd)
+    return [
+        f"workers.placement=colocated with rollout engines of {width} GPUs of one node each needs "
+        f"multiples of {width}: student.num_ranks={run.student.num_ranks}"
+        + (f", and of GPUs node {where}" if odd else "")
+    ]

@@ -29,7 +29,7 @@ def check_devices(run: RunConfig) -> None:
     if run.teacher.type != "sglang_server":  # whose ranks only ask
         wanted["teacher.num_ranks"] = run.teacher.num_ranks
     if run.on_policy is not None:
-        wanted["on_policy.rollout.num_engines"] = run.on_policy.engines_on(gpus)
+        wanted["on_policy.rollout.num_engines"] = run.rollout_engines(gpus)
     for field, ranks in wanted.items():
         if ranks > most:
             raise ModelError(f"{field}={ranks}: this machine has {what}; lower it")
@@ -37,18 +37,20 @@ def check_devices(run: RunConfig) -> None:
         _check_compiler("training on a GPU, which compiles its loss,", "CC", ("gcc", "clang"))
         _check_gpus(run, gpus)
     else:
-        _check_cpu(run)
+        check_without_gpus(run, "this machine has")
         if run.student.compile:
             _check_compiler("student.compile=true", "CXX", ("g++", "clang++"))
 
 
-def _check_cpu(run: RunConfig) -> None:
-    """Refuse what engines do on GPUs alone; they would say so themselves, when others have run."""
+def check_without_gpus(run: RunConfig, who: str) -> None:
+    """Refuse what engines do on GPUs alone, where `who` none; they would say so themselves, when
+    others have run. Raises ModelError.
+    """
     rollout = None if run.on_policy is None else run.on_policy.rollout
     if isinstance(rollout, SglangRollout) and rollout.sleep:
         raise ModelError(
-            "on_policy.rollout.sleep=true gives back the memory of a GPU, and this machine has "
-            "none; leave it out"
+            f"on_policy.rollout.sleep=true gives back the memory of a GPU, and {who} none; leave "
+            "it out"
         )
     if isinstance(run.teacher, SglangTeacher) and run.teacher.expert_parallel > 1:
         raise ModelError(
@@ -80,7 +82,7 @@ def _check_gpus(run: RunConfig, gpus: int) -> None:
     if answers is not None and isinstance(answers.engine, SglangEngine):
         _check_engine("data.answers.engine", answers.engine, run.answering_ranks, gpus)
     if run.on_policy is not None and isinstance(rollout := run.on_policy.rollout, SglangRollout):
-        _check_engine("on_policy.rollout", rollout, run.on_policy.engines_on(gpus), gpus)
+        _check_engine("on_policy.rollout", rollout, run.rollout_engines(gpus), gpus)
         if rollout.weights == "broadcast" and rollout.first_gpu == 0:
             raise ModelError(
                 "on_policy.rollout.weights=broadcast: engine and rank 0 of the student share GPU "

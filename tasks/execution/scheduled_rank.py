@@ -92,7 +92,11 @@ def spec_of(planned: PlannedRun, name: str) -> StageSpec:
     """What a stage of a run gets, its inputs taken from the store. Raises ConfigError."""
     run, stages = planned.run, planned.stages
     if run.mode == "onpolicy" and name == "train":
-        raise ConfigError("the rounds of mode=onpolicy are not one stage; start them by kdflow run")
+        raise ConfigError(
+            "the rounds of mode=onpolicy have rollout engines beside the ranks; start them by "
+            "kdflow run, over several nodes with workers.type=ray (docs/machines.md has a script "
+            "for Slurm)"
+        )
     if run.delivery == "auto":
         raise ConfigError("delivery=auto is decided by kdflow run; set delivery=replay or live")
     if name not in stages:

@@ -15,6 +15,7 @@ from configs.schema.rollout import Rollout, TransformersRollout
 from configs.schema.run import RunConfig
 from configs.schema.student import FLOAT8_GROUP, MuonConfig, Optimizer, StudentConfig
 from configs.schema.teacher import InProcessTeacher, Teacher
+from configs.schema.workers import RayWorkers
 from kdflow_core.models.checkpoints import read_checkpoint
 from kdflow_core.models.families.base import cached_values
 from kdflow_core.models.folders import context_length, resolve_folder, text_config
@@ -174,12 +175,14 @@ def _engine_parts(spec: StageSpec, rollout: Rollout, student: int) -> dict[str, 
     if isinstance(rollout, TransformersRollout):
         width, sleeps, answering = 1, False, frozenset({"roll out"})
         tokens = rollout.prompts_per_batch * _longest(spec)
+        elsewhere = False
     else:
-        if rollout.first_gpu >= run.student.num_ranks:
-            return {"buckets": buckets}
         width, sleeps = rollout.tensor_parallel, rollout.sleep
+        elsewhere = rollout.first_gpu >= run.student.num_ranks
         answering = frozenset({"roll out"})
         tokens = rollout.cache_tokens or 0
+    if elsewhere or (isinstance(run.workers, RayWorkers) and not run.engines_beside_student):
+        return {"buckets": buckets}
     size = DTYPE_BYTES[rollout.dtype]
     return {
         "engine": _Part(

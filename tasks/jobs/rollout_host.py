@@ -15,7 +15,8 @@ from kdflow_core.rollout import build_rollout_engine, placed
 from kdflow_core.rollout.base import Completion, Prompt, RolloutEngine, Sampling
 from kdflow_core.rollout.prompts import share_answers
 from kdflow_core.rollout.sglang import SglangRolloutEngine
-from kdflow_core.weight_buckets import Bucket
+from kdflow_core.weight_buckets import Bucket, BucketFile
+from kdflow_core.weight_channel import WeightChannel
 from kdflow_core.workers.base import RankContext, offered
 from storage.rollouts import write_rollouts
 from tasks.jobs import chats, parts
@@ -64,6 +65,8 @@ class RolloutHost:
             device=parts.device(stage),
             trust_remote_code=stage.trusts("student"),
         )
+        self._arrived = BucketFile()
+        self._channel: WeightChannel | None = None
 
     @offered
     def ready(self) -> None:
@@ -80,8 +83,22 @@ class RolloutHost:
         self._engine.load_weights(Bucket.from_plain(bucket))
 
     @offered
+    def open_channel(self, address: str, port: int, ranks: int) -> None:
+        """Meet the trainer's rank 0, which sends from its host's memory to this one's."""
+        rank = 1 + self._stage.context.rank
+        self._channel = WeightChannel(address, port, rank=rank, ranks=ranks)
+
+    @offered
+    def load_copy(self, bucket: dict[str, Any]) -> None:
+        """Take a bucket that the trainer's rank 0 sends through the channel."""
+        assert self._channel is not None
+        own = self._arrived.room_for(Bucket.from_plain(bucket))
+        self._channel.pass_on(own)
+        self._engine.load_weights(own)
+
+    @offered
     def join_broadcast(self, address: str, port: int, ranks: int) -> None:
-        """Meet the trainer's rank 0, which sends."""
+        """Meet the trainer's rank 0, which sends from its device to the engine's."""
         config = self._config.rollout
         assert isinstance(self._engine, SglangRolloutEngine)
         assert isinstance(config, SglangRollout)

@@ -22,6 +22,8 @@ from kdflow_core.models.loading import DTYPES
 from kdflow_core.student.publish import WeightPublisher
 from kdflow_core.student.schedule import BatchSchedule
 from kdflow_core.student.sleeping import StudentOffload
+from kdflow_core.weight_buckets import Bucket
+from kdflow_core.weight_channel import WeightChannel
 from kdflow_core.workers.base import RankContext, offered
 from kdflow_core.workers.ports import free_port
 from kdflow_core.workers.rank_side import stoppable
@@ -78,6 +80,7 @@ class TrainerHost:
             lora_scale=lora.scale if lora else 1.0,
         )
         self._group: Any = None
+        self._channel: WeightChannel | None = None
         self._translated: Translated | None = None
 
     def _round_trainer(self, teacher: TeacherAtHand[StoredStates]) -> RoundTrainer:
@@ -221,9 +224,22 @@ class TrainerHost:
         return self._publisher.describe(number)
 
     @offered
-    def broadcast_place(self) -> dict[str, Any]:
-        """Address and port at which the engine's ranks can meet rank 0, by rank 0's reply."""
-        return {"address": self._stage.context.address, "port": free_port()}
+    def meeting_place(self) -> dict[str, Any]:
+        """Address and port at which other groups can meet rank 0, by rank 0's reply."""
+        address = self._stage.context.address
+        return {"address": address, "port": free_port(address)}
+
+    @offered
+    def open_channel(self, address: str, port: int, ranks: int) -> None:
+        """Have rank 0 meet the engines' hosts."""
+        if dist.get_rank() == 0:
+            self._channel = WeightChannel(address, port, rank=0, ranks=ranks)
+
+    @offered
+    def send_copy(self, bucket: dict[str, Any]) -> None:
+        """Have rank 0 send a bucket that `bucket` has written to the engines' hosts."""
+        if self._channel is not None:
+            self._channel.pass_on(Bucket.from_plain(bucket))
 
     @offered
     def join_broadcast(self, address: str, port: int, ranks: int) -> None:

@@ -15,6 +15,8 @@ from tasks.presentation.gauges import Gauges
 from tasks.stages.catalogue import QUIET
 from tasks.stages.identity import StageSpec
 
+TRAINER = "trainer"
+
 
 class RoundProcesses:
     """The ranks that train, and those that have a rollout engine each. Raises WorkerError when one
@@ -55,7 +57,7 @@ class RoundProcesses:
     def trainer(self) -> "TrainerRanks":
         """The ranks that train."""
         if self._trainer is None:
-            placement = Placement(name="trainer", num_ranks=self._spec.run.student.num_ranks)
+            placement = Placement(name=TRAINER, num_ranks=self._spec.run.student.num_ranks)
             self._trainer = self._start("tasks.jobs.trainer_host:TrainerHost", placement)
             self._wait_until_ready(self._trainer)
         return TrainerRanks(self, self._trainer)
@@ -66,15 +68,19 @@ class RoundProcesses:
         and, as far as they may, have left the device: SGLang goes by what it finds there.
         """
         if self._rollout is None:
-            config = self._spec.run.on_policy
-            assert config is not None
-            gpus = self.trainer.gpus()
-            ranks = config.engines_on(gpus if self._launcher.one_machine else 0)
+            run = self._spec.run
+            assert run.on_policy is not None
+            ranks = run.rollout_engines(self.trainer.gpus())
             self.num_engines = ranks
             if ranks > 1:
                 self._logger.info("%d rollout engines share a round's prompts", ranks)
-            width = config.rollout.ranks_per_replica
-            placement = Placement(name="rollout", num_ranks=ranks, devices=width, env=QUIET)
+            placement = Placement(
+                name="rollout",
+                num_ranks=ranks,
+                devices=run.on_policy.rollout.ranks_per_replica,
+                beside=TRAINER if run.engines_beside_student else None,
+                env=QUIET,
+            )
             self._rollout = self._start("tasks.jobs.rollout_host:RolloutHost", placement)
             self._wait_until_ready(self._rollout)
         return RolloutRanks(self, self._rollout)
@@ -184,10 +190,18 @@ class TrainerRanks(_Ranks):
         )
         return tensors
 
-    def broadcast_place(self) -> dict[str, Any]:
+    def meeting_place(self) -> dict[str, Any]:
         """Address and port at which rank 0 can be met."""
-        place: dict[str, Any] = self._first(self._group.call("broadcast_place"))
+        place: dict[str, Any] = self._first(self._group.call("meeting_place"))
         return place
+
+    def open_channel(self, *, address: str, port: int, ranks: int) -> None:
+        """Meet the engines' hosts."""
+        self._first(self._group.call("open_channel", address=address, port=port, ranks=ranks))
+
+    def send_copy(self, bucket: dict[str, Any]) -> None:
+        """Send a bucket in a file of memory to them."""
+        self._first(self._group.call("send_copy", bucket=bucket))
 
     def join_broadcast(self, *, address: str, port: int, ranks: int) -> None:
         """Meet the engine's ranks."""
@@ -213,8 +227,16 @@ class RolloutRanks(_Ranks):
         """Take a bucket from a file of memory."""
         return self._group.call("load_bucket", bucket=bucket)
 
+    def open_channel(self, *, address: str, port: int, ranks: int) -> Pending:
+        """Meet the trainer's rank 0, each with its host's memory."""
+        return self._group.call("open_channel", address=address, port=port, ranks=ranks)
+
+    def load_copy(self, bucket: dict[str, Any]) -> Pending:
+        """Take a bucket that it sends there."""
+        return self._group.call("load_copy", bucket=bucket)
+
     def join_broadcast(self, *, address: str, port: int, ranks: int) -> Pending:
-        """Meet the trainer's rank 0."""
+        """Meet the trainer's rank 0, each rank of the engines with its device."""
         return self._group.call("join_broadcast", address=address, port=port, ranks=ranks)
 
     def receive_bucket(self, tensors: list[dict[str, Any]]) -> Pending:

@@ -47,7 +47,7 @@ from kdflow_core.workers.rank_side import emit
 
 class Host:
     def __init__(self, context, spec):
-        self.folder, self.rank = Path(spec), context.rank
+        self.folder, self.rank, self.address = Path(spec), context.rank, context.address
 
     @offered
     def work(self):
@@ -159,6 +159,32 @@ def test_events_and_lines_arrive(rank_module, tmp_path: Path) -> None:
     heard = run(module, tmp_path)
     assert sorted(e["rank"] for e in heard.events) == [0, 1]
     assert heard.lines == ["plain", "plain"]
+
+
+@pytest.mark.parametrize("_launcher", ["ray"], indirect=True)
+def test_ranks_beside_others_stand_on_their_devices(rank_module, tmp_path: Path) -> None:
+    """Of four ranks on two nodes, two that use two devices each, and take no room of their own."""
+    body = "emit({'event': self.address, 'devices': os.environ['CUDA_VISIBLE_DEVICES']})"
+    job, launcher = f"{rank_module(body)}:Host", LAUNCHERS["ray"]()
+
+    def start(heard: Heard, placement: Placement) -> WorkerGroup:
+        return launcher.start(job, str(tmp_path), placement, heard)
+
+    first, second = Heard(), Heard()
+    with start(first, Placement(name="first", num_ranks=4)) as group:
+        group.call("work").replies()
+        beside = Placement(name="second", num_ranks=2, devices=2, beside="first")
+        with start(second, beside) as other:
+            other.call("work").replies()
+        with pytest.raises(WorkerError, match=r"3 ranks of .* have room for 2"):
+            start(Heard(), Placement(name="third", num_ranks=3, devices=2, beside="first"))
+    seen = dict[str, list[str]]()
+    for event in first.events:
+        seen.setdefault(event["event"], []).append(event["devices"])
+    assert [len(set(devices)) for devices in seen.values()] == [2, 2]
+    assert {e["event"]: sorted(e["devices"].split(",")) for e in second.events} == {
+        node: sorted(devices) for node, devices in seen.items()
+    }
 
 
 def test_a_rank_that_dies_ends_the_others_and_is_named(rank_module, tmp_path: Path) -> None:

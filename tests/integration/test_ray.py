@@ -89,22 +89,37 @@ def test_a_run_over_two_nodes_is_that_on_one_machine(ray_run: Load, delivery: st
     assert_equal(*results)
 
 
-SGLANG = {"type": "sglang", "dtype": "float32", "max_running": 16, "weights": "broadcast"}
+SGLANG = {"type": "sglang", "dtype": "float32", "max_running": 16, "num_engines": 2}
+TRANSFORMERS = {"type": "transformers", "dtype": "float32", "prompts_per_batch": 8}
 ROUNDS = {
     "rounds": 2,
     "prompts_per_round": 16,
     "max_new_tokens": 8,
     "heldout_sequences": 8,
-    "rollout": SGLANG | {"num_engines": 2},
 }
 
 
-@pytest.mark.slow  # four starts of SGLang
-def test_rounds_over_two_nodes_are_those_on_one_machine(ray_run: Load) -> None:
-    """Two ranks that train and two engines, of each one on either node; weights are broadcast."""
+@pytest.mark.parametrize(
+    ("placement", "rollout"),
+    [
+        pytest.param("separate", TRANSFORMERS | {"num_engines": 2}, marks=pytest.mark.slow),
+        ("colocated", TRANSFORMERS),
+        # Four starts of SGLang each.
+        pytest.param("separate", SGLANG | {"weights": "broadcast"}, marks=pytest.mark.slow),
+        pytest.param("colocated", SGLANG, marks=pytest.mark.slow),
+    ],
+)
+def test_rounds_over_two_nodes_are_those_on_one_machine(
+    ray_run: Load, placement: str, rollout: dict[str, Any]
+) -> None:
+    """Two ranks that train and two engines, of each one on either node: with room of their own, or
+    on the devices of those that train.
+    """
     results = []
     for name in ("local", "ray"):
-        run = ray_run(name, {"max_steps": None}, mode="onpolicy", on_policy=ROUNDS)
+        more = {"workers.placement": placement} if name == "ray" else {}
+        rounds = ROUNDS | {"rollout": rollout | {"bucket_mb": 1}}
+        run = ray_run(name, {"max_steps": None}, mode="onpolicy", on_policy=rounds, **more)
         checked_plan(run, download=False)
         done = run_inline(run, until="extract")
         spec = stage_spec(plan_stages(run)["train"], run, done)

@@ -5,7 +5,7 @@ are made up; `tests/integration/test_ray.py` asks real ones.
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -14,7 +14,7 @@ from configs.load import load_run
 from configs.schema.models import PretrainedModel
 from configs.schema.run import RunConfig
 from kdflow_core.errors import ModelError
-from kdflow_core.workers.ray_orders import Node
+from kdflow_core.workers.ray_orders import Node, nodes_for
 from kdflow_core.workers.ray_relay import versions
 from tasks.checks.cluster_check import check_cluster
 from tasks.forecast.memory import least_training
@@ -31,7 +31,13 @@ def run(make_recipe: Callable[..., Path]) -> RunConfig:
 def check(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Checks a cluster of two nodes, of which the second is otherwise."""
 
-    def of(*, sees: Callable[[str], bool] = lambda _: True, **other: Any) -> None:
+    def of(
+        run: RunConfig = run,
+        *,
+        sees: Callable[[str], bool] = lambda _: True,
+        first: dict[str, float] | None = None,
+        **other: Any,
+    ) -> None:
         def nodes_of(_: object, paths: tuple[str, ...]) -> tuple[Node, ...]:
             alike: dict[str, Any] = {
                 "host": "a",
@@ -42,7 +48,7 @@ def check(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
                 "gpu_memory_gb": 0.0,
                 "clock": time.time(),
                 "token": True,
-                "resources": {"CPU": 4.0},
+                "resources": first or {"CPU": 4.0},
             }
             seen = tuple(path for path in paths if sees(path))
             return (
@@ -80,6 +86,69 @@ def test_a_node_that_is_otherwise(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         check(**other)
+
+
+def rounds(recipe: Path, rollout: dict[str, Any], **workers: Any) -> RunConfig:
+    """An on-policy run of four ranks over two nodes."""
+    section = {"rounds": 1, "prompts_per_round": 8, "rollout": {"type": "sglang"} | rollout}
+    return load_run(
+        str(recipe),
+        {
+            "mode": "onpolicy",
+            "student.num_ranks": 4,
+            "student.max_steps": None,
+            "workers": {"type": "ray"} | workers,
+            "on_policy": section,
+        },
+    )
+
+
+def test_engines_have_room_beside_the_ranks_that_train(
+    check: Callable[..., None], make_recipe: Callable[..., Path]
+) -> None:
+    """Both are there at a time, however much either would find alone."""
+    gpus = {"CPU": 32.0, "GPU": 4.0}
+    run = rounds(make_recipe(), {"tensor_parallel": 2, "num_engines": 2})
+    check(run, resources=gpus, first=gpus)
+    wider = rounds(make_recipe(), {"tensor_parallel": 2, "num_engines": 3})
+    with pytest.raises(ConfigError, match=r"stage train has 4 ranks and 3 rollout engines, and"):
+        check(wider, resources=gpus, first=gpus)
+    odd = gpus | {"GPU": 3.0}  # six in all, of which one each is left for an engine of two
+    with pytest.raises(ConfigError, match="4 ranks and 2 rollout engines"):
+        check(run, resources=odd, first=odd)
+
+
+def test_engines_on_the_devices_of_those_that_train(
+    check: Callable[..., None], make_recipe: Callable[..., Path]
+) -> None:
+    gpus = {"CPU": 32.0, "GPU": 2.0}
+    run = rounds(make_recipe(), {"tensor_parallel": 2}, placement="colocated")
+    assert run.rollout_engines(0) == 2
+    check(run, resources=gpus, first=gpus)
+    odd = gpus | {"GPU": 3.0}
+    with pytest.raises(ConfigError, match=r"multiples of 2: .*GPUs node 10\.0\.0\.2 has 3"):
+        check(run, resources=odd, first=gpus)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "count", "expected"),
+    [("pack", 4, 1), ("pack", 6, 2), ("pack", 7, 3), ("pack", 99, 4), ("spread", 2, 2),
+     ("spread", 7, 3)],
+)  # fmt: skip
+def test_on_how_many_nodes_ranks_come_to_stand(
+    strategy: Literal["pack", "spread"], count: int, expected: int
+) -> None:
+    """Of nodes with room for 2, 1 and 4 of them, and one that has none."""
+    nodes = [{"CPU": 9.0, "GPU": gpus} for gpus in (2.0, 1.0, 4.0)] + [{"CPU": 9.0}]
+    assert nodes_for({"CPU": 1, "GPU": 1}, count, nodes, strategy) == expected
+
+
+def test_what_engines_do_on_gpus_alone(
+    check: Callable[..., None], make_recipe: Callable[..., Path]
+) -> None:
+    run = rounds(make_recipe(), {"sleep": True})
+    with pytest.raises(ModelError, match=r"rollout\.sleep=true .* ranks of this cluster have none"):
+        check(run, resources={"CPU": 8.0}, first={"CPU": 8.0})
 
 
 def test_nodes_without_room_for_the_student(

@@ -90,6 +90,8 @@ def test_an_override_reaches_into_lists_and_sections(make_recipe: Callable[..., 
 
 NARROW = {"student.weights_dtype": "bfloat16", "student.compute_dtype": "bfloat16"}
 RAY = {"type": "ray"}
+BESIDE = RAY | {"placement": "colocated"}
+SGLANG = {"type": "sglang"}
 LATEST = {"student.start": "latest"}
 ROUNDS = {
     "mode": "onpolicy",
@@ -120,7 +122,23 @@ ROUNDS = {
         (NARROW | {"student.lora": {"rank": 2}}, r"needs lora=null"),
         ({"workers": RAY | {"address": "localhost:6379"}}, r"Ray gives a node its network address"),
         ({"workers": RAY | {"address": "ray://x:1"}}, r"workers\.address = 'ray://x:1'"),
-        ({"workers": RAY} | ROUNDS, r"on_policy\.rollout\.weights=broadcast"),
+        ({"workers": BESIDE}, r"placement=colocated is about rollout engines"),
+        (
+            ROUNDS | {"workers": BESIDE, "on_policy.rollout": SGLANG | {"num_engines": 2}},
+            r"student\.num_ranks=1 has room for 1 of 1 GPUs each",
+        ),
+        (
+            ROUNDS | {"workers": BESIDE, "on_policy.rollout": SGLANG | {"tensor_parallel": 2}},
+            r"has room for 0 of 2 GPUs each",
+        ),
+        (
+            ROUNDS | {"workers": BESIDE, "on_policy.rollout": SGLANG | {"weights": "broadcast"}},
+            r"weights=broadcast goes between GPUs.*set it to tensor",
+        ),
+        (
+            ROUNDS | {"workers": RAY, "on_policy.rollout": SGLANG | {"first_gpu": 1}},
+            r"first_gpu=1 counts the GPUs of one machine",
+        ),
         (
             LATEST | {"algorithm": {"type": "self_distillation"}},
             r"student\.start=latest is not for",

@@ -87,8 +87,24 @@ def test_the_kubernetes_job_tells_ranks_their_place() -> None:
 
 
 def test_the_slurm_script_tells_ranks_their_place() -> None:
-    (text,) = [part for part in blocks(ROOT / "docs/machines.md", "sh") if "#SBATCH" in part]
+    text, _ = slurm_scripts()
     told = set(re.findall(r"\b([A-Z_]+)=\$", text)) | set(re.findall(r"export (\w+)=", text))
     assert told >= RANK_ENVIRONMENT
     nodes, tasks = (int(n) for n in re.findall(r"--(?:nodes|ntasks-per-node)=(\d+)", text))
     assert f"student.num_ranks={nodes * tasks}" in text
+
+
+def test_the_slurm_script_for_ray_has_a_head_a_token_and_all_nodes() -> None:
+    _, text = slurm_scripts()
+    assert set(re.findall(r"(RAY_AUTH_\w+)=\S", text)) == {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"}
+    assert '--min-nodes "$SLURM_JOB_NUM_NODES"' in text
+    command = text.replace("\\\n", " ").partition(" -- ")[2]
+    _, _, recipe, *overrides = shlex.split(command)
+    run = load_run(recipe, parse_overrides(overrides))
+    nodes, gpus = (int(n) for n in re.findall(r"--(?:nodes|gpus-per-node)=(\d+)", text))
+    assert (run.student.num_ranks, run.student.replicas) == (nodes * gpus, nodes)
+    assert run.workers.type == "ray"
+
+
+def slurm_scripts() -> list[str]:
+    return [part for part in blocks(ROOT / "docs/machines.md", "sh") if "#SBATCH" in part]

@@ -24,6 +24,7 @@ from tasks.stages.identity import StageSpec
 from tasks.stages.planning import plan_stages
 
 CACHE_TOKENS = 1000
+RAY = {"type": "ray"}
 
 
 class Device:
@@ -201,10 +202,11 @@ class Group:
 class HereLauncher:
     """Starts hosts of this test."""
 
-    def __init__(self, device: Device, sizes: dict[str, int], *, one_machine: bool = True) -> None:
+    one_machine = True
+
+    def __init__(self, device: Device, sizes: dict[str, int]) -> None:
         self._hosts = {"trainer": Trainer, "rollout": Rollout}
         self._device, self._sizes = device, sizes
-        self.one_machine = one_machine
         self.num_ranks: dict[str, int] = {}
 
     def start(self, _job: str, _spec: str, placement: Placement, *_: Any, **__: Any) -> Group:
@@ -255,38 +257,44 @@ def test_three_parts_on_one_device_take_turns(make_recipe: Callable[..., Path]) 
 
 
 @pytest.mark.parametrize(
-    ("gpus", "rollout", "engines"),
+    ("gpus", "rollout", "workers", "engines"),
     [
-        (0, {}, 1),
-        (1, {}, 1),
-        (8, {}, 6),  # as many as there are prompts
-        (4, {}, 4),
-        (4, {"first_gpu": 1}, 3),
-        (4, {"tensor_parallel": 2}, 2),
-        (4, {"tensor_parallel": 3}, 1),
-        (4, {"num_engines": 2}, 2),
+        (0, {}, {}, 1),
+        (1, {}, {}, 1),
+        (8, {}, {}, 6),  # as many as there are prompts
+        (4, {}, {}, 4),
+        (4, {"first_gpu": 1}, {}, 3),
+        (4, {"tensor_parallel": 2}, {}, 2),
+        (4, {"tensor_parallel": 3}, {}, 1),
+        (4, {"num_engines": 2}, {}, 2),
+        (8, {}, RAY, 1),  # those of this machine are not all that there are
+        (8, {"num_engines": 2}, RAY, 2),
+        (1, {}, RAY | {"placement": "colocated"}, 5),  # as many as ranks that train
+        (8, {"tensor_parallel": 2}, RAY | {"placement": "colocated"}, 2),
     ],
 )
 def test_every_gpu_has_an_engine(
-    make_recipe: Callable[..., Path], gpus: int, rollout: dict[str, int], engines: int
+    make_recipe: Callable[..., Path],
+    gpus: int,
+    rollout: dict[str, int],
+    workers: dict[str, str],
+    engines: int,
 ) -> None:
     section = {"rounds": 1, "prompts_per_round": 6, "rollout": {"type": "sglang"} | rollout}
-    recipe = str(make_recipe(max_steps=None))
-    run = load_run(recipe, {"mode": "onpolicy", "on_policy": section})
+    recipe = str(make_recipe(max_steps=None, num_ranks=5))
+    more = {"workers": workers} if workers else {}
+    run = load_run(recipe, {"mode": "onpolicy", "on_policy": section} | more)
     spec = StageSpec(identity=plan_stages(run)["train"], run=run, inputs={})
-    sizes: dict[str, int] = defaultdict(int)
-    for one_machine in (True, False):
-        launcher = HereLauncher(Device(gpus), sizes, one_machine=one_machine)
-        processes = RoundProcesses(
-            spec,
-            cast("Launcher", launcher),
-            logging.getLogger("test"),
-            starting=untimed,
-            on_end=lambda: None,
-        )
-        _ = processes.rollout
-        expected = engines if one_machine else rollout.get("num_engines", 1)
-        assert launcher.num_ranks["rollout"] == processes.num_engines == expected
+    launcher = HereLauncher(Device(gpus), defaultdict(int))
+    processes = RoundProcesses(
+        spec,
+        cast("Launcher", launcher),
+        logging.getLogger("test"),
+        starting=untimed,
+        on_end=lambda: None,
+    )
+    _ = processes.rollout
+    assert launcher.num_ranks["rollout"] == processes.num_engines == engines
 
 
 @pytest.mark.parametrize("part", ["student", "teacher", "cache"])
