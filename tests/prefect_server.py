@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 
 from kdflow_core.workers.ports import free_port
+from tests.processes import PATIENCE_S
 from tests.readme import ROOT
 
 PREFECT = str(Path(sys.executable).parent / "prefect")
@@ -34,7 +35,7 @@ class Server:
 
     def _serve(self) -> subprocess.Popen[bytes]:
         process = self.start("server", "start", "--host", "127.0.0.1", "--port", self._port)
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + PATIENCE_S
         while not self.healthy():
             assert process.poll() is None
             assert time.monotonic() < deadline

@@ -10,6 +10,7 @@ import psutil
 
 RANK = "kdflow_core.workers.rank"
 FORK_SERVER = "kdflow_core.workers.fork_server"
+PATIENCE_S = 600.0  # what comes at all has come by then, on a slow and busy machine, too
 
 
 def run_ranks(main: Callable[..., None], *arguments: object, ranks: int) -> None:
@@ -67,7 +68,7 @@ def wait_until_gone(pids: list[int]) -> None:
 
 def kill_a_rank_when(happened: Callable[[], bool], victim: int = -1) -> None:
     """Wait for something, then SIGKILL one of the ranks of this process's stage."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + PATIENCE_S
     while not happened():
         assert time.monotonic() < deadline
         time.sleep(0.001)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from tests.processes import PATIENCE_S
 from tests.readme import ROOT
 
 CTRL_C = b"\x03"
@@ -42,7 +43,7 @@ class Terminal:
         self.output += chunk.decode(errors="replace")
         return bool(chunk)
 
-    def wait_for(self, pattern: str, timeout: float = 240) -> None:
+    def wait_for(self, pattern: str, timeout: float = PATIENCE_S) -> None:
         """Until something is printed."""
         deadline = time.monotonic() + timeout
         while not re.search(pattern, self.output):
@@ -64,7 +65,7 @@ class Terminal:
         self._seen = set(psutil.Process(self.pid).children(recursive=True))
         os.write(self._fd, key)
 
-    def wait(self, timeout: float = 240) -> int:
+    def wait(self, timeout: float = PATIENCE_S) -> int:
         """Until it has ended; its exit code (negative: the signal)."""
         deadline = time.monotonic() + timeout
         while self._read(0.05):

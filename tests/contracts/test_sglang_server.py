@@ -33,6 +33,7 @@ from tests.contracts.test_teacher import (
     sequences,
     states_of,
 )
+from tests.processes import PATIENCE_S
 
 # SGLang's own defaults need kernels that a plain CPU does not have.
 ON_A_CPU = (
@@ -52,7 +53,7 @@ def server(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("wb") as output:
         process = subprocess.Popen([*command, *options], stdout=output, stderr=output)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + PATIENCE_S
     while not _answers(url):
         assert process.poll() is None, log.read_text()[-3000:]
         assert time.monotonic() < deadline, log.read_text()[-3000:]

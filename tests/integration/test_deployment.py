@@ -30,7 +30,7 @@ from tasks.execution.progress_artifact import LONG_S, ProgressArtifact
 from tasks.execution.termination import SAVE_S
 from tests.command import kdflow
 from tests.prefect_server import Server, start_server
-from tests.processes import stage_ranks
+from tests.processes import PATIENCE_S, stage_ranks
 from tests.readme import ROOT, commands
 
 pytestmark = [pytest.mark.prefect, pytest.mark.ranks]
@@ -58,7 +58,7 @@ def deployed(server: Server) -> str:
 
 def ranks_of_training(worker: int, count: int = 1) -> list[psutil.Process]:
     """Those below a worker, once they are there."""
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + PATIENCE_S
     while len(ranks := stage_ranks(psutil.Process(worker))) < count:
         assert time.monotonic() < deadline, "training did not start"
         time.sleep(0.5)
@@ -81,14 +81,14 @@ def test_a_run_that_is_moved_to_another_machine_goes_on_there(
     server.env["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] = "reschedule"
     execute = server.start("flow-run", "execute", run_id)
     container = psutil.Process(execute.pid)
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + PATIENCE_S
     checkpoints = recipe.parent / "scratch/student"
     while not re.search("[1-9][0-9]* of 300 steps", (server.folder / "flow-run.log").read_text()):
         assert time.monotonic() < deadline, "training did not start"
         time.sleep(0.5)
     ranks = stage_ranks(container)
     container.terminate()
-    assert execute.wait(60) == 0
+    assert execute.wait(PATIENCE_S) == 0
     _, alive = psutil.wait_procs(ranks, timeout=10)
     assert not alive
     (now,) = server.runs(flow_runs={"id": {"any_": [run_id]}})
@@ -119,7 +119,7 @@ def test_a_deployment_fails_is_retried_and_runs_to_completion(
     server.processes.append(server.start(*start_worker))
 
     # The cron schedule really creates runs.
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     scheduled = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
     while not any("nightly" in str(run["tags"]) for run in server.runs(**scheduled)):
         assert time.monotonic() < deadline, "the nightly schedule created no run"
@@ -130,7 +130,7 @@ def test_a_deployment_fails_is_retried_and_runs_to_completion(
     (failed,) = server.runs(flow_runs={"state": {"type": {"any_": ["FAILED"]}}})
     assert "not both finite" in str(failed["state"])
     server.command("flow-run", "retry", str(failed["name"]))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         (now,) = server.runs(flow_runs={"id": {"any_": [failed["id"]]}})
         if now["run_count"] == 2 and now["state_type"] == "FAILED":
@@ -172,7 +172,7 @@ def events_of(server: Server, prefix: str, run: str, count: int) -> list[dict[st
     keeps them a little after it has acted on them.
     """
     where = {"filter": {"event": {"prefix": [prefix]}, "order": "DESC"}, "limit": 50}
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         found = httpx.post(f"{server.api}/events/filter", json=where).json()["events"]
         own = [event for event in reversed(found) if event["resource"]["kdflow.run"] == run]
@@ -241,7 +241,7 @@ def test_a_cancelled_run_leaves_no_process(
     server.command("--no-prompt", "flow-run", "cancel", str(running["id"]))
     _, alive = psutil.wait_procs(ranks, timeout=90)
     assert not alive
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE_S
     while server.runs(flow_runs={"id": {"any_": [running["id"]]}})[0]["state_type"] != "CANCELLED":
         assert time.monotonic() < deadline
         time.sleep(0.5)
@@ -292,7 +292,7 @@ def test_a_server_that_restarts_in_the_middle_of_a_run(
         (run,) = (own for own in server.runs() if str(own["id"]) in said)
         ranks_of_training(worker.pid)
         server.restart(away_s=20)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE_S
         while True:
             (now,) = server.runs(flow_runs={"id": {"any_": [run["id"]]}})
             if now["state_type"] in ("COMPLETED", "FAILED", "CRASHED"):
@@ -329,7 +329,7 @@ def test_a_run_that_was_killed_is_shown_as_crashed(
             for process in (*here.children(recursive=True), here):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + PATIENCE_S
         while True:
             (now,) = server.runs(flow_runs={"id": {"any_": [run["id"]]}})
             if now["state_type"] != "RUNNING":
@@ -405,7 +405,7 @@ def test_an_automation_holds_the_nights_after_a_student_that_got_worse(
     with temporary_settings({PREFECT_API_URL: server.api}):
         kdflow("run", recipe, "name=held", "promotion.metric=forward_kl")
         kdflow("run", recipe, "name=held", "promotion.metric=forward_kl", "student.lr=10")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while not httpx.get(f"{server.api}/deployments/{nightly}").json()["paused"]:
         assert time.monotonic() < deadline, "the automation did not act"
         time.sleep(0.5)

@@ -12,6 +12,7 @@ import pytest
 from storage.store import ArtifactStore
 from tests.postgres import programs, running_postgres
 from tests.prefect_server import Server, start_server
+from tests.processes import PATIENCE_S
 
 pytestmark = [pytest.mark.prefect, pytest.mark.ranks]
 WORKERS = ("one", "two")
@@ -58,7 +59,7 @@ def test_two_workers_share_a_server_and_a_store(
         given = ("--param", f"recipe={recipe}", "--param", f'overrides={{"student.lr": {lr}}}')
         server.command("deployment", "run", "kd/offpolicy", *given)
         started = [run["id"] for run in server.runs() if "nightly" not in str(run["tags"])]
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         runs = server.runs(flow_runs={"id": {"any_": started}})
         states = {str(run["state_type"]) for run in runs}

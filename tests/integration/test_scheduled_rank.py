@@ -18,6 +18,7 @@ from tasks.execution.scheduled_rank import context_of
 from tasks.stages.planning import plan_stages
 from tests.command import kdflow
 from tests.conftest import run_inline
+from tests.processes import PATIENCE_S
 from tests.readme import ROOT, commands
 
 TORCHRUN, KDFLOW = (str(Path(sys.executable).with_name(name)) for name in ("torchrun", "kdflow"))
@@ -94,7 +95,7 @@ def test_ranks_that_are_told_to_end_save_first(
             break
     for rank in ranks:
         rank.send_signal(signal.SIGTERM)
-    outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+    outputs = [rank.communicate(timeout=PATIENCE_S)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [75, 75], "\n".join(outputs)
     digest = plan_stages(run)["train"].digest
     (step,) = completed_steps(tmp_path / "scratch/student" / digest / "checkpoints")
