@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, model_validator
 
 from configs.schema.base import MOST, StrictModel
+from configs.schema.engines import SglangEngine
 from configs.schema.rollout import SglangRollout
 
 if TYPE_CHECKING:
@@ -65,24 +66,26 @@ Workers = Annotated[LocalWorkers | RayWorkers, Field(discriminator="type")]
 
 
 def check_over_nodes(run: "RunConfig") -> None:
-    """Refuse rollout engines that a cluster cannot have where they are asked for. Raises
-    ValueError.
-    """
-    if run.on_policy is None:
-        if run.engines_beside_student:
+    """Refuse engines that a cluster cannot have where they are asked for. Raises ValueError."""
+    answers, rounds = run.data.answers, run.on_policy
+    engines = {
+        "data.answers.engine": None if answers is None else answers.engine,
+        "on_policy.rollout": None if rounds is None else rounds.rollout,
+    }
+    for field, engine in engines.items():
+        if isinstance(engine, SglangEngine) and engine.first_gpu:
             raise ValueError(
-                "workers.placement=colocated is about rollout engines, which `mode: onpolicy` has; "
-                "leave it out"
+                f"{field}.first_gpu={engine.first_gpu} counts the GPUs of one machine, and with "
+                "workers.type=ray an engine has those that Ray gives it; leave it out"
             )
-        return
-    rollout = run.on_policy.rollout
-    if isinstance(rollout, SglangRollout) and rollout.first_gpu:
-        raise ValueError(
-            f"on_policy.rollout.first_gpu={rollout.first_gpu} counts the GPUs of one machine, and "
-            "with workers.type=ray an engine has those that Ray gives it; leave it out"
-        )
     if not run.engines_beside_student:
         return
+    if rounds is None:
+        raise ValueError(
+            "workers.placement=colocated is about rollout engines, which `mode: onpolicy` has; "
+            "leave it out"
+        )
+    rollout = rounds.rollout
     if isinstance(rollout, SglangRollout) and rollout.weights == "broadcast":
         raise ValueError(
             "on_policy.rollout.weights=broadcast goes between GPUs, and workers.placement="

@@ -137,7 +137,14 @@ ROUNDS = {
         ),
         (
             ROUNDS | {"workers": RAY, "on_policy.rollout": SGLANG | {"first_gpu": 1}},
-            r"first_gpu=1 counts the GPUs of one machine",
+            r"on_policy\.rollout\.first_gpu=1 counts the GPUs of one machine",
+        ),
+        (
+            {
+                "workers": RAY,
+                "data.answers": {"by": "teacher", "engine": SGLANG | {"first_gpu": 2}},
+            },
+            r"data\.answers\.engine\.first_gpu=2 counts the GPUs of one machine",
         ),
         (
             LATEST | {"algorithm": {"type": "self_distillation"}},
