@@ -28,7 +28,7 @@ def train_on_policy(spec: StageSpec) -> None:
             return
         for line in rounds.memory_forecast():
             get_run_logger().info(line)
-        for number in range(1, rounds.config.rounds + 1):
+        for number in range(rounds.first, rounds.config.rounds + 1):
             on_policy_round(
                 number=number, rounds=rounds.config.rounds, student=spec.identity.digest
             )

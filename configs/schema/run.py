@@ -214,16 +214,6 @@ class RunConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
-    def _goes_on_in_steps(self) -> "RunConfig":
-        continued = self.student.keep_final or self.student.start == "continue"
-        if self.on_policy is not None and continued:
-            raise ValueError(
-                "student.keep_final and student.start=continue are for `mode: offpolicy`; leave "
-                "them out (student.start=latest goes on with the promoted student's weights)"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _mode_fits(self) -> "RunConfig":
         if (self.mode == "onpolicy") != (self.on_policy is not None):
             raise ValueError("`mode: onpolicy` and the section `on_policy` go together")

@@ -91,7 +91,7 @@ class StudentConfig(StrictModel):
     """Begin with `model`, or with the `latest` promoted student of the runs of this name where
     there is one (see `promotion`): each night goes on where the last one ended. With nothing new
     since then, there is nothing to do. `continue` takes up that student's training itself, with
-    optimizer and step count, for more epochs or more data (it has to be there: `keep_final`).
+    optimizer and step count, for more epochs, rounds or data (it has to be there: `keep_final`).
     """
     continues: str | None = Field(default=None, pattern=r"^student/[0-9a-f]+$")
     """With `start: continue`: the student whose training goes on, as `student/digest`; by default

@@ -97,13 +97,35 @@ def _checked(run: RunConfig, student: ArtifactRef) -> RunConfig:
             "last checkpoint does not fit; train as it was, or go on with its weights "
             "(student.start=latest)"
         )
-    done, most = manifest.counts["steps"], run.student.max_steps
-    if most is not None and most <= done:
-        raise StoreError(
-            f"student.start=continue: {name} has {done} steps, which student.max_steps={most} "
-            "counts, too; raise it"
-        )
+    if problem := _no_steps_left(run, manifest.counts):
+        raise StoreError(f"student.start=continue: {name} {problem}")
     return run
+
+
+def _no_steps_left(run: RunConfig, counts: Mapping[str, int]) -> str | None:
+    """Why a training of so many steps cannot go on in this run; None where it can."""
+    steps, rounds, most = counts["steps"], counts.get("rounds"), run.student.max_steps
+    if (rounds is None) != (run.on_policy is None):
+        trained = "steps of `mode: offpolicy`" if rounds is None else "rounds"
+        return (
+            f"was trained in {trained}, which are no part of `mode: {run.mode}`; go on with its "
+            "weights (student.start=latest)"
+        )
+    if run.on_policy is not None and rounds is not None:
+        each = run.on_policy.steps(run.student.global_batch_size)
+        if steps != rounds * each:
+            return (
+                f"has {rounds} rounds of {steps // rounds} steps, and those of this run have "
+                f"{each}; set on_policy.steps_per_round={steps // rounds}"
+            )
+        if run.on_policy.rounds <= rounds:
+            return (
+                f"has {rounds} rounds, which on_policy.rounds={run.on_policy.rounds} counts, too; "
+                "raise it"
+            )
+    if most is not None and most <= steps:
+        return f"has {steps} steps, which student.max_steps={most} counts, too; raise it"
+    return None
 
 
 def _checkpointed(

@@ -8,6 +8,7 @@ from configs.schema.run import RunConfig
 from kdflow_core.errors import DataError
 from storage.rollouts import read_rollouts
 from tasks.stages.catalogue import ROLLOUTS
+from tasks.stages.earlier_rounds import EarlierRounds
 from tasks.stages.identity import open_store
 from tasks.stages.planning import plan_stages, round_identity
 
@@ -53,6 +54,7 @@ def answers_of(run: RunConfig, number: int) -> list[Answer]:
     store = open_store(run)
     identity = round_identity(plan_stages(run)["train"], ROLLOUTS, number)
     ref = store.find(identity.kind, identity.digest)
+    ref = ref or EarlierRounds(run, store).find(ROLLOUTS, number)
     if ref is None:
         raise DataError(
             f"there are no rollouts of round {number} of {run.name} in {store.root}; it has "

@@ -23,10 +23,12 @@ from tasks.rounds.round_record import (
     RoundRequest,
     next_fraction,
     on_policy_count,
+    read_rounds,
 )
 from tasks.rounds.weight_swap import WeightSwap
 from tasks.stages.catalogue import ROLLOUTS, ROUND, RoundArtifact
 from tasks.stages.checkpoint_places import fetch_checkpoints, newest_checkpoint
+from tasks.stages.earlier_rounds import STUDENT, EarlierRounds
 from tasks.stages.identity import StageIdentity, StageSpec, find, open_store, publish_workdir
 from tasks.stages.planning import round_identity
 
@@ -57,6 +59,7 @@ class RoundsAtWork:
         self.config: OnPolicyConfig = spec.run.on_policy
         self._logger = logger
         self._store = open_store(spec.run)
+        self._earlier = EarlierRounds(spec.run, self._store)
         self._processes = RoundProcesses(
             spec,
             launcher_of(spec),
@@ -89,8 +92,15 @@ class RoundsAtWork:
         """The spec of a round's task."""
         return self.spec.model_copy(update={"identity": self.identity(made, number)})
 
+    @property
+    def first(self) -> int:
+        """The first round that is to be run; those before it are another training's."""
+        return self._earlier.count + 1
+
     def find(self, made: RoundArtifact, number: int) -> ArtifactRef | None:
         """An artifact of a round, where it is intact."""
+        if number < self.first:
+            return self._earlier.find(made, number)
         return find(self.spec.run, self.identity(made, number))
 
     def is_trained(self, number: int) -> bool:
@@ -101,8 +111,10 @@ class RoundsAtWork:
 
     def history(self, before: int) -> list[RoundRecord]:
         """The records of the rounds before one."""
-        refs = [self.find(ROUND, number) for number in range(1, before)]
-        return [self.record(ref) for ref in refs if ref is not None]
+        student = self._earlier.student
+        others = [] if student is None else read_rounds(self._store.local_copy(student))
+        refs = [self.find(ROUND, number) for number in range(self.first, before)]
+        return others[: before - 1] + [self.record(ref) for ref in refs if ref is not None]
 
     def record(self, ref: ArtifactRef) -> RoundRecord:
         """A round's record."""
@@ -152,6 +164,13 @@ class RoundsAtWork:
         """
         if number == 1:
             return
+        if self._trained_rounds() < self.first - 1:
+            raise WorkerError(
+                "the checkpoints of this training are gone or damaged, also the one that it began "
+                f"with; remove {self._store.workdir(STUDENT, self.spec.identity.digest)}, and that "
+                "one is fetched again",
+                expected=True,
+            )
         for lost in range(self._trained_rounds() + 1, number):
             self._logger.warning("round %d was not saved; training it again", lost)
             with self._timed("repeat"):

@@ -11,6 +11,7 @@ from storage.artifact import Manifest
 from storage.store import ArtifactStore
 from tasks.forecast.estimate import decided
 from tasks.stages.catalogue import CATALOGUE, ROUND
+from tasks.stages.earlier_rounds import EarlierRounds
 from tasks.stages.identity import StageIdentity, find, open_store
 from tasks.stages.planning import plan_stages, round_identities
 
@@ -57,6 +58,7 @@ def _rounds_done(train: StageIdentity, run: RunConfig, store: ArtifactStore) -> 
     """How far an on-policy run has come."""
     rounds = [i for i in round_identities(train, run).values() if i.kind == ROUND.kind]
     done = sum(store.find(i.kind, i.digest) is not None for i in rounds)
+    done += EarlierRounds(run, store).count
     return f"{done} of {len(rounds)} rounds are done"
 
 

@@ -1,5 +1,6 @@
 """A training that is done goes on: more steps, more data, from its last checkpoint."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from storage.maintenance import find_garbage
 from storage.promoted import promoted
 from storage.store import ArtifactStore
 from tasks.presentation.tracking import METRICS_FILE, read_metrics
+from tasks.rounds.round_record import read_rounds
 from tests.command import kdflow
 from tests.integration.test_nightly import rows
 
@@ -91,3 +93,51 @@ def test_a_training_that_is_done_goes_on(make_recipe: Callable[..., Path], tmp_p
     assert f"the last checkpoint of {first.name} is damaged" in said
     kdflow("store", *places, "rm", "--yes", first.name)
     assert not checkpoint.exists()
+
+
+def test_rounds_go_on(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """At a constant rate they are those of a run that had as many from the start, also where they
+    replay answers that another run has; twice in a row.
+    """
+    section = {"rounds": 1, "prompts_per_round": 8, "max_new_tokens": 8, "heldout_sequences": 4}
+    recipe = str(make_recipe(max_steps=None, **CONSTANT, start="continue"))
+    store = ArtifactStore(root=str(tmp_path / "store"), scratch=str(tmp_path / "scratch"))
+
+    def run(name: str, rounds: int, *overrides: str, code: int = 0) -> str:
+        own = section | {"rounds": rounds, "replay": {"rounds": 2, "ratio": 1.0}}
+        settings = ("mode=onpolicy", f"on_policy={json.dumps(own)}", f"name={name}")
+        return kdflow("run", recipe, *settings, *overrides, code=code)
+
+    def newest(name: str) -> ArtifactRef:
+        record = promoted(store, name)
+        assert record is not None
+        found = store.find_named(record.student)
+        assert found is not None
+        return found
+
+    run("short", 1)
+    first = newest("short")
+    said = run("short", 2)
+    assert f"going on with the training of {first.name}, of which 1 steps are done" in said
+    assert "round 1 of 2" not in said
+    run("short", 4)
+    run("whole", 4)
+    longer, whole = newest("short"), newest("whole")
+    weights, expected = (
+        load_file(store.local_copy(student) / "model" / "model.safetensors")
+        for student in (longer, whole)
+    )
+    assert all(weights[name].equal(expected[name]) for name in expected)
+    assert longer.counts == whole.counts
+    records, others = (read_rounds(store.local_copy(student)) for student in (longer, whole))
+    assert [record.number for record in records] == [1, 2, 3, 4]
+    assert [record.loss for record in records] == [record.loss for record in others]
+    assert "served from cache" in run("short", 4)
+
+    for rounds, override, message in (
+        (4, "student.lr=1e-4", "has 4 rounds, which on_policy.rounds=4 counts, too; raise it"),
+        (6, "on_policy.steps_per_round=2", "has 4 rounds of 1 steps, and those of this run have 2"),
+    ):
+        assert message in run("short", rounds, override, code=1)
+    offpolicy = kdflow("run", recipe, "name=short", "student.max_steps=9", code=1)
+    assert "was trained in rounds, which are no part of `mode: offpolicy`" in offpolicy

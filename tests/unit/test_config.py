@@ -337,8 +337,6 @@ WITHIN = {"within_classes": True, "divergence": {"type": "reverse_kl"}}
             {"eval.keep_best": "forward_kl", "on_policy.heldout_sequences": 0},
             "set on_policy.heldout_sequences",
         ),
-        ({"student.keep_final": True}, "student.keep_final and student.start=continue are for"),
-        ({"student.start": "continue"}, "student.keep_final and student.start=continue are for"),
         ({"mode": "offpolicy"}, "`mode: onpolicy` and the section `on_policy` go together"),
         ({"student.max_steps": 3}, r"student\.max_steps are for `mode: offpolicy`"),
         ({"delivery": "live"}, "is for `mode: offpolicy`; leave it out"),
