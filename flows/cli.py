@@ -339,6 +339,7 @@ def estimate_table(
         f"{found.student_rate:,.0f} tokens/s: {duration(outcome.train_s)}",
         "teacher, to store its states": f"{found.teacher_rate:,.0f} tokens/s a copy: "
         f"{duration(outcome.extract_s)}, once",
+        "of that, from other runs": f"{outcome.known:.0%} of its tokens, not counted in",
         "teacher, live": f"{duration(outcome.live_teacher_s)} per run",
         "replay in all": duration(outcome.replay_s),
         "live in all": duration(outcome.live_s),

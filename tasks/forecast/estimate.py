@@ -10,6 +10,7 @@ from configs.schema.teacher import InProcessTeacher
 from kdflow_core.errors import DataError
 from storage.artifact import ArtifactRef
 from storage.store import ArtifactStore
+from tasks.forecast.known_states import NOTHING_KNOWN, KnownStates, known_states
 from tasks.stages.identity import find, open_store
 from tasks.stages.planning import plan_stages
 
@@ -45,7 +46,9 @@ class Estimate(BaseModel):
 
 
 class Prospect(BaseModel):
-    """What `planned_runs` runs take in all, by delivery, and which one is the choice and why."""
+    """What `planned_runs` runs take in all, by delivery, and which one is the choice and why. Of
+    the teacher's tokens, the share `known` is taken over from other runs, if states are stored.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -57,6 +60,7 @@ class Prospect(BaseModel):
     live_s: float
     free_bytes: int | None
     fits: bool
+    known: float
     delivery: Delivery
     reason: str
 
@@ -67,7 +71,12 @@ def read_estimate(store: ArtifactStore, ref: ArtifactRef) -> Estimate:
     return Estimate.model_validate_json(text)
 
 
-def prospect(run: RunConfig, estimate: Estimate, free_bytes: int | None) -> Prospect:
+def prospect(
+    run: RunConfig,
+    estimate: Estimate,
+    free_bytes: int | None,
+    known: KnownStates = NOTHING_KNOWN,
+) -> Prospect:
     """The times and sizes of a run with this config, and the cheaper delivery."""
     width = run.teacher.ranks_per_replica
     copies = run.teacher.num_ranks // width * run.teacher.num_workers
@@ -75,13 +84,14 @@ def prospect(run: RunConfig, estimate: Estimate, free_bytes: int | None) -> Pros
     if run.learns_from_spans_alone:  # whatever the codec, which is for held-out states
         sizes = dict.fromkeys(sizes, LOG_PROB_BYTES)
     stored = {name: int(size * estimate.rows) for name, size in sizes.items()}
-    extract_s = estimate.replay_tokens / estimate.teacher_rate / copies
+    unknown_tokens = (1 - known.tokens) * estimate.replay_tokens
+    extract_s = unknown_tokens / estimate.teacher_rate / copies
     live_copies = max(run.student.num_ranks // width, 1)
     live_teacher_s = estimate.live_tokens / estimate.teacher_rate / live_copies
     train_s = estimate.student_tokens / estimate.student_rate
     replay_s = extract_s + run.planned_runs * train_s
     live_s = run.planned_runs * (train_s + live_teacher_s)
-    fits = free_bytes is None or stored[run.storage.codec] <= free_bytes
+    fits = free_bytes is None or (1 - known.rows) * stored[run.storage.codec] <= free_bytes
     problem = why_not_live(run, estimate)
     delivery: Delivery = "replay"
     if problem:
@@ -101,6 +111,7 @@ def prospect(run: RunConfig, estimate: Estimate, free_bytes: int | None) -> Pros
         live_s=live_s,
         free_bytes=free_bytes,
         fits=fits,
+        known=known.tokens,
         delivery=delivery,
         reason=reason,
     )
@@ -144,11 +155,12 @@ def prospect_here(run: RunConfig, estimate: Estimate) -> Prospect:
     """The prospect of a run in its store, where what is there costs nothing more. A run that was
     decided stays so: its own states, which take room, change nothing.
     """
-    found = prospect(run, estimate, open_store(run).free_bytes())
     deliveries: list[Delivery] = ["replay"]
     if not why_not_live(run, estimate):
         deliveries.append("live")
     plans = {d: plan_stages(with_delivery(run, d)) for d in deliveries}
+    known = known_states(run, plans["replay"])
+    found = prospect(run, estimate, open_store(run).free_bytes(), known)
     states = [i for i in plans["replay"].values() if i.kind in ("states", "log_probs")]
     if all(find(run, identity) is not None for identity in states):
         replay_s = run.planned_runs * found.train_s

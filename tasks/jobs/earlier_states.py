@@ -13,8 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from kdflow_core.contracts import TokenSequence
-from storage.artifact import ArtifactRef, Manifest
-from storage.codecs import codec_named
+from storage.artifact import ArtifactRef
 from storage.errors import StoreCorruptError
 from storage.states.borrowing import Borrowed, settle_borrowed
 from storage.states.files import StateFiles
@@ -22,10 +21,7 @@ from storage.states.layout import Layout, Sequences
 from storage.states.reader import HiddenStateReader
 from tasks.jobs.parts import agreed, open_states
 from tasks.jobs.stage_run import StageRun
-from tasks.stages.catalogue import CATALOGUE
-
-EXTRACT = CATALOGUE["extract"]
-MOST = 64  # artifacts that are looked at, the newest first
+from tasks.stages.same_teacher import states_of_same_teacher
 
 
 class EarlierStates:
@@ -79,24 +75,7 @@ def _serving(stage: StageRun, head_digest: str, codec: str | None = None) -> lis
     """
     return [
         ref
-        for manifest in stage.store.newest_manifests(EXTRACT.kind, MOST)
-        if _serves(stage, manifest, head_digest)
-        and _is_fit(manifest.info["layout"]["codec"], codec)
+        for manifest in states_of_same_teacher(stage.store, stage.spec.identity, codec)
+        if manifest.info["head"]["digest"] == head_digest
         and (ref := stage.store.find(manifest.kind, manifest.digest)) is not None
     ]
-
-
-def _serves(stage: StageRun, manifest: Manifest, head_digest: str) -> bool:
-    """Whether an artifact has what this stage's teacher would say."""
-    own = stage.spec.identity
-    return (
-        manifest.digest != stage.digest
-        and manifest.code_version == EXTRACT.code_version
-        and manifest.inputs["teacher_model"] == own.inputs["teacher_model"]
-        and manifest.config["teacher"] == own.config["teacher"]
-        and manifest.info["head"]["digest"] == head_digest
-    )
-
-
-def _is_fit(codec: str, wanted: str | None) -> bool:
-    return codec_named(codec).lossless if wanted is None else codec == wanted

@@ -8,11 +8,13 @@ import pytest
 
 from configs.load import load_run
 from tasks.forecast.estimate import prospect, prospect_here, read_estimate
+from tasks.forecast.known_states import known_states
 from tasks.stages.explanation import decided, stage_status
 from tasks.stages.identity import open_store
 from tasks.stages.planning import plan_stages
 from tests.command import kdflow
 from tests.conftest import run_inline
+from tests.integration.test_nightly import rows
 
 pytestmark = [pytest.mark.prefect, pytest.mark.ranks]
 
@@ -73,3 +75,29 @@ def test_states_that_are_stored_are_replayed(make_recipe: Callable[..., Path]) -
     outcome = prospect_here(auto, found)
     assert (outcome.delivery, outcome.extract_s, outcome.fits) == ("replay", 0.0, True)
     assert decided(auto, estimate).delivery == "replay"
+
+
+def test_states_that_other_runs_have_count_as_there(
+    make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A night with some more rows asks the teacher for these alone, and what is there already takes
+    no room again.
+    """
+    data = tmp_path / "nights.jsonl"
+    data.write_text(rows(0, 10))
+    recipe, source = str(make_recipe()), {"data.sources.0.path": str(data)}
+    run_inline(load_run(recipe, source), until="extract")
+    data.write_text(rows(0, 11))
+    auto = load_run(recipe, source | {"delivery": "auto"})
+    estimate = run_inline(auto, until="estimate", launched={"estimate"})["estimate"]
+    found = read_estimate(open_store(auto), estimate)
+    anew, outcome = prospect(auto, found, None), prospect_here(auto, found)
+    assert (anew.known, 0.8 < outcome.known < 1) == (0, True)
+    assert outcome.extract_s == pytest.approx(anew.extract_s * (1 - outcome.known))
+    room = anew.stored_bytes["raw"] // 3
+    assert not prospect(auto, found, room).fits
+    plan = plan_stages(load_run(recipe, source))
+    assert prospect(auto, found, room, known_states(auto, plan)).fits
+    other = load_run(recipe, source | {"storage.codec": "int8"})  # which takes room of its own
+    assert known_states(other, plan_stages(other)).rows == 0
+    assert known_states(other, plan_stages(other)).tokens == pytest.approx(outcome.known)
