@@ -83,11 +83,11 @@ format: install
 lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	build/lock/bin/pip install --quiet --upgrade "pip==26.3"
-	build/lock/bin/pip install --quiet torch==2.13.0 triton==3.7.1 transformers==5.12.1
+	build/lock/bin/pip install --quiet torch==2.13.0 triton==3.7.1 transformers==5.12.1 prefect==3.8.8
 	build/lock/bin/pip install --quiet setuptools wheel '.[sglang-cpu]' --group dev
 	build/lock/bin/pip freeze --all --exclude kdflow --exclude pip | sed 's/+cpu$$//' > requirements.lock
 	build/lock/bin/pip install --quiet --dry-run --ignore-installed --report build/cuda.json \
-		setuptools wheel '.[ray,s3,sglang]' --group dev
+		setuptools wheel prefect==3.8.8 '.[ray,s3,sglang]' --group dev
 	build/lock/bin/python -c 'import json; \
 		found = [i["metadata"] for i in json.load(open("build/cuda.json"))["install"]]; \
 		print(*sorted(m["name"] + "==" + m["version"] for m in found if m["name"] != "kdflow"), \
